@@ -1,0 +1,160 @@
+"""A request from birth to death, and what an engine says of it. Plain data: no torch, no I/O.
+
+There are no phases. A request has tokens and a cursor, `num_computed_tokens`; each step lets the cursor catch up. A
+prompt, a chunk of it, a decode step and the tail behind a prefix hit are all "tokens not computed yet".
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.errors import InvalidRequest
+from kvstore.blocks import BlockHash, hash_blocks
+
+MAX_LOGPROBS = 20
+
+
+class RequestStatus(enum.Enum):
+    HELD = "held"  # has its blocks, waits for `Engine.release` (its KV is being fetched, or prefill runs elsewhere)
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    HANDOFF = "handoff"  # this leg is over, the request goes on elsewhere
+    ABORT = "abort"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Ranges are checked here, once; `InvalidRequest` names the field and the limit.
+
+    `logprobs` is the number of top alternatives to report (None: no logprobs at all). Stop strings are not here: the
+    engine knows no text, the router looks for them.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, limit: str) -> None:
+            if not ok:
+                raise InvalidRequest(f"sampling.{name}", f"must be {limit}, got {getattr(self, name)!r}")
+
+        check("temperature", 0.0 <= self.temperature <= 2.0, "in [0, 2]")
+        check("top_k", self.top_k >= 0, "at least 0")
+        check("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
+        check("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
+        check("repetition_penalty", 0.0 < self.repetition_penalty <= 2.0, "in (0, 2]")
+        check("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "in [-2, 2]")
+        check("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "in [-2, 2]")
+        check("seed", 0 <= self.seed < 2**64, "in [0, 2**64)")
+        check("max_tokens", self.max_tokens >= 1, "at least 1")
+        check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"in [0, max_tokens = {self.max_tokens}]")
+        check("stop_token_ids", len(self.stop_token_ids) <= 16, "16 ids at most")
+        check("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]")
+
+
+@dataclass(eq=False)
+class Request:
+    """`token_ids` is the prompt, then every output token, also those of an earlier node before a failover.
+
+    `handoff_after` ends this leg after so many new tokens without ending the request (a prefill node passes 1).
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    root: BlockHash
+    block_size: int
+    handoff_after: int | None = None
+
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks of token_ids
+    num_computed_tokens: int = 0
+    num_local_hit_tokens: int = 0
+    num_store_hit_tokens: int = 0
+    num_new_tokens: int = 0  # sampled by this engine
+    num_published_blocks: int = 0  # leading full blocks already reported in an output
+
+    def __post_init__(self) -> None:
+        self._extend_hashes()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def append(self, token_id: int) -> None:
+        """Adds an output token, and the hash of the block that it fills."""
+        self.token_ids.append(token_id)
+        if len(self.token_ids) % self.block_size == 0:
+            self._extend_hashes()
+
+    def _extend_hashes(self) -> None:
+        done = len(self.block_hashes)
+        parent = self.block_hashes[-1] if done else self.root
+        self.block_hashes += hash_blocks(parent, self.token_ids[done * self.block_size :], self.block_size)
+
+
+@dataclass(frozen=True)
+class OutputToken:
+    token_id: int
+    logprob: float | None = None  # None where not asked for
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True)
+class FullBlock:
+    """A block that became full and computed. It stays pinned until `Engine.unpin`, so that it can be exported."""
+
+    block_hash: BlockHash
+    block_id: int
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step did for one request; a chunk in the middle of a prompt has blocks but no token."""
+
+    request_id: str
+    tokens: tuple[OutputToken, ...] = ()
+    full_blocks: tuple[FullBlock, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """A snapshot for heartbeats. Speeds are moving averages; 0.0 before the first measurement."""
+
+    num_running: int
+    num_waiting: int  # held ones included
+    queued_prefill_tokens: int  # prompt tokens not computed yet, over all requests
+    free_blocks: int  # cached but unreferenced blocks count as free
+    total_blocks: int
+    prefill_tokens_per_s: float
+    decode_step_s: float

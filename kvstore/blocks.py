@@ -1,0 +1,88 @@
+"""Names and shapes of KV blocks: the hash chain, its root, and a block's payload. Pure; knows no I/O and no torch.
+
+A block is `block_size` consecutive tokens of one prefix. Its name is a 128-bit SHA-256 chain,
+`key_i = SHA256(key_{i-1} || token ids as little-endian u32)[:16]`, so a name stands for the whole prefix that ends
+in that block, in every process alike. The chain starts at a root that names all that makes KV differ.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NewType, Protocol
+
+BlockHash = NewType("BlockHash", bytes)
+
+HASH_BYTES = 16
+LAYOUT_VERSION = 1  # [layer, k/v, token, kv head, dim]; raised whenever a block's bytes change their meaning
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What a block's bytes mean: `[num_layers, 2, block_size, num_kv_heads, head_dim]` of `dtype`, row-major.
+
+    `model` names weights and revision (the engine takes a digest of the model's files). Two processes may exchange
+    blocks when, and only when, their roots are equal.
+    """
+
+    model: str
+    dtype: str  # "float32", "bfloat16" or "float16"
+    block_size: int  # tokens
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    tp_size: int = 1
+    tp_rank: int = 0
+    adapter: str = ""
+
+    @property
+    def block_bytes(self) -> int:
+        itemsize = 4 if self.dtype == "float32" else 2
+        return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * itemsize
+
+    def root(self) -> BlockHash:
+        """The first link of every chain of this layout; `salted` keeps a tenant's chains apart from it."""
+        fields = (LAYOUT_VERSION, self.model, self.dtype, self.block_size, self.num_layers, self.num_kv_heads)
+        fields += (self.head_dim, self.tp_size, self.tp_rank, self.adapter)
+        text = "baton-kv\0" + "\0".join(str(field) for field in fields)
+        return BlockHash(hashlib.sha256(text.encode()).digest()[:HASH_BYTES])
+
+
+def salted(root: BlockHash, salt: bytes) -> BlockHash:
+    """The root of one tenant's chains. An empty salt is the shared cache."""
+    if not salt:
+        return root
+    return BlockHash(hashlib.sha256(b"baton-salt\0" + root + salt).digest()[:HASH_BYTES])
+
+
+def hash_blocks(parent: BlockHash, token_ids: Sequence[int], block_size: int) -> list[BlockHash]:
+    """The names of the full blocks of `token_ids`, in order; a tail that fills no block has none.
+
+    `parent` is the root, or the hash of the block right before `token_ids`.
+    """
+    tokens = array.array("I", token_ids)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    data = memoryview(tokens).cast("B")
+    step = 4 * block_size
+    hashes: list[BlockHash] = []
+    for end in range(step, len(data) + 1, step):
+        parent = BlockHash(hashlib.sha256(parent + data[end - step : end]).digest()[:HASH_BYTES])
+        hashes.append(parent)
+    return hashes
+
+
+class Payload(Protocol):
+    """The bytes of one block, on their way into an engine."""
+
+    @property
+    def view(self) -> memoryview:
+        """`block_bytes` bytes. May belong to a slot that is reused at any time: copy, then ask `is_valid`."""
+        ...
+
+    def is_valid(self) -> bool:
+        """Whether what was copied out of `view` before this call is the block that was asked for."""
+        ...

@@ -1,0 +1,30 @@
+"""What can go wrong in the store. A block that is not there is a miss, not an error.
+
+KVStoreError
+├── DirectoryUnavailable   Redis does not answer; callers go on as if nothing were cached
+├── ArenaUnavailable       the store process does not answer
+├── ArenaFull              every slot is reserved or being read; nothing can be evicted
+└── BadFrame               a message that breaks the wire format or a limit; its sender is refused, nothing else happens
+"""
+
+from __future__ import annotations
+
+
+class KVStoreError(Exception):
+    """Root of this package's errors."""
+
+
+class DirectoryUnavailable(KVStoreError):
+    """Redis does not answer within its time-out."""
+
+
+class ArenaUnavailable(KVStoreError):
+    """A store process does not answer within its time-out."""
+
+
+class ArenaFull(KVStoreError):
+    """No slot is free and none can be evicted."""
+
+
+class BadFrame(KVStoreError):
+    """A message breaks the wire format, or a length or count is over its limit."""
