@@ -1,0 +1,55 @@
+"""What one node process needs to know. Plain data and JSON: importing this costs no torch, so launchers can use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+from engine.config import EngineConfig
+
+ROLES = ("prefill", "decode", "both")
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """A node: an engine with its options, where it listens, and where the rest of the cluster is found.
+
+    `host` is the machine's label (nodes and arenas of one host share memory). `store_dir` is the folder of this
+    machine's store process, empty where there is none: then everything is fetched over the wire and nothing published.
+    """
+
+    node_id: str
+    model_dir: str  # a Hugging Face folder
+    model: str  # the served name
+    redis_url: str
+    role: str = "both"
+    cluster: str = "default"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    store_dir: str = ""
+    bind_host: str = "127.0.0.1"
+    port: int = 0  # 0: the kernel chooses
+    advertise_host: str = "127.0.0.1"
+    host: str = ""
+    heartbeat_s: float = 1.0
+    ttl_s: float = 3.0
+    drain_s: float = 10.0  # how long a stopping node waits for its requests
+    stall_s: float = 30.0  # busy and no step for so long: the engine thread is sick
+    max_queued_requests: int = 256  # prefill legs that wait for room
+    room_wait_s: float = 10.0  # how long a prefill leg waits for room before it is refused
+    start_wait_s: float = 300.0  # how long an admitted decode leg keeps its room without a Start
+    max_message_bytes: int = 16 * 2**20
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role: must be one of {', '.join(ROLES)}, got {self.role!r}")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> NodeConfig:
+        """Raises `TypeError` for a name that is no option, `ValueError` for text that is no JSON."""
+        fields = json.loads(text)
+        engine = EngineConfig(**fields.pop("engine", {}))
+        return cls(engine=engine, **fields)
