@@ -1,0 +1,220 @@
+"""The oracle: what the cluster puts out is what one engine, and `transformers` `generate`, put out.
+
+One cluster of real processes (2 prefill, 2 decode, 1 store, 1 router), the pocket model in fp32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+from conftest import POCKET, RedisProcess, eventually
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from harness import ProcessCluster, reference
+
+from batonpb import common_pb2, inference_pb2
+
+pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
+
+SYSTEM = "The following is the reference manual of the Python language, written for people who know it.\n\n" * 3
+QUESTIONS = ["What is a generator?\n", "How do I open a file?\n", "Why are strings immutable?\n", "What is a class?\n"]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster() -> AsyncIterator[ProcessCluster]:
+    redis_process = RedisProcess()
+    folder = Path(tempfile.mkdtemp(prefix="baton-", dir="/dev/shm"))
+    cluster = ProcessCluster(POCKET, redis_process.url, folder, max_num_batched_tokens=64)
+    try:
+        await cluster.start(prefill=2, decode=2)
+        yield cluster
+    finally:
+        await cluster.stop()
+        redis_process.close()
+        left = [str(path) for path in folder.rglob("*") if path.is_file()]
+        shutil.rmtree(folder, ignore_errors=True)
+        assert not left, "the store left files behind"
+
+
+def encode(text: str) -> list[int]:
+    """The pocket model's tokens: a beginning, then bytes."""
+    return [256, *text.encode()]
+
+
+async def test_tokens_equal_one_engine_and_transformers(cluster: ProcessCluster) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    prompts = [encode(SYSTEM + question) for question in QUESTIONS]
+    prompts += [prompts[0][:n] for n in (1, 15, 16, 17, 56)]
+    answers = await asyncio.gather(*(cluster.generate(prompt, max_tokens=24) for prompt in prompts))
+    assert [answer.token_ids for answer in answers] == reference(POCKET, prompts, 24)
+    model = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=257)
+        assert answer.token_ids == out[0, len(prompt) :].tolist()
+    await cluster.assert_quiet()
+
+
+async def test_a_long_prompt_takes_both_legs(cluster: ProcessCluster) -> None:
+    prompt = encode("".join(f"Chapter {n} of the manual. " for n in range(40)))
+    answer = await cluster.generate(prompt, max_tokens=8)
+    assert answer.timeline.prefill_node.startswith("prefill-")
+    assert answer.timeline.decode_node.startswith("decode-")
+    # The decode node fetches all full blocks of the prompt but the one that holds its last token.
+    assert answer.timeline.decode_store_hit_tokens >= (len(prompt) - 1) // 16 * 16 - 16
+    assert answer.usage.prompt_tokens == len(prompt) and answer.usage.output_tokens == 8
+    assert answer.timeline.first_token_s > 0 and answer.timeline.finished_s >= answer.timeline.first_token_s
+
+
+async def test_second_turn_of_a_conversation_hits(cluster: ProcessCluster) -> None:
+    turns = [("user", "What is a decorator, and what are decorators good for in real programs?")]
+    first = await cluster.generate(turns, max_tokens=64)
+    turns += [("assistant", first.text), ("user", "And what is a metaclass?")]
+    second = await cluster.generate(turns, max_tokens=16)
+    # The second prompt goes on from the first prompt and from what decoding made of it.
+    assert second.usage.cached_tokens >= (first.usage.prompt_tokens + 48) // 16 * 16 - 16
+    assert second.usage.cached_tokens == second.usage.local_hit_tokens + second.usage.store_hit_tokens
+
+
+async def test_sampled_text_is_the_same_each_time(cluster: ProcessCluster) -> None:
+    prompt = encode("The import system")
+    options = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 7, "presence_penalty": 0.3}
+    first, again = [await cluster.generate(prompt, max_tokens=48, **options) for _ in range(2)]
+    assert first.token_ids == again.token_ids
+    [alone] = reference(POCKET, [prompt], 48, **options)
+    assert first.token_ids == alone
+    other = await cluster.generate(prompt, max_tokens=48, **(options | {"seed": 8}))
+    assert other.token_ids != first.token_ids
+
+
+async def test_stop_strings_tokens_and_logprobs(cluster: ProcessCluster) -> None:
+    prompt = encode("Iterators and generators")
+    free = await cluster.generate(prompt, max_tokens=60, logprobs=3)
+    assert free.finish_reason == common_pb2.FINISH_REASON_LENGTH and len(free.token_ids) == 60
+    for token in free.tokens:
+        assert len(token.logprobs.top) == 3
+        assert token.logprobs.top[0].token_id == token.token_id
+        assert abs(token.logprobs.top[0].logprob - token.logprobs.logprob) < 1e-6
+    needle = free.text[20:24]
+    stopped = await cluster.generate(prompt, max_tokens=60, stop=[needle])
+    assert stopped.text == free.text[: free.text.index(needle)]
+    assert stopped.finish_reason == common_pb2.FINISH_REASON_STOP
+    by_token = await cluster.generate(prompt, max_tokens=60, stop_token_ids=[free.token_ids[30]])
+    assert by_token.finish_reason == common_pb2.FINISH_REASON_STOP
+    assert by_token.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[30]) + 1]
+    one = await cluster.generate(prompt, max_tokens=1)
+    assert one.token_ids == free.token_ids[:1] and one.finish_reason == common_pb2.FINISH_REASON_LENGTH
+    await cluster.assert_quiet()
+
+
+async def test_a_client_that_leaves_frees_everything(cluster: ProcessCluster) -> None:
+    request = inference_pb2.GenerateRequest(text=SYSTEM * 4, sampling=common_pb2.SamplingParams(max_tokens=2000))
+    for wait_for in (0, 1, 5):
+        call = cluster.stub.Generate(request)
+        seen = 0
+        while seen < wait_for and await call.read() is not grpc.aio.EOF:
+            seen += 1
+        call.cancel()
+    await cluster.assert_quiet()
+
+
+async def test_a_deadline_frees_everything(cluster: ProcessCluster) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await cluster.generate(SYSTEM * 4, max_tokens=2000, ignore_eos=True, timeout=0.5)
+    assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    await cluster.assert_quiet()
+
+
+BAD: list[tuple[dict, str]] = [
+    ({"text": ""}, "prompt"),
+    ({}, "prompt"),
+    ({"tokens": inference_pb2.TokenPrompt(token_ids=[])}, "prompt"),
+    ({"tokens": inference_pb2.TokenPrompt(token_ids=[258])}, "258"),
+    ({"text": "x" * 5000}, "4096"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(temperature=-0.5)}, "temperature"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(temperature=float("nan"))}, "temperature"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(max_tokens=0)}, "max_tokens"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(top_p=0.0)}, "top_p"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(top_k=-1)}, "top_k"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(min_p=1.5)}, "min_p"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(repetition_penalty=0.0)}, "repetition_penalty"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(presence_penalty=3.0)}, "presence_penalty"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(frequency_penalty=-3.0)}, "frequency_penalty"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(logprobs=21)}, "logprobs"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(min_tokens=9, max_tokens=8)}, "min_tokens"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(stop=[""])}, "stop"),
+    ({"text": "x", "sampling": common_pb2.SamplingParams(stop_token_ids=[300])}, "stop_token_ids"),
+    ({"text": "x", "model": "another"}, "model"),
+    ({"text": "x", "request_id": "i" * 200}, "request_id"),
+    ({"text": "x" * (5 << 20)}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("fields", "names"), BAD, ids=[names + str(n) for n, (_, names) in enumerate(BAD)])
+async def test_bad_input_names_field_and_limit(cluster: ProcessCluster, fields: dict, names: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        async for _ in cluster.stub.Generate(inference_pb2.GenerateRequest(**fields)):
+            pass
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT, error.value.details()
+    assert names in error.value.details()
+    assert len((await cluster.generate("still here", max_tokens=2)).token_ids) == 2
+
+
+async def test_invalid_utf8_and_garbage_are_refused(cluster: ProcessCluster) -> None:
+    generate = cluster.channel.unary_stream("/baton.v1.Inference/Generate")
+    for body in (b"\x1a\x02\xff\xfe", b"\xff" * 64, b"\x1a\xff\xff\xff\xff\x0f"):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            async for _ in generate(body):
+                pass
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT, error.value
+        assert error.value.details()
+    assert len((await cluster.generate("still here", max_tokens=2)).token_ids) == 2
+
+
+async def test_health_reflection_and_model(cluster: ProcessCluster) -> None:
+    model = await cluster.stub.GetModel(inference_pb2.GetModelRequest())
+    assert (model.vocab_size, model.max_model_len, model.block_size) == (258, 4096, 16)
+    assert model.has_chat_template
+    for name in ("router", "prefill-0", "decode-1"):
+        async with grpc.aio.insecure_channel(cluster.processes[name].record["address"]) as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            request = reflection_pb2.ServerReflectionRequest(list_services="")
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            async for reply in stub.ServerReflectionInfo(iter([request])):
+                names = {service.name for service in reply.list_services_response.service}
+            assert names >= ({"baton.v1.Inference"} if name == "router" else {"baton.v1.Prefill", "baton.v1.Decode"})
+
+
+async def test_a_shared_system_prompt_does_not_herd(cluster: ProcessCluster) -> None:
+    prompts = [SYSTEM * 2 + f"Question {n}: what then?" for n in range(16)]
+    answers = await asyncio.gather(*(cluster.generate(prompt, max_tokens=16) for prompt in prompts))
+    for leg in ("prefill_node", "decode_node"):
+        used = [getattr(answer.timeline, leg) for answer in answers if getattr(answer.timeline, leg)]
+        assert len(set(used)) == 2, f"{leg}: {used}"
+    await cluster.assert_quiet()
+
+
+async def test_drained_node_takes_nothing_new(cluster: ProcessCluster) -> None:
+    from batonpb import node_pb2, node_pb2_grpc
+
+    async with grpc.aio.insecure_channel(cluster.processes["decode-0"].record["address"]) as channel:
+        control = node_pb2_grpc.NodeControlStub(channel)
+        assert (await control.Drain(node_pb2.DrainRequest())).draining
+        answers = await asyncio.gather(*(cluster.generate(SYSTEM + str(n), max_tokens=4) for n in range(6)))
+        assert {answer.timeline.decode_node for answer in answers} == {"decode-1"}
+        assert not (await control.Drain(node_pb2.DrainRequest(undo=True))).draining
+
+        async def back() -> bool:
+            answers = await asyncio.gather(*(cluster.generate(SYSTEM + str(n), max_tokens=4) for n in range(6)))
+            return "decode-0" in {answer.timeline.decode_node for answer in answers}
+
+        await eventually(back, 15, "decode-0 takes work again")
