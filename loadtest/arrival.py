@@ -1,0 +1,61 @@
+"""When requests are sent: Poisson arrivals, a closed loop, or both. Pure state; the caller passes the time in.
+
+An open loop (Poisson) does not care how the server fares; a closed loop keeps a fixed number in flight. Together they
+are an open loop with a lid, as with `--request-rate` and `--max-concurrency` of `vllm bench serve`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+
+def poisson_times_s(num_requests: int, rate_per_s: float, rng: random.Random) -> list[float]:
+    """Ascending send times of a Poisson process. The first is 0; an infinite rate means all of them at once."""
+    if rate_per_s <= 0:
+        raise ValueError(f"the request rate must be positive, got {rate_per_s}")
+    times_s = [0.0] * num_requests
+    for i in range(1, num_requests):
+        gap_s = 0.0 if math.isinf(rate_per_s) else rng.expovariate(rate_per_s)
+        times_s[i] = times_s[i - 1] + gap_s
+    return times_s
+
+
+class Arrivals:
+    """Which requests may be sent now: in order, none before its time, at most `max_in_flight` at once (None: no lid).
+
+    Each index comes out of `due` once; the caller answers each with one `finished`.
+    """
+
+    def __init__(self, times_s: Sequence[float], max_in_flight: int | None = None) -> None:
+        if max_in_flight is not None and max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be at least 1, got {max_in_flight}")
+        self._times_s = times_s
+        self._limit = len(times_s) if max_in_flight is None else max_in_flight
+        self._num_sent = 0
+        self._num_in_flight = 0
+
+    @property
+    def all_sent(self) -> bool:
+        return self._num_sent == len(self._times_s)
+
+    def due(self, now_s: float) -> list[int]:
+        """The requests to send at `now_s`; they count as in flight from here on."""
+        first = self._num_sent
+        while (next_s := self.next_s()) is not None and next_s <= now_s:
+            self._num_sent += 1
+            self._num_in_flight += 1
+        return list(range(first, self._num_sent))
+
+    def finished(self) -> None:
+        """One request in flight has ended."""
+        if self._num_in_flight == 0:
+            raise ValueError("no request is in flight")
+        self._num_in_flight -= 1
+
+    def next_s(self) -> float | None:
+        """When the next request may go out; None while every place is taken, and when none is left."""
+        if self.all_sent or self._num_in_flight >= self._limit:
+            return None
+        return self._times_s[self._num_sent]
