@@ -1,24 +1,108 @@
-"""The decoder-only transformer of the Llama family. Knows tensors; knows neither requests nor files."""
+"""The decoder-only transformer of the Llama family: Llama, Mistral, Qwen2, Qwen3. Knows neither requests nor files.
+
+Query, key and value are one matrix, and so are gate and up: fewer and larger products. Normalisation and rotation
+round where transformers rounds, so that half precision agrees with it too.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from engine.attention import ForwardBatch
+from engine.attention import AttentionPlan, ForwardBatch, attend, plan_attention
 from engine.config import ModelConfig
+from engine.rope import inverse_frequencies, rotate, rotation
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x is `[..., size]`; computed in float32 whatever x is."""
+        normed = functional.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.sizes = [heads, kv_heads, kv_heads]
+        self.head_dim = dim
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes) * dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=config.o_bias)
+        self.q_norm = RMSNorm(dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan) -> Tensor:
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # [N, H + 2 Hkv, D]
+        q, k, v = qkv.split(self.sizes, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        out: Tensor = self.o_proj(attend(q, k, v, cache, plan).flatten(1))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(functional.silu(gate) * up)
+        return out
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), turn, cache, plan)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 class Transformer(nn.Module):
-    """Built on the meta device; `engine.weights.load_model` gives it its weights."""
+    """Weights come from `engine.weights.load_model`; without it they are whatever was in memory."""
+
+    frequencies: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        frequencies, self.rope_scale = inverse_frequencies(config.rope, config.head_dim)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
+    @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: Tensor) -> Tensor:
         """Logits float32 `[R, vocab]` of `batch.logits_indices`.
 
         `cache` is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]` in the model's dtype; the step's
         keys and values are written to it.
         """
-        raise NotImplementedError
+        windows = self.config.sliding_windows
+        plans = {window: plan_attention(batch, cache.shape[3], window) for window in set(windows)}
+        x = self.embed_tokens(batch.token_ids)  # [N, hidden]
+        turn = rotation(batch.positions, self.frequencies, self.rope_scale, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, turn, cache[:, index], plans[windows[index]])
+        logits: Tensor = self.lm_head(self.norm(x[batch.logits_indices]))
+        return logits.float()
