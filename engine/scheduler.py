@@ -1,0 +1,207 @@
+"""Which tokens of which requests are computed in the next step. Pure: no torch, no clock, no I/O.
+
+The one rule: a request's `num_computed_tokens` catches up with its tokens, as far as the step's token budget and the
+free blocks allow. There are no phases, so a decode step, a chunk of a prompt and the tail behind a prefix hit are the
+same thing.
+
+- A request starts only when there are blocks for all its tokens, so that only growth, a token at a time, can run short.
+- When it does, the request that came last gives its blocks up and starts again later: its tokens are kept, its full
+  blocks stay in the prefix cache while there is room. Nobody later to take from: it stalls, with its blocks.
+- Waiting requests start in order of arrival. Those that have their blocks (they were held) may overtake a head of the
+  queue that finds no room: they take nothing from it and will give blocks back.
+- An empty batch means that only the caller can change something: abort, release or unpin. So nobody needs to poll.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.block_pool import BlockPool
+from engine.errors import NoRoom
+from engine.request import FinishReason, FullBlock, Request, RequestStatus
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next `num_tokens` tokens of a request, from `start` on. It `samples` when no token is left behind it."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+class Scheduler:
+    """Keeps the live requests and gives them their blocks."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        max_num_batched_tokens: int,
+        max_num_requests: int,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.requests: dict[str, Request] = {}  # every live request, in order of arrival
+        self._pool = pool
+        self._block_size = block_size
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_requests = max_num_requests
+        self._enable_prefix_caching = enable_prefix_caching
+
+    # --- a request's life ---
+
+    def add(self, request: Request) -> None:
+        """Queues a request; it gets its blocks when it starts."""
+        request.status = RequestStatus.WAITING
+        self.requests[request.request_id] = request
+
+    def hold(self, request: Request) -> None:
+        """Gives a request blocks for all its tokens and one more, and keeps it out of the steps. `NoRoom`: not kept.
+
+        What the requests before it still miss is set aside first; otherwise a stream of newcomers could starve one
+        that was preempted.
+        """
+        set_aside = sum(max(0, self._num_missing(earlier)) for earlier in self._catching_up())
+        if not self._take_blocks(request, request.num_tokens + 1, set_aside):
+            free = self._pool.num_free
+            raise NoRoom(f"no room for {request.num_tokens + 1} tokens: {free} blocks free, {set_aside} set aside")
+        request.status = RequestStatus.HELD
+        self.requests[request.request_id] = request
+
+    def release(self, request: Request) -> None:
+        """Lets a held request take part from the next step on; it keeps its blocks."""
+        request.status = RequestStatus.WAITING
+
+    def remove(self, request: Request, reason: FinishReason) -> None:
+        """Ends a request in any status and gives its blocks back."""
+        self._free_blocks(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        del self.requests[request.request_id]
+
+    def advance(self, request: Request, num_tokens: int) -> list[FullBlock]:
+        """Moves the cursor over `num_tokens` that are now in the cache; returns full blocks not reported before."""
+        before = request.num_computed_tokens // self._block_size
+        request.num_computed_tokens += num_tokens
+        after = request.num_computed_tokens // self._block_size
+        if self._enable_prefix_caching:
+            for index in range(before, after):
+                self._pool.register(request.block_table[index], request.block_hashes[index])
+        unreported = range(request.num_published_blocks, after)
+        request.num_published_blocks = max(request.num_published_blocks, after)
+        return [FullBlock(request.block_hashes[index], request.block_table[index]) for index in unreported]
+
+    # --- a step ---
+
+    def schedule(self) -> list[Chunk]:
+        """The next step's batch: what runs already, decode first, then what waits, until the budget is spent."""
+        running = self._with_status(RequestStatus.RUNNING)
+        running.sort(key=lambda request: request.num_tokens - request.num_computed_tokens > 1)  # stable: then arrival
+        chunks: list[Chunk] = []
+        budget = self._max_num_batched_tokens
+        for request in running:
+            if budget == 0 or len(chunks) == self._max_num_requests:
+                break
+            if request.status is RequestStatus.RUNNING and self._make_room(request):
+                chunks.append(self._chunk(request, budget))
+                budget -= chunks[-1].num_tokens
+        if all(request.status is RequestStatus.RUNNING for request in running):
+            self._start_waiting(chunks, budget)
+        # A request that was preempted for an older one after its turn is out again; its share of the budget is lost.
+        return [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
+
+    def _start_waiting(self, chunks: list[Chunk], budget: int) -> None:
+        waiting = self._with_status(RequestStatus.WAITING)
+        blocked = False
+        for request in waiting:
+            if budget == 0 or len(chunks) == self._max_num_requests:
+                return
+            if (blocked and self._num_missing(request) > 0) or not self._take_blocks(request, request.num_tokens):
+                blocked = True
+                continue
+            chunks.append(self._start(request, budget))
+            budget -= chunks[-1].num_tokens
+        if waiting and not chunks and self._make_room(waiting[0]):
+            # Nothing can run, for everyone holds what another one needs: the one that came first takes it.
+            chunks.append(self._start(waiting[0], budget))
+
+    def _start(self, request: Request, budget: int) -> Chunk:
+        request.status = RequestStatus.RUNNING
+        return self._chunk(request, budget)
+
+    def _chunk(self, request: Request, budget: int) -> Chunk:
+        start = request.num_computed_tokens
+        num_tokens = min(request.num_tokens - start, budget)
+        return Chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
+
+    # --- blocks ---
+
+    def _make_room(self, request: Request) -> bool:
+        """Gives a request blocks for all its tokens, at the cost of later ones if it must."""
+        while not self._take_blocks(request, request.num_tokens):
+            victim = next(self._victims(request), None)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _take_blocks(self, request: Request, num_tokens: int, set_aside: int = 0) -> bool:
+        """Extends the block table to `num_tokens`, or does nothing. An empty table begins with the prefix hit."""
+        hits = [] if request.block_table else self._match(request)
+        num_new = max(0, self._num_blocks(num_tokens) - len(request.block_table) - len(hits))
+        if num_new + self._pool.num_unreferenced(hits) + set_aside > self._pool.num_free:
+            return False
+        self._pool.acquire(hits)
+        request.block_table += hits + self._pool.allocate(num_new)
+        if hits:
+            self._adopt(request, len(hits))
+        return True
+
+    def _match(self, request: Request) -> list[int]:
+        """The cached blocks of a request. The block of its last token is no hit: that token must be computed."""
+        if not self._enable_prefix_caching:
+            return []
+        return self._pool.match(request.block_hashes[: (request.num_tokens - 1) // self._block_size])
+
+    def _adopt(self, request: Request, num_blocks: int) -> None:
+        request.num_computed_tokens = num_blocks * self._block_size
+        if request.num_published_blocks == 0:  # otherwise it was preempted, and finds again what it had before
+            request.num_local_hit_tokens = request.num_computed_tokens
+        request.num_published_blocks = max(request.num_published_blocks, num_blocks)
+
+    def _preempt(self, request: Request) -> None:
+        logger.debug("event=preempt request=%s computed_tokens=%d", request.request_id, request.num_computed_tokens)
+        self._free_blocks(request)
+        request.num_computed_tokens = 0
+        request.status = RequestStatus.WAITING
+
+    def _free_blocks(self, request: Request) -> None:
+        self._pool.release(request.block_table)
+        request.block_table.clear()
+
+    def _victims(self, request: Request) -> Iterator[Request]:
+        """Who came after `request`, last first, is not held, and has a block that nobody else holds."""
+        for later in reversed(self.requests.values()):
+            if later is request:
+                return
+            if later.status is not RequestStatus.HELD and self._pool.num_sole(later.block_table):
+                yield later
+
+    # --- questions ---
+
+    def _catching_up(self) -> Iterator[Request]:
+        return (request for request in self.requests.values() if request.status is not RequestStatus.HELD)
+
+    def _with_status(self, status: RequestStatus) -> list[Request]:
+        return [request for request in self.requests.values() if request.status is status]
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _num_missing(self, request: Request) -> int:
+        return self._num_blocks(request.num_tokens) - len(request.block_table)

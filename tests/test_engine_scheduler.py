@@ -1,0 +1,388 @@
+"""The scheduler as played by hand: the test computes nothing, it only moves the cursors and appends tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from engine.block_pool import BlockPool
+from engine.errors import NoRoom
+from engine.request import FinishReason, FullBlock, Request, RequestStatus, SamplingParams
+from engine.scheduler import Chunk, Scheduler
+from kvstore.blocks import BlockHash
+
+BLOCK = 4
+ROOT = BlockHash(bytes(16))
+
+
+class Play:
+    """A scheduler, its pool, and a cursor that "computes" what was scheduled; new tokens are 1000, 1001 and so on."""
+
+    def __init__(self, num_blocks: int = 16, budget: int = 64, max_requests: int = 8, caching: bool = True) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.scheduler = Scheduler(self.pool, BLOCK, budget, max_requests, caching)
+        self.pins: list[list[int]] = []
+        self.reported: list[tuple[str, FullBlock]] = []
+
+    def request(self, request_id: str, tokens: Sequence[int] | int, max_tokens: int = 1000) -> Request:
+        """A prompt; an int asks for so many tokens that no other prompt begins with."""
+        ids = [hash_free(request_id) + i for i in range(tokens)] if isinstance(tokens, int) else list(tokens)
+        return Request(request_id, ids, len(ids), SamplingParams(max_tokens=max_tokens), ROOT, BLOCK)
+
+    def add(self, request_id: str, tokens: Sequence[int] | int, max_tokens: int = 1000) -> Request:
+        request = self.request(request_id, tokens, max_tokens)
+        self.scheduler.add(request)
+        return request
+
+    def hold(self, request_id: str, tokens: Sequence[int] | int) -> Request:
+        request = self.request(request_id, tokens)
+        self.scheduler.hold(request)
+        return request
+
+    def step(self) -> dict[str, int]:
+        """Runs a step and returns the number of tokens of each request in it."""
+        chunks = self.scheduler.schedule()
+        for chunk in chunks:
+            self.compute(chunk)
+        self.check()
+        return {chunk.request.request_id: chunk.num_tokens for chunk in chunks}
+
+    def compute(self, chunk: Chunk) -> None:
+        request = chunk.request
+        assert chunk.start == request.num_computed_tokens and chunk.num_tokens > 0
+        assert len(request.block_table) * BLOCK >= chunk.start + chunk.num_tokens
+        full = self.scheduler.advance(request, chunk.num_tokens)
+        self.reported += [(request.request_id, block) for block in full]
+        if chunk.samples:
+            assert request.num_computed_tokens == request.num_tokens
+            request.append(1000 + request.num_output_tokens)
+            if request.num_output_tokens >= request.params.max_tokens:
+                self.scheduler.remove(request, FinishReason.LENGTH)
+
+    def check(self) -> None:
+        requests = self.scheduler.requests.values()
+        holders = Counter(block_id for request in requests for block_id in request.block_table)
+        holders.update(block_id for pin in self.pins for block_id in pin)
+        self.pool.check_integrity(holders)
+        for request in requests:
+            assert request.status is not RequestStatus.FINISHED
+            assert request.num_computed_tokens < request.num_tokens
+
+    def pin(self, request: Request) -> None:
+        self.pins.append(list(request.block_table))
+        self.pool.acquire(self.pins[-1])
+
+    def finish(self, request: Request) -> None:
+        self.scheduler.remove(request, FinishReason.STOP)
+        self.check()
+
+
+def hash_free(request_id: str) -> int:
+    return 10_000 + sum(byte * 131**i for i, byte in enumerate(request_id.encode())) % 30_000
+
+
+def test_the_cursor_catches_up_in_chunks_and_then_token_by_token() -> None:
+    play = Play(budget=5)
+    a = play.add("a", 12)
+    assert [play.step() for _ in range(4)] == [{"a": 5}, {"a": 5}, {"a": 2}, {"a": 1}]
+    assert a.num_output_tokens == 2
+
+
+def test_decode_comes_first_and_prefill_takes_the_rest_of_the_budget() -> None:
+    play = Play(budget=6)
+    play.add("a", 3)
+    play.step()
+    play.add("long", 20)
+    play.add("late", 2)
+    assert play.step() == {"a": 1, "long": 5}
+    assert play.step() == {"a": 1, "long": 5}
+
+
+def test_a_step_never_exceeds_its_budget_or_its_number_of_requests() -> None:
+    play = Play(num_blocks=64, budget=7, max_requests=3)
+    for name in "abcdef":
+        play.add(name, 5, max_tokens=4)
+    for _ in range(40):
+        step = play.step()
+        assert sum(step.values()) <= 7 and len(step) <= 3
+    assert not play.scheduler.requests
+
+
+def test_waiting_requests_start_in_order_of_arrival() -> None:
+    play = Play(num_blocks=4, budget=64)
+    play.add("a", 8)
+    play.add("b", 12)  # does not fit beside a
+    play.add("c", 2)  # would fit, but came later
+    assert play.step() == {"a": 8}
+
+
+def test_a_prompt_starts_only_with_room_for_all_of_it() -> None:
+    play = Play(num_blocks=4, budget=4)
+    play.add("a", 6, max_tokens=2)
+    b = play.add("b", 12)
+    assert play.step() == {"a": 4}
+    assert play.step() == {"a": 2}
+    assert not b.block_table
+    play.step()  # a ends
+    assert play.step() == {"b": 4}
+    assert len(b.block_table) == 3
+
+
+def test_growth_preempts_the_last_come_and_loses_no_token() -> None:
+    play = Play(num_blocks=4, budget=64, caching=False)
+    a, b = play.add("a", 8), play.add("b", 7)
+    play.step()
+    b_tokens = list(b.token_ids)
+    assert play.step() == {"a": 1}  # a needs a third block, b gives up its two
+    assert b.status is RequestStatus.WAITING and not b.block_table and b.num_computed_tokens == 0
+    assert b.token_ids == b_tokens
+    play.finish(a)
+    assert play.step() == {"b": 8}  # its output token is computed again with the prompt
+    assert b.num_output_tokens == 2
+
+
+def test_a_request_preempted_after_its_turn_is_not_in_the_batch() -> None:
+    play = Play(num_blocks=4, budget=6, caching=False)
+    a = play.add("a", 8)
+    b = play.add("b", 3)
+    play.step()  # a: 6
+    play.step()  # a: 2, b: 3
+    assert b.num_output_tokens == 1
+    a.append(7)  # two tokens to catch up with, so b's decode step has its turn before a
+    assert play.step() == {"a": 2, "b": 1}
+    a.append(8)
+    a.append(9)
+    a.append(10)
+    assert play.step() == {"a": 4}
+    assert b.status is RequestStatus.WAITING
+
+
+def test_with_nobody_later_to_take_from_a_request_stalls_with_its_blocks() -> None:
+    play = Play(num_blocks=4)
+    a = play.add("a", 8)
+    play.step()
+    held = play.hold("h", 3)
+    pinned = play.pool.allocate(1)
+    assert play.scheduler.schedule() == []  # the held one is not taken from, though it came later
+    assert a.status is RequestStatus.RUNNING and len(a.block_table) == 2
+    play.pool.release(pinned)
+    assert play.step() == {"a": 1}
+    assert held.status is RequestStatus.HELD and len(held.block_table) == 1
+
+
+def test_a_victim_that_would_free_nothing_is_left_alone() -> None:
+    play = Play(num_blocks=4)
+    a, b = play.add("a", 8), play.add("b", 7)
+    play.step()
+    play.pin(b)
+    assert play.step() == {"b": 1}
+    assert a.status is RequestStatus.RUNNING and b.status is RequestStatus.RUNNING
+
+
+def test_a_prefix_hit_is_adopted_and_its_last_token_is_computed() -> None:
+    play = Play()
+    prompt = list(range(2 * BLOCK))
+    play.add("a", prompt, max_tokens=1)
+    play.step()
+    whole = play.add("same", prompt)
+    longer = play.add("longer", [*prompt, 1, 2])
+    assert play.step() == {"same": BLOCK, "longer": 2}
+    assert whole.num_local_hit_tokens == BLOCK
+    assert longer.num_local_hit_tokens == 2 * BLOCK
+    assert whole.block_table[0] == longer.block_table[0]
+
+
+def test_without_prefix_caching_nothing_is_shared() -> None:
+    play = Play(caching=False)
+    prompt = list(range(2 * BLOCK))
+    play.add("a", prompt, max_tokens=1)
+    play.step()
+    b = play.add("b", prompt)
+    assert play.step() == {"b": 2 * BLOCK}
+    assert b.num_local_hit_tokens == 0
+    assert [name for name, _ in play.reported] == ["a", "a", "b", "b"]
+
+
+def test_full_blocks_are_reported_once_and_hits_are_not_reported() -> None:
+    play = Play(num_blocks=6, budget=3)
+    a = play.add("a", 10, max_tokens=7)
+    while not a.is_finished:
+        play.step()
+    assert [block.block_hash for _, block in play.reported] == a.block_hashes[:4]  # 16 of 17 tokens are computed
+    b = play.add("b", a.token_ids[:10])
+    play.step()
+    assert b.num_local_hit_tokens == 8
+    assert len(play.reported) == 4
+
+
+def test_a_preempted_request_finds_its_blocks_again_and_reports_none_twice() -> None:
+    play = Play(num_blocks=5)
+    a, b = play.add("a", 8), play.add("b", 10)
+    play.step()
+    while b.status is RequestStatus.RUNNING:
+        play.step()
+    play.finish(a)
+    before = len(play.reported)
+    tokens = play.step()["b"]
+    assert tokens < b.num_tokens
+    assert b.num_local_hit_tokens == 0  # they were its own
+    hashes = [block.block_hash for name, block in play.reported if name == "b"]
+    assert len(set(hashes)) == len(hashes)
+    assert len(play.reported) >= before
+
+
+def test_two_requests_compute_the_same_block_at_once() -> None:
+    play = Play()
+    prompt = list(range(2 * BLOCK + 1))
+    a, b = play.add("a", prompt), play.add("b", prompt)
+    assert play.step() == {"a": 9, "b": 9}
+    assert set(a.block_table).isdisjoint(b.block_table)
+    c = play.add("c", prompt)
+    play.step()
+    assert c.block_table[:2] == a.block_table[:2]
+    for request in (a, c, b):
+        play.finish(request)
+    assert play.pool.num_free == 16
+
+
+def test_a_hold_takes_room_for_one_more_token_or_nothing() -> None:
+    play = Play(num_blocks=4)
+    held = play.hold("h", 8)
+    assert len(held.block_table) == 3 and held.status is RequestStatus.HELD
+    assert play.step() == {}
+    with pytest.raises(NoRoom):
+        play.hold("i", 4)
+    assert play.pool.num_free == 1 and "i" not in play.scheduler.requests
+    held.append(5)
+    play.scheduler.release(held)
+    assert play.step() == {"h": 9}
+
+
+def test_a_hold_is_refused_while_a_preempted_request_waits_for_that_room() -> None:
+    play = Play(num_blocks=4)
+    a, b = play.add("a", 8), play.add("b", 8)
+    play.step()
+    play.step()
+    assert b.status is RequestStatus.WAITING and play.pool.num_free == 1
+    with pytest.raises(NoRoom):
+        play.hold("h", 3)
+    play.finish(a)
+    assert play.hold("h", 3).status is RequestStatus.HELD  # 4 free, 3 set aside for b
+
+
+def test_released_requests_overtake_a_preempted_one_without_room() -> None:
+    play = Play(num_blocks=6)
+    a, b = play.add("a", 12), play.add("b", 7)
+    ready = play.hold("ready", 3)
+    play.step()
+    assert play.step() == {"a": 1}  # took a block of b's
+    assert b.status is RequestStatus.WAITING and play.pool.num_free == 1
+    play.scheduler.release(ready)
+    assert play.step() == {"a": 1, "ready": 3}
+    play.finish(a)
+    assert play.step() == {"ready": 1, "b": 4}  # the rest of b was still cached
+
+
+def test_waiting_requests_that_hold_what_others_need_do_not_deadlock() -> None:
+    play = Play(num_blocks=4, budget=64, caching=False)
+    first, second = play.hold("first", 4), play.hold("second", 4)  # two blocks each: none is free
+    for request in (first, second):
+        for token in range(5):
+            request.append(token)  # a failover brought more tokens than were held for: three blocks each
+        play.scheduler.release(request)
+    assert play.step() == {"first": 9}
+    assert not second.block_table
+    play.finish(first)
+    assert play.step() == {"second": 9}
+
+
+def test_an_older_waiting_request_with_blocks_is_not_locked_out_by_the_batch_limit() -> None:
+    play = Play(num_blocks=4, max_requests=1, caching=False)
+    older = play.hold("older", 6)
+    younger = play.add("younger", 8)
+    play.step()
+    play.scheduler.release(older)
+    assert play.step() == {"older": 6}  # younger stalls for want of a third block
+    assert younger.status is RequestStatus.RUNNING
+
+
+class Life(RuleBasedStateMachine):
+    """Requests come, are held, released, pinned and aborted between steps, in any order and at any pressure."""
+
+    @initialize(budget=st.integers(1, 20), max_requests=st.integers(1, 4), caching=st.booleans())
+    def start(self, budget: int, max_requests: int, caching: bool) -> None:
+        self.play = Play(num_blocks=8, budget=budget, max_requests=max_requests, caching=caching)
+        self.count = 0
+
+    def some(self, data: st.DataObject, *statuses: RequestStatus) -> Request | None:
+        live = [r for r in self.play.scheduler.requests.values() if not statuses or r.status in statuses]
+        return data.draw(st.sampled_from(live)) if live else None
+
+    @rule(size=st.integers(1, 20), max_tokens=st.integers(1, 12), hold=st.booleans())
+    def arrive(self, size: int, max_tokens: int, hold: bool) -> None:
+        self.count += 1
+        request = self.play.request(str(self.count), [size % 2] * size, max_tokens)  # few prompts: many hits
+        if not hold:
+            self.play.scheduler.add(request)
+            return
+        free = self.play.pool.num_free
+        try:
+            self.play.scheduler.hold(request)
+            assert len(request.block_table) * BLOCK > size
+        except NoRoom:
+            assert not request.block_table and self.play.pool.num_free == free
+
+    @rule(data=st.data(), num_tokens=st.integers(0, 11))
+    def release(self, data: st.DataObject, num_tokens: int) -> None:
+        if request := self.some(data, RequestStatus.HELD):
+            for token in range(num_tokens):
+                request.append(token)
+            self.play.scheduler.release(request)
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if request := self.some(data):
+            self.play.scheduler.remove(request, FinishReason.ABORT)
+
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        if request := self.some(data):
+            self.play.pin(request)
+
+    @rule()
+    def unpin(self) -> None:
+        if self.play.pins:
+            self.play.pool.release(self.play.pins.pop())
+
+    @rule()
+    def step(self) -> None:
+        if not self.play.step():
+            assert not self.play.step(), "an empty batch must stay empty until the caller changes something"
+
+    @invariant()
+    def books_add_up(self) -> None:
+        if hasattr(self, "play"):
+            self.play.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "play"):
+            return
+        while self.play.pins:
+            self.unpin()
+        for request in self.play.scheduler.requests.values():
+            if request.status is RequestStatus.HELD:
+                self.play.scheduler.release(request)
+        while self.play.scheduler.requests:
+            assert self.play.step(), "live requests, nothing pinned or held, and yet an empty batch"
+        assert self.play.pool.num_free == 8
+        hashes = [(name, block.block_hash) for name, block in self.play.reported]
+        assert len(set(hashes)) == len(hashes)
+
+
+Life.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestLife = Life.TestCase
