@@ -45,8 +45,8 @@ class KVLayout:
 
     def root(self) -> BlockHash:
         """The first link of every chain of this layout; `salted` keeps a tenant's chains apart from it."""
-        fields = (LAYOUT_VERSION, self.model, self.dtype, self.block_size, self.num_layers, self.num_kv_heads)
-        fields += (self.head_dim, self.tp_size, self.tp_rank, self.adapter)
+        shape = (self.block_size, self.num_layers, self.num_kv_heads, self.head_dim, self.tp_size, self.tp_rank)
+        fields = (LAYOUT_VERSION, self.model, self.dtype, *shape, self.adapter)
         text = "baton-kv\0" + "\0".join(str(field) for field in fields)
         return BlockHash(hashlib.sha256(text.encode()).digest()[:HASH_BYTES])
 

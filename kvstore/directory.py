@@ -12,9 +12,9 @@ import json
 import logging
 import time
 import typing
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import redis.asyncio
@@ -22,70 +22,14 @@ import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from kvstore import scripts
 from kvstore.blocks import BlockHash
 from kvstore.errors import DirectoryUnavailable
 
 logger = logging.getLogger(__name__)
 
 _MARKER = b"complete"  # no block has a name of eight bytes
-_CHUNK = 256  # arguments of one call inside a script; Lua's stack holds some thousands
 _PAUSE_S = 0.5  # after a time-out, look-ups fail at once for so long
-
-# ARGV: prefix, "1" for leading runs alone, number of arena ids or -1 for all, arena ids, block hashes.
-# Answers id, record, "slot,slot,,slot" for each living arena. Stops where no arena holds the next block.
-_LOCATE = """
-local prefix, leading, count = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
-local ids = {}
-if count < 0 then
-  ids, count = redis.call('SMEMBERS', prefix .. 'arenas'), 0
-else
-  for i = 1, count do ids[i] = ARGV[3 + i] end
-end
-local arenas, answer = {}, {}
-for _, id in ipairs(ids) do
-  local record = redis.call('GET', prefix .. 'arena:' .. id)
-  if record then
-    arenas[#arenas + 1] = {id = id, record = record, key = prefix .. 'arena:' .. id .. ':blocks', run = {}, open = true}
-  end
-end
-local first, goes_on = 4 + count, true
-while goes_on and first <= #ARGV do
-  local last, covered = math.min(first + 255, #ARGV), {}
-  for _, arena in ipairs(arenas) do
-    if arena.open then
-      for i, slot in ipairs(redis.call('HMGET', arena.key, unpack(ARGV, first, last))) do
-        if slot then covered[i] = true end
-        if leading and not slot then arena.open = false break end
-        arena.run[#arena.run + 1] = slot or ''
-      end
-    end
-  end
-  for i = 1, last - first + 1 do goes_on = goes_on and covered[i] end
-  first = last + 1
-end
-for _, arena in ipairs(arenas) do
-  answer[#answer + 1], answer[#answer + 2] = arena.id, arena.record
-  answer[#answer + 1] = table.concat(arena.run, ',')
-end
-return answer
-"""
-
-# KEYS: record, inventory, set of ids. ARGV: id, record, time to live in ms, marker.
-_BEAT = """
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-redis.call('SADD', KEYS[3], ARGV[1])
-if redis.call('HEXISTS', KEYS[2], ARGV[4]) == 0 then return 0 end
-return redis.call('PEXPIRE', KEYS[2], ARGV[3])
-"""
-
-# KEYS: inventory. ARGV: marker, number of hashes to drop, these, then hash and slot of each block to add.
-_UPDATE = """
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-local drops = tonumber(ARGV[2])
-for i = 3, 2 + drops do redis.call('HDEL', KEYS[1], ARGV[i]) end
-for i = 3 + drops, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
-return 1
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +75,10 @@ class Cover:
     """The leading run of blocks that all arenas hold together: for each block, one arena and the slot there."""
 
     places: tuple[tuple[str, int], ...] = ()  # (arena id, slot)
-    arenas: Mapping[str, ArenaRecord] | None = None  # those that occur in places
+    arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)  # those that occur in places
+
+
+RecordT = TypeVar("RecordT", ArenaRecord, NodeRecord)
 
 
 class Directory:
@@ -141,57 +88,214 @@ class Directory:
     not answer within `timeout_s`.
     """
 
-    def __init__(self, url: str, cluster: str = "default", timeout_s: float = 1.0) -> None: ...
+    def __init__(self, url: str, cluster: str = "default", timeout_s: float = 1.0) -> None:
+        # One retry, and only where the connection broke: after a restart of Redis every pooled one is dead.
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            url,
+            max_connections=16,
+            timeout=timeout_s,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
+        )
+        self._redis = redis.asyncio.Redis.from_pool(pool)
+        self._prefix = f"baton:{cluster}:"
+        self._timeout_s = timeout_s
+        self._paused_until_s = 0.0
+        self._locate = self._redis.register_script(scripts.LOCATE)
+        self._beat = self._redis.register_script(scripts.BEAT)
+        self._update = self._redis.register_script(scripts.UPDATE)
 
-    async def locate(
-        self, hashes: Sequence[BlockHash], arena_ids: Sequence[str] | None = None
-    ) -> dict[str, list[int]]:
-        """The slots of each living arena's leading run of `hashes`, in one round trip; arenas with none are left out."""
-        raise NotImplementedError
+    async def locate(self, hashes: Sequence[BlockHash], arena_ids: Sequence[str] | None = None) -> dict[str, list[int]]:
+        """The slots of each living arena's leading run, in one round trip; arenas with none are left out."""
+        answer = await self._look_up(hashes, arena_ids, leading=True)
+        runs = {arena_id: [slot for slot in run if slot is not None] for arena_id, (_, run) in answer.items()}
+        return {arena_id: run for arena_id, run in runs.items() if run}
 
-    async def cover(
-        self, hashes: Sequence[BlockHash], prefer: str = "", avoid: Collection[str] = ()
-    ) -> Cover:
+    async def cover(self, hashes: Sequence[BlockHash], prefer: str = "", avoid: Collection[str] = ()) -> Cover:
         """The longest leading run that can be put together from all living arenas but those of `avoid`."""
-        raise NotImplementedError
+        answer = await self._look_up(hashes, None, leading=False)
+        runs = {arena_id: run for arena_id, (_, run) in answer.items() if arena_id not in avoid}
+        places = stitch(runs, prefer)
+        return Cover(tuple(places), {arena_id: answer[arena_id][0] for arena_id in {place[0] for place in places}})
 
     async def announce(
         self, arena_id: str, blocks: Sequence[tuple[BlockHash, int]], gone: Sequence[BlockHash] = ()
     ) -> bool:
         """Adds (hash, slot) pairs to an inventory and drops `gone`. False: the inventory is lost, announce all."""
-        raise NotImplementedError
+        pairs = [item for block_hash, slot in blocks for item in (block_hash, slot)]
+        async with self._bounded():
+            answer = await self._update(keys=[self._inventory(arena_id)], args=[_MARKER, len(gone), *gone, *pairs])
+        return bool(answer)
 
     async def announce_all(self, arena_id: str, blocks: Sequence[tuple[BlockHash, int]], ttl_s: float) -> None:
-        """Replaces an arena's whole inventory."""
-        raise NotImplementedError
+        """Replaces an arena's whole inventory. The marker comes last: until then, it counts as lost."""
+        key, ttl_ms = self._inventory(arena_id), int(ttl_s * 1000)
+        async with self._bounded():
+            await self._redis.delete(key)
+        for start in range(0, len(blocks), 1000):
+            async with self._bounded(), self._redis.pipeline(transaction=True) as batch:
+                batch.hset(key, mapping={bytes(block_hash): slot for block_hash, slot in blocks[start : start + 1000]})
+                batch.pexpire(key, ttl_ms)
+                await batch.execute()
+        async with self._bounded(), self._redis.pipeline(transaction=True) as batch:
+            batch.hset(key, mapping={_MARKER: 1})
+            batch.pexpire(key, ttl_ms)
+            await batch.execute()
 
     async def heartbeat_arena(self, record: ArenaRecord, ttl_s: float) -> bool:
         """Keeps an arena alive for `ttl_s`. False: the inventory is lost, announce all."""
-        raise NotImplementedError
+        key, inventory = self._record("arena", record.arena_id), self._inventory(record.arena_id)
+        args: list[str | int | bytes] = [record.arena_id, json.dumps(asdict(record)), int(ttl_s * 1000), _MARKER]
+        async with self._bounded():
+            return bool(await self._beat(keys=[key, inventory, self._set("arena")], args=args))
 
     async def heartbeat_node(self, record: NodeRecord, ttl_s: float) -> None:
         """Keeps a node alive for `ttl_s`."""
-        raise NotImplementedError
+        async with self._bounded(), self._redis.pipeline(transaction=True) as batch:
+            batch.set(self._record("node", record.node_id), json.dumps(asdict(record)), px=int(ttl_s * 1000))
+            batch.sadd(self._set("node"), record.node_id)
+            await batch.execute()
 
     async def remove_node(self, node_id: str, incarnation: str = "") -> None:
         """Forgets a node; with an incarnation, only if it is that one."""
-        raise NotImplementedError
+        key = self._record("node", node_id)
+        async with self._bounded():
+            record = parse_record(NodeRecord, await self._redis.get(key)) if incarnation else None
+            if record is None or record.incarnation == incarnation:
+                await self._redis.delete(key)
 
     async def remove_arena(self, arena_id: str) -> None:
         """Forgets an arena and what it held."""
-        raise NotImplementedError
+        async with self._bounded(), self._redis.pipeline(transaction=True) as batch:
+            batch.delete(self._record("arena", arena_id), self._inventory(arena_id))
+            batch.srem(self._set("arena"), arena_id)
+            await batch.execute()
 
     async def nodes(self) -> list[NodeRecord]:
         """All living nodes. A record that cannot be read is left out."""
-        raise NotImplementedError
+        return await self._records("node", NodeRecord)
 
     async def arenas(self) -> list[ArenaRecord]:
-        """All living arenas."""
-        raise NotImplementedError
+        """All living arenas. A record that cannot be read is left out."""
+        return await self._records("arena", ArenaRecord)
 
     async def ping(self) -> None:
         """Returns when Redis answers."""
-        raise NotImplementedError
+        async with self._bounded():
+            await self._redis.ping()
 
     async def close(self) -> None:
         """Closes the connections. Never raises."""
+        try:
+            await self._redis.aclose()
+        except (redis.exceptions.RedisError, OSError) as error:
+            logger.debug("event=directory_close error=%r", error)
+
+    def _set(self, kind: str) -> str:
+        return f"{self._prefix}{kind}s"
+
+    def _record(self, kind: str, record_id: str) -> str:
+        return f"{self._prefix}{kind}:{record_id}"
+
+    def _inventory(self, arena_id: str) -> str:
+        return f"{self._prefix}arena:{arena_id}:blocks"
+
+    async def _records(self, kind: str, cls: type[RecordT]) -> list[RecordT]:
+        async with self._bounded():
+            ids = sorted(_text(member) for member in await self._redis.smembers(self._set(kind)))
+            texts = await self._redis.mget([self._record(kind, record_id) for record_id in ids]) if ids else []
+            dead = [record_id for record_id, text in zip(ids, texts, strict=True) if text is None]
+            if dead:  # their time to live ran out; one that comes back adds itself again
+                await self._redis.srem(self._set(kind), *dead)
+        return [record for text in texts if (record := parse_record(cls, text)) is not None]
+
+    async def _look_up(
+        self, hashes: Sequence[BlockHash], arena_ids: Sequence[str] | None, leading: bool
+    ) -> dict[str, tuple[ArenaRecord, list[int | None]]]:
+        """Each living arena's record and slots from the first block on. One round trip, or none where that is vain."""
+        if not hashes or arena_ids == []:
+            return {}
+        if time.monotonic() < self._paused_until_s:
+            raise DirectoryUnavailable("Redis timed out a moment ago")
+        ids = [-1] if arena_ids is None else [len(arena_ids), *arena_ids]
+        async with self._bounded():
+            answer = await self._locate(args=[self._prefix, int(leading), *ids, *hashes])
+        arenas = {}
+        for text, run in zip(answer[1::3], answer[2::3], strict=True):
+            record = parse_record(ArenaRecord, text)
+            if record is not None:
+                arenas[record.arena_id] = (record, parse_run(run))
+        return arenas
+
+    @asynccontextmanager
+    async def _bounded(self) -> AsyncIterator[None]:
+        """Maps every failure of Redis to `DirectoryUnavailable`, within the time-out."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
+        except (TimeoutError, redis.exceptions.TimeoutError) as error:
+            # A Redis that hangs must not cost each request its time-out.
+            self._paused_until_s = time.monotonic() + _PAUSE_S
+            raise DirectoryUnavailable(f"Redis did not answer within {self._timeout_s} s") from error
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise DirectoryUnavailable(f"Redis: {error}") from error
+
+
+def parse_record(cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
+    """A record out of its JSON; None where a field is missing or of another type. Unknown fields are let pass."""
+    try:
+        data = json.loads(text or b"null")
+    except ValueError:
+        return None
+    if not isinstance(data, dict):
+        return None
+    values: dict[str, Any] = {}
+    for name, expected in typing.get_type_hints(cls).items():
+        if name in data:
+            value = float(data[name]) if expected is float and type(data[name]) is int else data[name]
+            if type(value) is not expected:
+                return None
+            values[name] = value
+    try:
+        return cls(**values)
+    except TypeError:  # a field without a default is missing
+        return None
+
+
+def parse_run(text: bytes) -> list[int | None]:
+    """`b"3,,5"` -> `[3, None, 5]`; what is no slot number is a hole."""
+    return [int(item) if item.isdigit() else None for item in text.split(b",")] if text else []
+
+
+def stitch(runs: Mapping[str, Sequence[int | None]], prefer: str = "") -> list[tuple[str, int]]:
+    """For each block of the leading run of all arenas together, one arena and its slot.
+
+    `runs[arena]` has a slot or None for each block. The preferred arena wherever it holds the block; else the one
+    that was used for the block before; else the one that goes on longest from here: few arenas, few requests.
+    """
+    places: list[tuple[str, int]] = []
+    current = prefer
+    while True:
+        at = len(places)
+        for arena_id in (prefer, current):
+            if _run_length(runs.get(arena_id, ()), at, 1):
+                break
+        else:
+            arena_id = max(runs, key=lambda name: _run_length(runs[name], at), default="")
+        slot = runs[arena_id][at] if _run_length(runs.get(arena_id, ()), at, 1) else None
+        if slot is None:
+            return places
+        places.append((arena_id, slot))
+        current = arena_id
+
+
+def _run_length(run: Sequence[int | None], start: int, limit: int = 1 << 30) -> int:
+    end = start
+    while end < len(run) and end - start < limit and run[end] is not None:
+        end += 1
+    return end - start
+
+
+def _text(value: bytes | str) -> str:
+    return value if isinstance(value, str) else value.decode(errors="replace")

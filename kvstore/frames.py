@@ -1,0 +1,223 @@
+"""The wire: what stores and their clients say to each other, as bytes. Pure; knows no socket.
+
+Each message is one frame: a header (magic, version, kind, status, count, request id), fixed fields of its kind, then
+`count` items of fixed size. The answer to `Get` is followed by one frame of raw bytes for each block that was found.
+Everything read is checked: what breaks the format, or a limit, is a `BadFrame` and nothing else.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from kvstore.arena import Reservation, Written
+from kvstore.blocks import BlockHash
+from kvstore.errors import BadFrame
+
+MAGIC = b"BATN"
+VERSION = 1
+MAX_BLOCKS = 4096  # in one message
+_HEADER = struct.Struct("<4sBBHIQ")  # magic, version, kind, status, count, request id
+_IDS = struct.Struct("<16s16s")  # arena and writer; 32 hex digits each everywhere else
+_NO_SLOT = 0xFFFFFFFF
+
+MAX_FRAME_BYTES = _HEADER.size + _IDS.size + MAX_BLOCKS * 28  # of every frame but the payloads
+
+
+class Status(enum.IntEnum):
+    OK = 0
+    STALE = 1  # the message is for an arena that is no more
+    FULL = 2
+
+
+@dataclass(frozen=True)
+class Message:
+    """What all messages share; `request_id` ties an answer to its question."""
+
+    request_id: int
+
+    kind: ClassVar[int]
+    fixed: ClassVar[struct.Struct] = struct.Struct("")
+    item: ClassVar[struct.Struct]
+
+    def encode(self) -> bytes:
+        """The message's frame. ValueError when it is over a limit."""
+        items = list(self._items())
+        if len(items) > MAX_BLOCKS:
+            raise ValueError(f"{len(items)} blocks in one message; at most {MAX_BLOCKS}")
+        head = _HEADER.pack(MAGIC, VERSION, self.kind, self._status(), len(items), self.request_id)
+        return b"".join([head, self.fixed.pack(*self._fixed()), *(self.item.pack(*item) for item in items)])
+
+    def _status(self) -> Status:
+        return Status.OK
+
+    def _fixed(self) -> tuple[Any, ...]:
+        return ()
+
+    def _items(self) -> Iterable[tuple[Any, ...]]:
+        raise NotImplementedError
+
+    @classmethod
+    def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Reserve(Message):
+    """Writer to store: slots for these blocks."""
+
+    arena_id: str
+    writer_id: str
+    hashes: Sequence[BlockHash]
+
+    kind = 1
+    fixed = _IDS
+    item = struct.Struct("<16s")
+
+    def _fixed(self) -> tuple[Any, ...]:
+        return bytes.fromhex(self.arena_id), bytes.fromhex(self.writer_id)
+
+    def _items(self) -> Iterable[tuple[Any, ...]]:
+        return ((block_hash,) for block_hash in self.hashes)
+
+    @classmethod
+    def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
+        return cls(request_id, fixed[0].hex(), fixed[1].hex(), [BlockHash(item[0]) for item in items])
+
+
+@dataclass(frozen=True)
+class Reserved(Message):
+    """Store to writer: for each block its slot, or None where nothing is to be written."""
+
+    status: Status
+    reservations: Sequence[Reservation | None] = ()
+
+    kind = 2
+    item = struct.Struct("<IQ")
+
+    def _status(self) -> Status:
+        return self.status
+
+    def _items(self) -> Iterable[tuple[Any, ...]]:
+        return ((_NO_SLOT, 0) if item is None else (item.slot, item.generation) for item in self.reservations)
+
+    @classmethod
+    def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
+        return cls(request_id, status, [None if item[0] == _NO_SLOT else Reservation(*item) for item in items])
+
+
+@dataclass(frozen=True)
+class Commit(Message):
+    """Writer to store: these slots are filled."""
+
+    arena_id: str
+    writer_id: str
+    written: Sequence[Written]
+
+    kind = 3
+    fixed = _IDS
+    item = struct.Struct("<IQQ")
+
+    def _fixed(self) -> tuple[Any, ...]:
+        return bytes.fromhex(self.arena_id), bytes.fromhex(self.writer_id)
+
+    def _items(self) -> Iterable[tuple[Any, ...]]:
+        return ((item.slot, item.generation, item.checksum) for item in self.written)
+
+    @classmethod
+    def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
+        return cls(request_id, fixed[0].hex(), fixed[1].hex(), [Written(*item) for item in items])
+
+
+@dataclass(frozen=True)
+class Committed(Message):
+    """Store to writer: how many of the blocks are now ready."""
+
+    status: Status
+    num_blocks: int = 0
+
+    kind = 4
+    fixed = struct.Struct("<I")
+    item = struct.Struct("")
+
+    def _status(self) -> Status:
+        return self.status
+
+    def _fixed(self) -> tuple[Any, ...]:
+        return (self.num_blocks,)
+
+    def _items(self) -> Iterable[tuple[Any, ...]]:
+        return ()
+
+    @classmethod
+    def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
+        return cls(request_id, status, *fixed)
+
+
+@dataclass(frozen=True)
+class Get(Message):
+    """Reader to store: send these blocks."""
+
+    hashes: Sequence[BlockHash]
+
+    kind = 5
+    item = struct.Struct("<16s")
+
+    def _items(self) -> Iterable[tuple[Any, ...]]:
+        return ((block_hash,) for block_hash in self.hashes)
+
+    @classmethod
+    def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
+        return cls(request_id, [BlockHash(item[0]) for item in items])
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """What a payload frame has to be. A length of 0: the block is not there, and no frame follows for it."""
+
+    key: BlockHash
+    length: int  # bytes
+    checksum: int  # xxh3_64
+
+
+@dataclass(frozen=True)
+class Got(Message):
+    """Store to reader: for each block what its frame holds; then come the frames."""
+
+    blocks: Sequence[BlockInfo]
+
+    kind = 6
+    item = struct.Struct("<16sIQ")
+
+    def _items(self) -> Iterable[tuple[Any, ...]]:
+        return ((item.key, item.length, item.checksum) for item in self.blocks)
+
+    @classmethod
+    def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
+        return cls(request_id, [BlockInfo(BlockHash(item[0]), *item[1:]) for item in items])
+
+
+_KINDS: dict[int, type[Message]] = {cls.kind: cls for cls in (Reserve, Reserved, Commit, Committed, Get, Got)}
+
+
+def decode(frame: bytes | memoryview) -> Message:
+    """The message in a frame of any origin. `BadFrame` when it is not exactly one."""
+    if not _HEADER.size <= len(frame) <= MAX_FRAME_BYTES:
+        raise BadFrame(f"frame of {len(frame)} bytes")
+    magic, version, kind, status, count, request_id = _HEADER.unpack_from(frame)
+    if magic != MAGIC or version != VERSION:
+        raise BadFrame(f"magic {magic!r}, version {version}")
+    cls = _KINDS.get(kind)
+    if cls is None or status not in _STATUSES or count > MAX_BLOCKS:
+        raise BadFrame(f"kind {kind}, status {status}, count {count}")
+    items_at = _HEADER.size + cls.fixed.size
+    if len(frame) != items_at + count * cls.item.size:
+        raise BadFrame(f"{cls.__name__} of {count} items in {len(frame)} bytes")
+    items = cls.item.iter_unpack(frame[items_at:]) if cls.item.size else iter(())
+    return cls._build(request_id, Status(status), cls.fixed.unpack_from(frame, _HEADER.size), items)
+
+
+_STATUSES = frozenset(Status)
