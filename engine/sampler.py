@@ -1,0 +1,157 @@
+"""Chooses a token: a pure function of (logits, tokens so far, params, seed, position), so that a request goes on
+unchanged on another node, in another batch and after a preemption. Knows no generator, no state and no engine.
+
+Randomness is counter-based: one uniform number for each (seed, position), from splitmix64. It is looked up in the
+distribution's cumulative sum over token ids. That sum is not sorted by probability, because two tokens of nearly
+equal probability would then change places, and with them the text, on the last bit of a logit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.request import OutputToken, SamplingParams
+
+MASK_64 = 2**64 - 1
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+NUCLEUS_START = 1024  # tokens sorted at first; a nucleus is rarely larger
+
+
+@dataclass(frozen=True)
+class SampleInput:
+    """What a token depends on besides its logits."""
+
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]  # also those of an earlier node before a failover
+    params: SamplingParams
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the token is the argmax of the raw logits and nothing else is asked for."""
+        params = self.params
+        return (
+            params.temperature == 0.0
+            and params.logprobs is None
+            and len(self.output_ids) >= params.min_tokens
+            and not _has_penalties(params)
+        )
+
+
+def sample_batch(logits: Tensor, inputs: Sequence[SampleInput], eos_token_ids: Sequence[int]) -> list[OutputToken]:
+    """One token for each row of `logits`, float32 `[R, vocab]`. The same as `sample` of each row by itself."""
+    greedy: list[int] = logits.argmax(-1).tolist() if any(each.is_plain_greedy for each in inputs) else []
+    return [
+        OutputToken(greedy[row])
+        if each.is_plain_greedy
+        else sample(logits[row], each.prompt_ids, each.output_ids, each.params, eos_token_ids)
+        for row, each in enumerate(inputs)
+    ]
+
+
+def sample(
+    logits: Tensor,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    params: SamplingParams,
+    eos_token_ids: Sequence[int],
+) -> OutputToken:
+    """The next token of one request. `logits` is float32 `[vocab]` and is left as it is.
+
+    In this order: penalties, min_tokens, temperature, top_k, top_p, min_p. Temperature 0 is greedy; of equal logits
+    the lowest id wins. Log probabilities are of the raw logits.
+    """
+    scores = logits
+    if _has_penalties(params):
+        scores = _penalised(scores, prompt_ids, output_ids, params)
+    if len(output_ids) < params.min_tokens:
+        scores = _without(scores, (*eos_token_ids, *params.stop_token_ids))
+    if params.temperature == 0.0:
+        token_id = int(scores.argmax())
+    else:
+        token_id = _draw(scores, params, uniform(params.seed, len(prompt_ids) + len(output_ids)))
+    return _output_token(token_id, logits, params.logprobs)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for each (seed, position): 53 bits of splitmix64 (Steele, Lea and Flood, 2014).
+
+    The seed is mixed once by itself, or else seeds that differ by the gamma would give one sequence, shifted.
+    """
+    return (_mix(_mix(seed) + position * GOLDEN_GAMMA) >> 11) * 2.0**-53
+
+
+def _mix(state: int) -> int:
+    z = (state + GOLDEN_GAMMA) & MASK_64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK_64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK_64
+    return z ^ (z >> 31)
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _penalised(scores: Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int], params: SamplingParams) -> Tensor:
+    """Repetition counts prompt and output (as transformers), presence and frequency the output alone (as OpenAI)."""
+    scores = scores.clone()
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*prompt_ids, *output_ids}), dtype=torch.int64, device=scores.device)
+        old = scores[seen]
+        scores[seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+    counts = Counter(output_ids)
+    ids = torch.tensor(list(counts), dtype=torch.int64, device=scores.device)
+    times = torch.tensor(list(counts.values()), dtype=scores.dtype, device=scores.device)
+    scores[ids] -= params.presence_penalty + params.frequency_penalty * times
+    return scores
+
+
+def _without(scores: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """Ids that the vocabulary lacks are passed over: a client may name any stop id."""
+    known = [token_id for token_id in token_ids if 0 <= token_id < scores.shape[0]]
+    return scores.index_fill(0, torch.tensor(known, dtype=torch.int64, device=scores.device), -math.inf)
+
+
+def _draw(scores: Tensor, params: SamplingParams, u: float) -> int:
+    """Each filter is a lower bound for the logits, so ties with the last token that is kept are kept, too."""
+    scores = scores.double()
+    scores = (scores - scores.max()) / params.temperature  # the largest is 0: nothing overflows
+    if 0 < params.top_k < scores.shape[0]:
+        scores = _cut(scores, scores.topk(params.top_k).values[-1])
+    if params.top_p < 1.0:
+        scores = _cut(scores, _nucleus_bound(scores, params.top_p))
+    if params.min_p > 0.0:
+        scores = _cut(scores, math.log(params.min_p))
+    cumulative = scores.exp().cumsum(0)
+    # The first token whose sum is beyond u. A token of probability 0 adds nothing and so is never the first.
+    index = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
+    return min(int(index), scores.shape[0] - 1)  # logits that are not numbers have no such token
+
+
+def _cut(scores: Tensor, bound: Tensor | float) -> Tensor:
+    return scores.masked_fill(scores < bound, -math.inf)
+
+
+def _nucleus_bound(scores: Tensor, top_p: float) -> Tensor:
+    """The smallest logit of the smallest set of most likely tokens whose probabilities sum up to `top_p`."""
+    total = scores.logsumexp(0)
+    size = min(NUCLEUS_START, scores.shape[0])
+    while True:
+        top = scores.topk(size).values  # sorted, largest first
+        reached = (top - total).exp().cumsum(0) >= top_p
+        if bool(reached[-1]) or size == scores.shape[0]:
+            return top[int(reached.int().argmax()) if bool(reached[-1]) else -1]
+        size = min(8 * size, scores.shape[0])
+
+
+def _output_token(token_id: int, logits: Tensor, num_top: int | None) -> OutputToken:
+    if num_top is None:
+        return OutputToken(token_id)
+    logprobs = logits.log_softmax(0)
+    values, ids = logprobs.topk(min(num_top, logits.shape[0]))
+    return OutputToken(token_id, float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
