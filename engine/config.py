@@ -97,7 +97,7 @@ class ModelConfig:
 class EngineConfig:
     """How to run a model. Zero means "work it out"."""
 
-    dtype: str = "auto"  # "auto": the checkpoint's
+    dtype: str = "auto"  # "auto": float32 on a CPU, the checkpoint's elsewhere
     device: str = "cpu"
     block_size: int = 16  # tokens
     num_blocks: int = 0  # 0: as many as fit into kv_cache_bytes
@@ -111,9 +111,14 @@ class EngineConfig:
 
 def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:
     """The meaning of this engine's blocks, with dtype "auto" resolved. Raises `UnsupportedModel` for an unknown one."""
+    dtype = engine.dtype
+    if dtype == "auto":
+        # In half precision the last bit of a logit hangs on how a prompt was cut into chunks, and one token in a few
+        # hundred hangs on that bit. Few CPUs are faster in it, so they rather give the same text on every path.
+        dtype = "float32" if engine.device == "cpu" else model.dtype
     return KVLayout(
         model=model.digest,
-        dtype=model.dtype if engine.dtype == "auto" else _dtype(engine.dtype),
+        dtype=_dtype(dtype),
         block_size=engine.block_size,
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,37 +20,6 @@ from engine.request import OutputToken, SamplingParams
 MASK_64 = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 NUCLEUS_START = 1024  # tokens sorted at first; a nucleus is rarely larger
-
-
-@dataclass(frozen=True)
-class SampleInput:
-    """What a token depends on besides its logits."""
-
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]  # also those of an earlier node before a failover
-    params: SamplingParams
-
-    @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the token is the argmax of the raw logits and nothing else is asked for."""
-        params = self.params
-        return (
-            params.temperature == 0.0
-            and params.logprobs is None
-            and len(self.output_ids) >= params.min_tokens
-            and not _has_penalties(params)
-        )
-
-
-def sample_batch(logits: Tensor, inputs: Sequence[SampleInput], eos_token_ids: Sequence[int]) -> list[OutputToken]:
-    """One token for each row of `logits`, float32 `[R, vocab]`. The same as `sample` of each row by itself."""
-    greedy: list[int] = logits.argmax(-1).tolist() if any(each.is_plain_greedy for each in inputs) else []
-    return [
-        OutputToken(greedy[row])
-        if each.is_plain_greedy
-        else sample(logits[row], each.prompt_ids, each.output_ids, each.params, eos_token_ids)
-        for row, each in enumerate(inputs)
-    ]
 
 
 def sample(
