@@ -1,0 +1,48 @@
+"""What can go wrong in the router. The first three reach a client, as the status beside them; the rest is retried.
+
+RouterError
+├── InvalidRequest      INVALID_ARGUMENT; names the field and the limit
+├── ClusterBusy         RESOURCE_EXHAUSTED; every node that could take the request refused it
+├── ClusterUnavailable  UNAVAILABLE; no node is alive, or none could finish the request
+├── LegFailed           a node died, hung or broke off in the middle of a leg; the request goes on elsewhere
+└── LegRefused          a node has no room for a leg now, or is draining; another one is asked
+"""
+
+from __future__ import annotations
+
+
+class RouterError(Exception):
+    """Root of this package's errors."""
+
+
+class InvalidRequest(RouterError):
+    """A field of a request is missing or out of its range."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class ClusterBusy(RouterError):
+    """There are nodes, but none of them has room."""
+
+
+class ClusterUnavailable(RouterError):
+    """There is no node that the request could go to."""
+
+
+class LegFailed(RouterError):
+    """A leg ended before its time. `is_down`: the process does not answer at all, so nobody should call it."""
+
+    def __init__(self, node_id: str, problem: str, is_down: bool) -> None:
+        super().__init__(f"{node_id}: {problem}")
+        self.node_id = node_id
+        self.is_down = is_down
+
+
+class LegRefused(RouterError):
+    """A node would not start a leg. Nothing was spent."""
+
+    def __init__(self, node_id: str, problem: str) -> None:
+        super().__init__(f"{node_id}: {problem}")
+        self.node_id = node_id

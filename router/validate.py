@@ -1,0 +1,190 @@
+"""Checks a client's request before anything is spent on it. Pure: knows no tokenizer and no cluster.
+
+What needs the model (the prompt's length in tokens, token ids within the vocabulary) is checked once it is known, by
+`check_tokens`. Bytes off the wire are parsed here too, because a text that is no UTF-8 must name its field.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError, Message
+
+from batonpb import common_pb2, inference_pb2
+from router.errors import InvalidRequest
+
+MAX_REQUEST_ID_CHARS = 128
+MAX_ROLE_CHARS = 64
+MAX_STOP_IDS = 16
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that a request may have; both in bytes."""
+
+    max_message_bytes: int = 16 * 2**20
+    max_prompt_bytes: int = 4 * 2**20  # of a text prompt in UTF-8, or of all of a chat's messages together
+
+
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request whose shape is sound. Exactly one of `text`, `token_ids` and `messages` is set."""
+
+    request_id: str  # empty: the router makes one
+    sampling: common_pb2.SamplingParams  # seed and max_tokens may still be unset
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    messages: tuple[tuple[str, str], ...] | None = None  # (role, content)
+
+
+def parse(body: bytes, limits: Limits) -> inference_pb2.GenerateRequest:
+    """The message in `body`. Raises `InvalidRequest` for one that is too large, no UTF-8 or no such message."""
+    size, most = len(body), limits.max_message_bytes
+    _check(size <= most, "message", f"{most} bytes at most, got {size}")
+    try:
+        request: inference_pb2.GenerateRequest = inference_pb2.GenerateRequest.FromString(body)
+    except DecodeError:
+        for field in _invalid_texts(body):
+            raise InvalidRequest(field, "must be valid UTF-8") from None
+        raise InvalidRequest("message", "is no baton.v1.GenerateRequest") from None
+    return request
+
+
+def check(request: inference_pb2.GenerateRequest, limits: Limits, model: str) -> CheckedRequest:
+    """A sound request, or `InvalidRequest`. `model` is the served name."""
+    _check(request.model in ("", model), "model", f"{model!r} is the model served here, got {request.model[:128]!r}")
+    length = len(request.request_id)
+    _check(length <= MAX_REQUEST_ID_CHARS, "request_id", f"{MAX_REQUEST_ID_CHARS} characters at most, got {length}")
+    check_sampling(request.sampling)
+    sampling = common_pb2.SamplingParams()
+    sampling.CopyFrom(request.sampling)
+    prompt = _check_prompt(request, limits)
+    return CheckedRequest(request.request_id, sampling, **prompt)
+
+
+def check_sampling(sampling: common_pb2.SamplingParams) -> None:
+    """Ranges of `SamplingParams`. A value that is not a number is in no range."""
+
+    def check(name: str, ok: bool, limit: str) -> None:
+        if sampling.HasField(name):
+            _check(ok, f"sampling.{name}", f"must be {limit}, got {getattr(sampling, name):.6g}")
+
+    check("temperature", 0.0 <= sampling.temperature <= 2.0, "in [0, 2]")
+    check("top_k", sampling.top_k >= 0, "at least 0")
+    check("top_p", 0.0 < sampling.top_p <= 1.0, "in (0, 1]")
+    check("min_p", 0.0 <= sampling.min_p <= 1.0, "in [0, 1]")
+    check("repetition_penalty", 0.0 < sampling.repetition_penalty <= 2.0, "in (0, 2]")
+    check("presence_penalty", -2.0 <= sampling.presence_penalty <= 2.0, "in [-2, 2]")
+    check("frequency_penalty", -2.0 <= sampling.frequency_penalty <= 2.0, "in [-2, 2]")
+    check("max_tokens", sampling.max_tokens >= 1, "at least 1")
+    check("logprobs", sampling.logprobs <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]")
+    if sampling.HasField("max_tokens"):
+        _check_min_tokens(sampling)
+    count = len(sampling.stop_token_ids)
+    _check(count <= MAX_STOP_IDS, "sampling.stop_token_ids", f"{MAX_STOP_IDS} ids at most, got {count}")
+    _check(len(sampling.stop) <= MAX_STOPS, "sampling.stop", f"{MAX_STOPS} strings at most, got {len(sampling.stop)}")
+    for stop in sampling.stop:
+        _check(1 <= len(stop) <= MAX_STOP_CHARS, "sampling.stop", f"1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
+
+
+def check_tokens(
+    token_ids: list[int], sampling: common_pb2.SamplingParams, max_model_len: int, vocab_size: int
+) -> common_pb2.SamplingParams:
+    """`sampling` with max_tokens set to what the model's length leaves at most. Raises `InvalidRequest`."""
+    room = max_model_len - len(token_ids)
+    _check(len(token_ids) > 0, "prompt", "must not be empty")
+    limit = f"{max_model_len - 1} tokens at most (the model takes {max_model_len}, and one must be left to put out)"
+    _check(room >= 1, "prompt", f"{limit}, got {len(token_ids)}")
+    _check_vocabulary("prompt", token_ids, vocab_size)
+    _check_vocabulary("sampling.stop_token_ids", list(sampling.stop_token_ids), vocab_size)
+    bounded = common_pb2.SamplingParams()
+    bounded.CopyFrom(sampling)
+    bounded.max_tokens = min(sampling.max_tokens, room) if sampling.HasField("max_tokens") else room
+    _check_min_tokens(bounded)
+    return bounded
+
+
+def _check_prompt(request: inference_pb2.GenerateRequest, limits: Limits) -> dict[str, Any]:
+    kind = request.WhichOneof("prompt")
+    if kind == "text":
+        _check(bool(request.text), "prompt.text", "must not be empty")
+        _check_bytes("prompt.text", len(request.text.encode()), limits)
+        return {"text": request.text}
+    if kind == "tokens":
+        _check(bool(request.tokens.token_ids), "prompt.tokens", "must not be empty")
+        return {"token_ids": tuple(request.tokens.token_ids)}
+    if kind == "chat":
+        messages = tuple((message.role, message.content) for message in request.chat.messages)
+        _check(bool(messages), "prompt.chat.messages", "must not be empty")
+        roles_fit = all(1 <= len(role) <= MAX_ROLE_CHARS for role, _ in messages)
+        _check(roles_fit, "prompt.chat.messages.role", f"must have 1 to {MAX_ROLE_CHARS} characters")
+        _check_bytes("prompt.chat", sum(len(content.encode()) for _, content in messages), limits)
+        return {"messages": messages}
+    raise InvalidRequest("prompt", "one of text, tokens and chat must be set")
+
+
+def _check_bytes(field: str, size: int, limits: Limits) -> None:
+    _check(size <= limits.max_prompt_bytes, field, f"{limits.max_prompt_bytes} bytes at most, got {size}")
+
+
+def _check_min_tokens(sampling: common_pb2.SamplingParams) -> None:
+    got, most = sampling.min_tokens, sampling.max_tokens
+    _check(got <= most, "sampling.min_tokens", f"must be in [0, {most}] (max_tokens, or what is left), got {got}")
+
+
+def _check_vocabulary(field: str, token_ids: list[int], vocab_size: int) -> None:
+    largest = max(token_ids, default=0)
+    _check(largest < vocab_size, field, f"token ids must be below {vocab_size} (the vocabulary), got {largest}")
+
+
+def _check(ok: bool, field: str, problem: str) -> None:
+    if not ok:
+        raise InvalidRequest(field, problem)
+
+
+def _invalid_texts(body: bytes) -> Iterator[str]:
+    """Paths of the fields of a GenerateRequest in `body` that hold no UTF-8."""
+    try:
+        message = _bytes_twin().FromString(body)
+    except DecodeError:
+        return
+    yield from _not_utf8(message)
+
+
+def _not_utf8(message: Message) -> Iterator[str]:
+    for field, value in message.ListFields():
+        for item in value if field.is_repeated else (value,):
+            if isinstance(item, Message):
+                yield from (f"{field.name}.{path}" for path in _not_utf8(item))
+            elif isinstance(item, bytes) and not _is_utf8(item):
+                yield field.name
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@functools.cache
+def _bytes_twin() -> type[Message]:
+    """GenerateRequest with `bytes` in the place of each `string`: the same on the wire, and never refused for UTF-8."""
+    pool = descriptor_pool.DescriptorPool()
+    for module in (common_pb2, inference_pb2):
+        file = descriptor_pb2.FileDescriptorProto()
+        module.DESCRIPTOR.CopyToProto(file)
+        for field in (field for message in file.message_type for field in message.field):
+            if field.type == field.TYPE_STRING:
+                field.type = field.TYPE_BYTES
+        pool.Add(file)
+    twin: type[Message] = message_factory.GetMessageClass(pool.FindMessageTypeByName("baton.v1.GenerateRequest"))
+    return twin
