@@ -1,0 +1,265 @@
+"""The engine: requests in, one step at a time, tokens and full blocks out. Knows no network, no clock but for speed.
+
+Not thread safe, but for `export_blocks`: one thread owns an engine (see `engine.loop`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig, ModelConfig, kv_layout
+from engine.errors import InvalidRequest, NoRoom, UnknownRequest
+from engine.kv_cache import TORCH_DTYPES, KVCache
+from engine.model import Transformer
+from engine.request import (
+    EngineLoad,
+    FinishReason,
+    OutputToken,
+    Request,
+    RequestOutput,
+    RequestStatus,
+    SamplingParams,
+)
+from engine.runner import Runner
+from engine.scheduler import Chunk, Scheduler
+from engine.speed import SpeedMeter
+from engine.weights import load_model
+from kvstore.blocks import Payload
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """One model, its KV cache and the requests that are being computed."""
+
+    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, model: Transformer) -> None:
+        self.config = engine_config
+        self.layout = kv_layout(model_config, engine_config)
+        self.vocab_size = model_config.vocab_size
+        num_blocks = engine_config.num_blocks or engine_config.kv_cache_bytes // self.layout.block_bytes
+        self.max_model_len = _max_model_len(model_config, engine_config, num_blocks)
+        self._eos_token_ids = frozenset(model_config.eos_token_ids)
+        self._pool = BlockPool(num_blocks)
+        self._scheduler = Scheduler(
+            self._pool,
+            engine_config.block_size,
+            engine_config.max_num_batched_tokens,
+            engine_config.max_num_requests,
+            engine_config.enable_prefix_caching,
+        )
+        self._cache = KVCache(self.layout, num_blocks, torch.device(engine_config.device))
+        self._runner = Runner(model, self._cache.tensor, model_config.eos_token_ids)
+        self._pins: Counter[int] = Counter()
+        self._speed = SpeedMeter()
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, engine_config: EngineConfig) -> Engine:
+        """An engine for a Hugging Face folder. Raises `UnsupportedModel`."""
+        model_config = ModelConfig.from_pretrained(folder)
+        dtype = TORCH_DTYPES[kv_layout(model_config, engine_config).dtype]
+        model = load_model(folder, model_config, dtype, torch.device(engine_config.device))
+        return cls(model_config, engine_config, model)
+
+    # --- requests ---
+
+    def check(self, request: Request) -> None:
+        """Raises `InvalidRequest` for a request that this engine could never run."""
+        if not request.num_prompt_tokens:
+            raise InvalidRequest("prompt", "must have at least one token")
+        if request.block_size != self.layout.block_size:
+            raise InvalidRequest("block_size", f"must be {self.layout.block_size}, got {request.block_size}")
+        self._check_tokens("prompt", request.token_ids)
+        self._check_length("prompt", request.num_tokens)
+
+    def add(self, request: Request, hold: bool = False) -> None:
+        """Takes a request in: to the queue, or, with `hold`, with blocks for all its tokens and one more at once.
+
+        A held request is in no step until `release`, and nobody takes its blocks. Raises `InvalidRequest`, and with
+        `hold` also `NoRoom`; then nothing is kept.
+        """
+        self.check(request)
+        if request.request_id in self._scheduler.requests:
+            raise InvalidRequest("request_id", f"{request.request_id!r} is taken by a live request")
+        if hold:
+            self._scheduler.hold(request)
+        else:
+            self._scheduler.add(request)
+
+    def import_blocks(self, request_id: str, payloads: Sequence[Payload]) -> int:
+        """Adopts blocks that were computed elsewhere, right behind what a held request has; returns how many.
+
+        Stops at the first that is not valid, and before the block of the last token, which must be computed.
+        """
+        request = self._held(request_id)
+        first = request.num_computed_tokens // self.layout.block_size
+        end = (request.num_tokens - 1) // self.layout.block_size
+        adopted = 0
+        for block_id, payload in zip(request.block_table[first:end], payloads, strict=False):
+            # The copy comes first, the question after it: the payload's slot may be given to another at any time.
+            if not self._cache.write(block_id, payload.view) or not payload.is_valid():
+                break
+            self._scheduler.advance(request, self.layout.block_size)
+            request.num_store_hit_tokens += self.layout.block_size
+            adopted += 1
+        return adopted
+
+    def release(self, request_id: str, tokens: Sequence[int] = ()) -> None:
+        """Lets a held request run, behind `tokens` that were sampled elsewhere. Raises `InvalidRequest` for those."""
+        request = self._held(request_id)
+        self._check_tokens("tokens", tokens)
+        self._check_length("tokens", request.num_tokens + len(tokens))
+        for token_id in tokens:
+            request.append(token_id)
+        self._scheduler.release(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request in any status and frees its blocks; full computed ones stay cached. Unknown: nothing to do."""
+        request = self._scheduler.requests.get(request_id)
+        if request is not None:
+            self._scheduler.remove(request, FinishReason.ABORT)
+
+    def request(self, request_id: str) -> Request:
+        """A live request. Raises `UnknownRequest`."""
+        try:
+            return self._scheduler.requests[request_id]
+        except KeyError:
+            raise UnknownRequest(request_id) from None
+
+    # --- steps ---
+
+    def has_work(self) -> bool:
+        """Whether a request is waiting or running; held ones are the caller's turn."""
+        return any(request.status is not RequestStatus.HELD for request in self._scheduler.requests.values())
+
+    def step(self) -> list[RequestOutput]:
+        """Schedules, computes, samples; one output for each request of the step.
+
+        Full blocks come pinned: whoever takes an output gives them back with `unpin`. Empty: nothing can run until the
+        caller adds, releases, aborts or unpins something.
+        """
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return []
+        started = time.perf_counter()
+        tokens = self._runner.run(chunks)
+        self._speed.observe(chunks, time.perf_counter() - started)
+        return [self._advance(chunk, token) for chunk, token in zip(chunks, tokens, strict=True)]
+
+    def _advance(self, chunk: Chunk, token: OutputToken | None) -> RequestOutput:
+        request = chunk.request
+        full_blocks = self._scheduler.advance(request, chunk.num_tokens)
+        self._pin([block.block_id for block in full_blocks])
+        finish_reason = None
+        if token is not None:
+            request.append(token.token_id)
+            request.num_new_tokens += 1
+            finish_reason = self._finish_reason(request)
+            if finish_reason is not None:
+                self._scheduler.remove(request, finish_reason)
+        tokens = () if token is None else (token,)
+        return RequestOutput(request.request_id, tokens, tuple(full_blocks), finish_reason)
+
+    def _finish_reason(self, request: Request) -> FinishReason | None:
+        params, token_id = request.params, request.token_ids[-1]
+        is_end = token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
+        if is_end and request.num_output_tokens > params.min_tokens:
+            return FinishReason.STOP
+        if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self.max_model_len:
+            return FinishReason.LENGTH
+        if request.handoff_after is not None and request.num_new_tokens >= request.handoff_after:
+            return FinishReason.HANDOFF
+        return None
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
+        """The output tokens of each prompt, run to their ends together. For tests and offline use."""
+        root, block_size = self.layout.root(), self.layout.block_size
+        requests = [
+            Request(f"generate-{index}", list(prompt), len(prompt), params, root, block_size)
+            for index, prompt in enumerate(prompts)
+        ]
+        for request in requests:
+            self.add(request)
+        while not all(request.is_finished for request in requests):
+            outputs = self.step()
+            if not outputs:
+                raise NoRoom("the blocks that these prompts need are held or pinned by others")
+            for output in outputs:
+                self.unpin([block.block_id for block in output.full_blocks])
+        return [request.token_ids[request.num_prompt_tokens :] for request in requests]
+
+    # --- blocks that leave ---
+
+    def export_blocks(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> None:
+        """Copies pinned blocks out, each to its destination of `block_bytes` bytes. Any thread may call this."""
+        loose = [block_id for block_id in block_ids if not self._pins[block_id]]
+        if loose:
+            raise ValueError(f"blocks {loose} are not pinned: their bytes may change at any time")
+        self._cache.read(block_ids, destinations)
+
+    def unpin(self, block_ids: Sequence[int]) -> None:
+        """Gives back the pins that `RequestOutput.full_blocks` came with, one for each time a block was reported."""
+        loose = Counter(block_ids) - self._pins
+        if loose:
+            raise ValueError(f"blocks {sorted(loose)} are not pinned that often")
+        self._pins -= Counter(block_ids)
+        self._pool.release(block_ids)
+
+    def _pin(self, block_ids: Sequence[int]) -> None:
+        self._pool.acquire(block_ids)
+        self._pins.update(block_ids)
+
+    # --- questions ---
+
+    def load(self) -> EngineLoad:
+        """A snapshot for heartbeats."""
+        requests = self._scheduler.requests.values()
+        num_running = sum(request.status is RequestStatus.RUNNING for request in requests)
+        return EngineLoad(
+            num_running=num_running,
+            num_waiting=len(requests) - num_running,
+            queued_prefill_tokens=sum(max(0, r.num_prompt_tokens - r.num_computed_tokens) for r in requests),
+            free_blocks=self._pool.num_free,
+            total_blocks=self._pool.num_blocks,
+            prefill_tokens_per_s=self._speed.prefill_tokens_per_s,
+            decode_step_s=self._speed.decode_step_s,
+        )
+
+    def check_integrity(self) -> None:
+        """Adds up the books: each block's references are its requests and its pins. Raises `AssertionError`."""
+        holders = Counter(self._pins)
+        for request in self._scheduler.requests.values():
+            assert request.num_computed_tokens < request.num_tokens, f"{request.request_id} has nothing left to compute"
+            assert len(request.block_table) * self.layout.block_size >= request.num_computed_tokens, request.request_id
+            holders.update(request.block_table)
+        self._pool.check_integrity(holders)
+
+    def _held(self, request_id: str) -> Request:
+        request = self.request(request_id)
+        if request.status is not RequestStatus.HELD:
+            raise UnknownRequest(f"{request_id} is not held, it is {request.status.value}")
+        return request
+
+    def _check_tokens(self, field: str, token_ids: Sequence[int]) -> None:
+        if token_ids and not (0 <= min(token_ids) and max(token_ids) < self.vocab_size):
+            raise InvalidRequest(field, f"token ids must be in [0, {self.vocab_size}), the model's vocabulary")
+
+    def _check_length(self, field: str, num_tokens: int) -> None:
+        if num_tokens + 1 > self.max_model_len:
+            limit = f"at most {self.max_model_len - 1} tokens, for {self.max_model_len} is the longest with its output"
+            raise InvalidRequest(field, f"must be {limit}, got {num_tokens}")
+
+
+def _max_model_len(model: ModelConfig, config: EngineConfig, num_blocks: int) -> int:
+    """A request alone must always fit into the pool: otherwise it could wait for ever."""
+    wanted = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    room = num_blocks * config.block_size
+    if room < wanted:
+        logger.warning("event=max_model_len_capped wanted=%d to=%d num_blocks=%d", wanted, room, num_blocks)
+    return min(wanted, room)
