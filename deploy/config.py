@@ -1,0 +1,117 @@
+"""What a cluster is to be: the options of `baton serve` as one frozen value, checked once. Plain data, without Ray.
+
+Also where a cluster keeps its files. Every name is derived from the cluster's own random id, so that two clusters
+on one machine share nothing and a clean-up can only ever remove its own.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_NODES = 256
+MAX_STORE_DIR = 70  # characters: an ipc socket's path may have 107, and a few follow the folder's
+MAX_TEMP_DIR = 24  # characters: Ray's sockets lie some 75 characters deeper
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class DeployError(Exception):
+    """What keeps a cluster from starting, running or stopping, in one line for the person at the terminal."""
+
+
+class ConfigError(DeployError):
+    """An option is out of its range; names the option and the limit."""
+
+
+def parse_bytes(text: str) -> int:
+    """ "512M", "2GiB", "1.5g" or "1048576" as bytes; units are powers of 1024. Raises `ConfigError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
+    if match is None:
+        raise ConfigError(f"{text!r} is no amount of memory; write it like 512M or 2G")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """One cluster. Zero and "" mean "work it out"; `..._bytes` are for each node, the store's for each machine."""
+
+    model_dir: Path
+    prefill: int = 1
+    decode: int = 1
+    both: int = 0
+    routers: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0
+    cluster: str = "default"
+    redis_url: str = ""  # "": an embedded Redis
+    ray_address: str = ""  # "": an own Ray on this machine
+    served_model_name: str = ""  # "": the model folder's name
+    dtype: str = "auto"
+    block_size: int = 16  # tokens
+    kv_bytes: int = 256 * 2**20
+    store_bytes: int = 256 * 2**20
+    store_base: Path = Path("/dev/shm")
+    max_model_len: int = 0
+    max_num_batched_tokens: int = 512
+    max_num_requests: int = 64
+    num_threads: int = 0  # 0: the machine's cores shared out among its nodes
+    prefill_hosts: tuple[str, ...] = ()  # addresses or names of Ray machines; (): any
+    decode_hosts: tuple[str, ...] = ()
+    start_timeout_s: float = 300.0
+    stop_timeout_s: float = 15.0
+    log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        def check(option: str, ok: bool, limit: str) -> None:
+            if not ok:
+                raise ConfigError(f"{option} must be {limit}")
+
+        counts = (self.prefill, self.decode, self.both)
+        check("--prefill, --decode and --both", min(counts) >= 0, "0 or more")
+        check("nodes", 1 <= sum(counts) <= MAX_NODES, f"between 1 and {MAX_NODES}, got {sum(counts)}")
+        check("--decode", self.both > 0 or self.decode > 0, "1 or more where there is no --both node")
+        check("--routers", 1 <= self.routers <= MAX_NODES, f"between 1 and {MAX_NODES}, got {self.routers}")
+        check("--port", 0 <= self.port <= 65535, f"between 0 and 65535, got {self.port}")
+        check("--block-size", 1 <= self.block_size <= 1024, f"between 1 and 1024 tokens, got {self.block_size}")
+        check("--kv-memory", self.kv_bytes >= 2**20, f"1M or more, got {self.kv_bytes} bytes")
+        check("--store-memory", self.store_bytes >= 2**20, f"1M or more, got {self.store_bytes} bytes")
+        check("--max-model-len", self.max_model_len >= 0, f"0 or more, got {self.max_model_len}")
+        check("--max-batched-tokens", self.max_num_batched_tokens >= 1, "1 or more")
+        check("--max-requests", self.max_num_requests >= 1, "1 or more")
+        check("--num-threads", self.num_threads >= 0, f"0 or more, got {self.num_threads}")
+        name_ok = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.cluster) is not None
+        check("--cluster", name_ok, f"1 to 64 letters, digits, '.', '_' or '-', got {self.cluster!r}")
+        base = str(self.store_base)
+        check("--store-dir", len(base) <= MAX_STORE_DIR - 24, f"{MAX_STORE_DIR - 24} characters at most, got {base!r}")
+        check("--ray-address", not self.ray_address.startswith("ray://"), "host:port of a Ray that this machine is in")
+        check("the model", self.model_dir.is_dir(), f"a Hugging Face folder; there is no folder {self.model_dir}")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model_dir.resolve().name
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """One role a node, in the order in which they are placed."""
+        return ("prefill",) * self.prefill + ("decode",) * self.decode + ("both",) * self.both
+
+
+def temp_base() -> Path:
+    """Where a launcher's own folder goes: the usual place for temporary files, unless its path is too long."""
+    base = Path(tempfile.gettempdir())
+    return base if len(str(base)) <= MAX_TEMP_DIR else Path("/tmp")
+
+
+def cluster_dir(cluster_id: str) -> Path:
+    """A launcher's own folder: Redis, Ray's session."""
+    return temp_base() / f"baton-{cluster_id}"
+
+
+def machine_dir(base: Path, cluster_id: str, ray_node_id: str) -> Path:
+    """A machine's own folder: its arena, its sockets, its servers' start times.
+
+    The machine's id is a part of it because two machines may see one file system.
+    """
+    return base / f"baton-{cluster_id}-{ray_node_id[:8]}"

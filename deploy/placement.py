@@ -1,0 +1,79 @@
+"""Which node goes to which machine, with how many threads and how much of a GPU. Pure: machines in, placements out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deploy.config import ClusterConfig, ConfigError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One Ray machine. `address` is what others reach it by; `cores` and `gpus` are whole numbers."""
+
+    ray_node_id: str
+    address: str
+    name: str
+    cores: int
+    gpus: int = 0
+
+    @property
+    def label(self) -> str:
+        """Nodes and arenas of one label share memory. Two machines may have one name, hence Ray's id."""
+        return self.ray_node_id[:8]
+
+
+@dataclass(frozen=True)
+class Placement:
+    node_id: str  # "prefill-0"
+    role: str
+    machine: Machine
+    num_threads: int
+    num_gpus: float  # 0.0: the node runs on the CPU
+
+
+def place(config: ClusterConfig, machines: Sequence[Machine]) -> list[Placement]:
+    """Spreads each role over the machines that it may use, always to the one with the fewest nodes for its size.
+
+    Where any machine has GPUs, only those that have some get nodes. Raises `ConfigError` where a role has no machine.
+    """
+    nodes_on: Counter[str] = Counter()
+    role_on: Counter[tuple[str, str]] = Counter()
+    chosen: list[tuple[str, str, Machine]] = []
+    for index, role in enumerate(config.roles):
+        machine = min(
+            _allowed(config, role, machines),
+            key=lambda m: (role_on[role, m.ray_node_id], nodes_on[m.ray_node_id] / (m.gpus or max(1, m.cores))),
+        )
+        chosen.append((f"{role}-{config.roles[:index].count(role)}", role, machine))
+        nodes_on[machine.ray_node_id] += 1
+        role_on[role, machine.ray_node_id] += 1
+    return [
+        Placement(
+            node_id=node_id,
+            role=role,
+            machine=machine,
+            num_threads=config.num_threads or max(1, machine.cores // nodes_on[machine.ray_node_id]),
+            num_gpus=gpu_share(nodes_on[machine.ray_node_id], machine.gpus),
+        )
+        for node_id, role, machine in chosen
+    ]
+
+
+def gpu_share(nodes: int, gpus: int) -> float:
+    """How much of a GPU each of `nodes` on one machine asks for, so that all of them fit: a whole one, or 1/n."""
+    if gpus == 0 or nodes == 0:
+        return 0.0
+    return 1.0 / -(-nodes // gpus)
+
+
+def _allowed(config: ClusterConfig, role: str, machines: Sequence[Machine]) -> Sequence[Machine]:
+    names = {"prefill": config.prefill_hosts, "decode": config.decode_hosts}.get(role, ())
+    unknown = set(names) - {m.address for m in machines} - {m.name for m in machines}
+    if unknown:
+        known = ", ".join(m.address for m in machines)
+        raise ConfigError(f"--{role}-hosts: no Ray machine {', '.join(sorted(unknown))}; there are: {known}")
+    allowed = [m for m in machines if not names or m.address in names or m.name in names]
+    return [m for m in allowed if m.gpus] or allowed

@@ -1,0 +1,154 @@
+"""How `baton status` and `baton down` find a running `baton serve`: a state file and a lock beside it.
+
+The lock is the kernel's: it is held exactly as long as the serving process lives, so a file that a killed process
+left behind is never taken for a cluster, and a process that got its pid later is never signalled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from deploy.config import DeployError
+
+CLAIM_ATTEMPTS = 5
+CLUSTER_ID = r"[0-9a-f]{8}"
+
+
+class AlreadyServing(DeployError):
+    """Another process serves from this state folder."""
+
+
+@dataclass(frozen=True)
+class ServeState:
+    """What others need to know of a running cluster. Its folders on this machine lie in `bases`."""
+
+    pid: int
+    start_ticks: int  # of that pid: with it, a pid names one process for ever
+    cluster: str
+    cluster_id: str
+    model: str
+    redis_url: str
+    routers: tuple[str, ...] = ()  # empty until it is ready
+    bases: tuple[str, ...] = ()
+
+
+def default_state_dir() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "baton"
+
+
+def start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 where there is no such process. Source: proc(5), stat."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(text[text.rindex(")") + 2 :].split()[19])
+
+
+class StateDir:
+    """One cluster's state: `serve.json` (readable by its owner alone: the Redis URL may hold a password) and a lock."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = folder / "serve.json"
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Makes this process the one that serves from here. Raises `AlreadyServing`."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (self._folder / "lock").open("w")
+        for attempt in range(CLAIM_ATTEMPTS):  # `alive` of another process holds the lock for an instant
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt + 1 == CLAIM_ATTEMPTS:
+                    lock.close()
+                    raise AlreadyServing(
+                        f"a cluster is already served from {self._folder}: "
+                        "stop it with `baton down`, or use another --state-dir"
+                    ) from None
+                time.sleep(0.05)
+        self._lock = lock
+        self.sweep()
+
+    def write(self, state: ServeState) -> None:
+        part = self._file.with_suffix(".part")
+        part.touch(mode=0o600)
+        part.write_text(json.dumps(dataclasses.asdict(state)))
+        part.replace(self._file)
+
+    def read(self) -> ServeState | None:
+        try:
+            fields = json.loads(self._file.read_text())
+            return ServeState(**fields | {key: tuple(fields[key]) for key in ("routers", "bases")})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def alive(self) -> bool:
+        """Whether a process holds the lock."""
+        try:
+            with (self._folder / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def running(self) -> ServeState:
+        """The state of the cluster that is up. Raises `DeployError` where none is."""
+        state = self.read()
+        if state is None or not self.alive():
+            raise DeployError(f"no cluster is up (looked in {self._folder}); start one with `baton serve MODEL`")
+        return state
+
+    def ask_to_stop(self, timeout_s: float) -> None:
+        """Sends SIGTERM to the serving process and waits for its end. Raises `DeployError` when it does not come."""
+        state = self.running()
+        if start_ticks(state.pid) != state.start_ticks:
+            raise DeployError(f"pid {state.pid} is not the process that wrote {self._file}; nothing was signalled")
+        os.kill(state.pid, signal.SIGTERM)
+        deadline = time.monotonic() + timeout_s
+        while self.alive():
+            if time.monotonic() > deadline:
+                raise DeployError(f"the cluster (pid {state.pid}) did not stop within {timeout_s:.0f} s")
+            time.sleep(0.05)
+
+    def sweep(self) -> list[Path]:
+        """Removes the state and the folders of a process that was killed before it could; returns what went.
+
+        Call it only while no process serves from here.
+        """
+        state = self.read()
+        gone = [folder for base in state.bases for folder in folders_of(state.cluster_id, Path(base))] if state else []
+        for folder in gone:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._file.unlink(missing_ok=True)
+        return gone
+
+    def release(self) -> None:
+        """Idempotent: forgets the state, then gives the lock back."""
+        if self._lock is not None:
+            self._file.unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+
+def folders_of(cluster_id: str, base: Path) -> list[Path]:
+    """The folders that a cluster made in `base`; none where the id is not one that a cluster can have."""
+    if re.fullmatch(CLUSTER_ID, cluster_id) is None:
+        return []
+    found = [*base.glob(f"baton-{cluster_id}"), *base.glob(f"baton-{cluster_id}-*")]
+    return [folder for folder in found if folder.is_dir() and not folder.is_symlink()]

@@ -1,0 +1,244 @@
+"""What a cluster is to be and where its parts go: options and their limits, placement, state, clean-up by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import POCKET
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.actors import FREE_RESTARTS, MAX_BACKOFF_S, StartLog, backoff_s
+from deploy.config import ClusterConfig, ConfigError, DeployError, machine_dir, parse_bytes
+from deploy.placement import Machine, gpu_share, place
+from deploy.processes import command, end_all, is_running, processes_of
+from deploy.state import AlreadyServing, ServeState, StateDir, folders_of, start_ticks
+
+ID = "0123abcd"
+
+
+def cluster_config(**options: Any) -> ClusterConfig:
+    return ClusterConfig(**({"model_dir": POCKET} | options))
+
+
+def machines(count: int, cores: int = 8, gpus: int = 0) -> list[Machine]:
+    return [Machine(f"{n:056x}", f"10.0.0.{n + 1}", f"host-{n}", cores, gpus) for n in range(count)]
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1048576", 2**20),
+        ("512M", 512 * 2**20),
+        ("2GiB", 2 * 2**30),
+        ("1.5g", 3 * 2**29),
+        ("64 kb", 65536),
+        ("1t", 2**40),
+    ],
+)
+def test_parse_bytes(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1M", "1X", "1 2", "1e9", "nan"])
+def test_parse_bytes_refuses(text: str) -> None:
+    with pytest.raises(ConfigError, match="write it like 512M"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prefill": -1}, "--prefill"),
+        ({"prefill": 0, "decode": 0}, "between 1 and 256"),
+        ({"prefill": 2, "decode": 0}, "--decode must be 1 or more"),
+        ({"routers": 0}, "--routers"),
+        ({"port": 70000}, "between 0 and 65535, got 70000"),
+        ({"block_size": 0}, "--block-size"),
+        ({"kv_bytes": 5}, "--kv-memory"),
+        ({"store_bytes": 5}, "--store-memory"),
+        ({"num_threads": -1}, "--num-threads"),
+        ({"cluster": "a b"}, "--cluster"),
+        ({"ray_address": "ray://a:10001"}, "--ray-address"),
+        ({"store_base": Path("/" + "x" * 60)}, "--store-dir"),
+        ({"model_dir": Path("/nowhere")}, "no folder /nowhere"),
+    ],
+)
+def test_option_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cluster_config(**options)
+
+
+def test_names_and_roles() -> None:
+    config = cluster_config(prefill=1, decode=2, both=1)
+    assert config.roles == ("prefill", "decode", "decode", "both")
+    assert config.model_name == "pocket"
+    assert cluster_config(served_model_name="mine").model_name == "mine"
+
+
+def test_machines_that_share_a_file_system_have_folders_of_their_own() -> None:
+    first, second = (machine_dir(Path("/dev/shm"), ID, node_id) for node_id in ("a" * 56, "b" * 56))
+    assert first != second
+    assert len(str(first / "control")) < 107
+
+
+# --- placement ---
+
+
+def test_each_role_is_spread_over_machines() -> None:
+    placements = place(cluster_config(prefill=2, decode=2), machines(2))
+    on = {(p.role, p.machine.address) for p in placements}
+    assert on == {(role, address) for role in ("prefill", "decode") for address in ("10.0.0.1", "10.0.0.2")}
+    assert [p.node_id for p in placements] == ["prefill-0", "prefill-1", "decode-0", "decode-1"]
+
+
+def test_one_of_each_goes_to_two_machines() -> None:
+    prefill, decode = place(cluster_config(), machines(2))
+    assert prefill.machine != decode.machine
+    assert (prefill.num_threads, decode.num_threads) == (8, 8)
+
+
+def test_cores_are_shared_out() -> None:
+    assert {p.num_threads for p in place(cluster_config(prefill=2, decode=2), machines(1, cores=2))} == {1}
+    assert {p.num_threads for p in place(cluster_config(prefill=1, decode=1), machines(1, cores=9))} == {4}
+    assert {p.num_threads for p in place(cluster_config(num_threads=3), machines(1))} == {3}
+
+
+@pytest.mark.parametrize("pin", ["10.0.0.2", "host-1"])
+def test_roles_can_be_pinned(pin: str) -> None:
+    config = cluster_config(prefill=2, decode=1, prefill_hosts=(pin,), decode_hosts=("10.0.0.1",))
+    assert [p.machine.name for p in place(config, machines(2))] == ["host-1", "host-1", "host-0"]
+
+
+def test_pin_to_an_unknown_machine() -> None:
+    with pytest.raises(ConfigError, match=r"--decode-hosts: no Ray machine elsewhere; there are: 10.0.0.1, 10.0.0.2"):
+        place(cluster_config(decode_hosts=("elsewhere",)), machines(2))
+
+
+def test_nodes_go_where_gpus_are() -> None:
+    mixed = [*machines(1), dataclasses.replace(machines(2, gpus=4)[1])]
+    placements = place(cluster_config(prefill=2, decode=2), mixed)
+    assert {p.machine.name for p in placements} == {"host-1"}
+    assert {p.num_gpus for p in placements} == {1.0}
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_shares_of_gpus_fit(nodes: int, gpus: int) -> None:
+    share = gpu_share(nodes, gpus)
+    assert 0 < share <= 1
+    assert int(1 / share + 1e-9) * gpus >= nodes
+    assert gpu_share(nodes, 0) == 0
+
+
+@given(st.integers(0, 5), st.integers(1, 5), st.integers(1, 7))
+def test_placement_is_whole_and_even(prefill: int, decode: int, count: int) -> None:
+    placements = place(cluster_config(prefill=prefill, decode=decode), machines(count))
+    assert len({p.node_id for p in placements}) == prefill + decode
+    for role in ("prefill", "decode"):
+        on = [sum(p.role == role and p.machine == m for p in placements) for m in machines(count)]
+        assert max(on) - min(on) <= 1
+
+
+# --- crash loops ---
+
+
+def test_backoff_grows_and_is_forgotten() -> None:
+    waits = [backoff_s([100.0] * crashes, 101.0) for crashes in range(12)]
+    assert waits[: FREE_RESTARTS + 1] == [0.0] * (FREE_RESTARTS + 1)
+    assert waits[FREE_RESTARTS + 1 : FREE_RESTARTS + 4] == [0.5, 1.0, 2.0]
+    assert waits[-1] == MAX_BACKOFF_S
+    assert backoff_s([100.0] * 12, 1000.0) == 0.0
+
+
+def test_start_log(tmp_path: Path) -> None:
+    log = StartLog(tmp_path / "machine" / "prefill-0.starts")
+    assert log.read() == []
+    log.add(1.5)
+    log.add(2.25)
+    assert log.read() == [1.5, 2.25]
+
+
+# --- state ---
+
+
+def state_of(pid: int, **fields: Any) -> ServeState:
+    return ServeState(pid, start_ticks(pid), "default", ID, "pocket", "unix:///x", **fields)
+
+
+def test_state_is_found_while_it_is_claimed(tmp_path: Path) -> None:
+    mine, other = StateDir(tmp_path / "state"), StateDir(tmp_path / "state")
+    assert not other.alive()
+    mine.claim()
+    assert other.alive()
+    with pytest.raises(DeployError, match="no cluster is up"):
+        other.running()
+    state = state_of(os.getpid(), routers=("127.0.0.1:1",))
+    mine.write(state)
+    assert other.running() == state
+    assert stat.S_IMODE((tmp_path / "state" / "serve.json").stat().st_mode) == 0o600
+    with pytest.raises(AlreadyServing, match="baton down"):
+        other.claim()
+    mine.release()
+    mine.release()
+    assert not other.alive()
+    assert other.read() is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": 1}', '{"routers": 5, "bases": []}'])
+def test_damaged_state_is_no_state(tmp_path: Path, text: str) -> None:
+    (tmp_path / "serve.json").write_text(text)
+    assert StateDir(tmp_path).read() is None
+
+
+def test_only_the_process_that_wrote_the_state_is_signalled(tmp_path: Path) -> None:
+    mine = StateDir(tmp_path)
+    mine.claim()
+    mine.write(dataclasses.replace(state_of(os.getpid()), start_ticks=1))
+    with pytest.raises(DeployError, match="nothing was signalled"):
+        StateDir(tmp_path).ask_to_stop(1.0)
+    mine.release()
+
+
+def test_sweep_takes_what_a_killed_cluster_left_and_nothing_else(tmp_path: Path) -> None:
+    for name in (f"baton-{ID}", f"baton-{ID}-aaaabbbb", "baton-ffffffff", f"other-{ID}"):
+        (tmp_path / name).mkdir()
+    state_dir = StateDir(tmp_path / "state")
+    state_dir.claim()
+    state_dir.write(state_of(os.getpid(), bases=(str(tmp_path),)))
+    assert state_dir._lock is not None
+    state_dir._lock.close()  # as the kernel does when a process is killed
+    assert {path.name for path in StateDir(tmp_path / "state").sweep()} == {f"baton-{ID}", f"baton-{ID}-aaaabbbb"}
+    assert {path.name for path in tmp_path.iterdir()} == {"state", "baton-ffffffff", f"other-{ID}"}
+
+
+@pytest.mark.parametrize("cluster_id", ["", "*", "../..", "0123ABCD", "0123abcd*"])
+def test_sweep_believes_no_strange_id(tmp_path: Path, cluster_id: str) -> None:
+    (tmp_path / "baton-ffffffff").mkdir()
+    assert folders_of(cluster_id, tmp_path) == []
+
+
+# --- processes ---
+
+
+def test_processes_are_found_by_what_they_inherited() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={"BATON_TEST": ID})
+    try:
+        assert processes_of("BATON_TEST", ID) == [child.pid]
+        assert is_running(child.pid)
+        assert command(child.pid).startswith("python")
+        assert end_all([child.pid], wait_s=0.1) == []
+        assert child.wait() != 0
+    finally:
+        child.kill()
+        child.wait()
+    assert not is_running(child.pid)
