@@ -6,12 +6,34 @@ over ZeroMQ, many blocks a request.
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import xxhash
+import zmq.asyncio
+
+from kvstore.arena import Reservation, Written
 from kvstore.blocks import BlockHash, Payload
-from kvstore.directory import ArenaRecord, Directory
+from kvstore.channel import Answer, Channel
+from kvstore.directory import ArenaRecord, Cover, Directory
+from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
+from kvstore.frames import MAX_BLOCKS, Get, Got
+from kvstore.local import LocalArena, StorePaths, to_end
+
+logger = logging.getLogger(__name__)
+
+Write = Callable[[Sequence[int], Sequence[memoryview]], None]
+
+_REQUEST_BYTES = 32 << 20  # of one answer: what a reader has to hold at a time beyond what it keeps
+_MIN_BYTES_PER_S = 100e6  # a slower transfer counts as broken
+_AVOID_S = 5.0  # a store that did not answer is left alone for so long
+_IDLE_S = 60.0  # a connection that nobody used for so long is closed when the next one is made
 
 
 @dataclass(frozen=True)
@@ -27,38 +49,249 @@ class Match:
         return len(self.hashes)
 
 
+@dataclass(frozen=True)
+class ReceivedPayload:
+    """A block that came over the wire, checked, in memory of its own."""
+
+    view: memoryview
+
+    def is_valid(self) -> bool:
+        return True
+
+
+@dataclass
+class _Remote:
+    """The connection to another machine's store."""
+
+    channel: Channel
+    used_at_s: float
+
+
 class KVClient:
     """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; with None all
-    goes over the wire and nothing is published."""
+    goes over the wire and nothing is published. `timeout_s` bounds each wait for a store, plus what the bytes take.
+    """
 
-    def __init__(self, directory: Directory, slot_bytes: int, local_dir: Path | None) -> None: ...
+    def __init__(self, directory: Directory, slot_bytes: int, local_dir: Path | None, timeout_s: float = 2.0) -> None:
+        self._directory = directory
+        self._slot_bytes = slot_bytes
+        self._paths = None if local_dir is None else StorePaths(local_dir)
+        self._timeout_s = timeout_s
+        self._context = zmq.asyncio.Context()
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy")
+        self._local: LocalArena | None = None
+        self._local_stamp: tuple[int, int] | None = None  # of the description that self._local came from
+        self._publish_after_s = 0.0
+        self._publishing: set[asyncio.Task[int]] = set()
+        self._remotes: dict[str, _Remote] = {}  # by arena id
+        self._avoided: dict[str, float] = {}  # arena id -> until when
+        self._troubles: set[str] = set()  # what was logged and has not ended
 
     @property
     def local_arena_id(self) -> str:
         """Id of the mapped arena; "" while there is none."""
-        raise NotImplementedError
+        local = self._mapped()
+        return "" if local is None else local.arena_id
 
     async def open(self) -> None:
         """Maps the arena if the store is up; a store that comes later is found by later calls."""
+        self._mapped()
 
     async def close(self) -> None:
         """Waits for copies under way, then lets go of everything."""
+        await asyncio.gather(*self._publishing, return_exceptions=True)
+        await asyncio.to_thread(self._copier.shutdown)
+        self._retire()
+        for remote in self._remotes.values():
+            remote.channel.close()
+        self._remotes.clear()
+        self._context.destroy(linger=0)
 
     async def match(self, hashes: Sequence[BlockHash]) -> Match:
         """The leading run of `hashes` that the directory knows of. Never raises; empty when Redis is away."""
-        raise NotImplementedError
+        now = time.monotonic()
+        self._avoided = {arena_id: until for arena_id, until in self._avoided.items() if until > now}
+        try:
+            cover = await self._directory.cover(hashes, self.local_arena_id, self._avoided.keys())
+        except DirectoryUnavailable as error:
+            self._begin_trouble("directory", error)
+            cover = Cover()
+        else:
+            self._troubles.discard("directory")
+        return Match(tuple(hashes[: len(cover.places)]), cover.places, cover.arenas)
 
     async def fetch(self, match: Match) -> list[Payload]:
         """The leading run of `match` that could be had, in order. Never raises; failures shorten the run."""
-        raise NotImplementedError
+        found: dict[int, Payload] = {}
+        remote: dict[str, list[int]] = {}
+        local = self._mapped()
+        for index, (arena_id, slot) in enumerate(match.places):
+            if local is None or arena_id != local.arena_id:
+                remote.setdefault(arena_id, []).append(index)
+                continue
+            payload = local.map.read(slot, match.hashes[index], time.monotonic_ns())
+            if payload is None:
+                break  # the run ends here, whatever others hold of the rest
+            found[index] = payload
+        runs = [self._fetch_from(match.arenas[arena_id], match, indices) for arena_id, indices in remote.items()]
+        for got in await asyncio.gather(*runs):
+            found.update(got)
+        payloads: list[Payload] = []
+        while len(payloads) in found:
+            payloads.append(found[len(payloads)])
+        return payloads
 
-    async def publish(
-        self, hashes: Sequence[BlockHash], write: Callable[[Sequence[int], Sequence[memoryview]], None]
-    ) -> int:
+    async def publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
         """Stores blocks; returns how many were committed (those already present do not count).
 
         `write(indices, views)` is called on a thread with the indices into `hashes` of the blocks to write and as
         many writable views of `slot_bytes`. `publish` does not end before `write` has, not even when cancelled, so
         what `write` reads may be freed afterwards. Only errors of `write` itself are raised.
         """
-        raise NotImplementedError
+        task = asyncio.create_task(self._publish(hashes, write))
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
+        await to_end(task)
+        return task.result()
+
+    async def _publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
+        num_committed = 0
+        for start in range(0, len(hashes), MAX_BLOCKS):
+            local = self._mapped()
+            if local is None or time.monotonic() < self._publish_after_s:
+                break
+            try:
+                num_committed += await self._publish_part(local, hashes[start : start + MAX_BLOCKS], start, write)
+                self._troubles.discard("publish")
+            except ArenaFull as error:
+                self._begin_trouble("publish", error)
+                break
+            except ArenaUnavailable as error:
+                self._begin_trouble("publish", error)
+                self._publish_after_s = time.monotonic() + self._timeout_s
+                break
+        return num_committed
+
+    async def _publish_part(self, local: LocalArena, hashes: Sequence[BlockHash], start: int, write: Write) -> int:
+        """Reserve, copy, commit. A failure in between retires `local`: its slots go back once no copy is under way."""
+        is_whole = False
+        try:
+            reservations = await local.reserve(hashes)
+            todo = [(start + i, item) for i, item in enumerate(reservations) if item is not None]
+            num_committed = 0
+            if todo:
+                copying = asyncio.get_running_loop().run_in_executor(self._copier, _copy, local, todo, write)
+                await to_end(copying)
+                num_committed = await local.commit(copying.result())
+            is_whole = True
+            return num_committed
+        except ArenaFull:
+            is_whole = True
+            raise
+        finally:
+            if not is_whole:
+                self._retire(local)
+
+    def _mapped(self) -> LocalArena | None:
+        """This machine's arena, mapped anew when the store has another one. Costs one stat."""
+        if self._paths is None:
+            return None
+        try:
+            status = self._paths.description.stat()
+            stamp = (status.st_ino, status.st_mtime_ns)
+            if self._local is None or stamp != self._local_stamp:
+                self._retire()
+                self._local = self._open_local(self._paths)
+                self._local_stamp = stamp
+        except (OSError, ValueError, ArenaUnavailable) as error:
+            self._begin_trouble("map", error)
+            self._retire()
+        return self._local
+
+    def _open_local(self, paths: StorePaths) -> LocalArena:
+        local = LocalArena(paths, self._context, self._timeout_s)
+        if local.map.slot_bytes != self._slot_bytes:
+            local.retire()
+            raise ValueError(f"the store's slots have {local.map.slot_bytes} bytes, blocks {self._slot_bytes}")
+        self._troubles.discard("map")
+        logger.info("event=arena_mapped arena=%s slots=%d", local.arena_id, local.map.num_slots)
+        return local
+
+    def _retire(self, local: LocalArena | None = None) -> None:
+        """Gives up the mapped arena, or `local`. The next call maps what is there then."""
+        local = local or self._local
+        if local is not None:
+            local.retire()
+        if local is self._local:
+            self._local = None
+
+    async def _fetch_from(self, record: ArenaRecord, match: Match, indices: Sequence[int]) -> dict[int, Payload]:
+        """Blocks of one other arena, by index; the leading run of `indices` that could be had."""
+        found: dict[int, Payload] = {}
+        step = max(1, min(MAX_BLOCKS, _REQUEST_BYTES // self._slot_bytes))
+        for start in range(0, len(indices), step):
+            part = indices[start : start + step]
+            hashes = [match.hashes[index] for index in part]
+            timeout_s = self._timeout_s + len(part) * self._slot_bytes / _MIN_BYTES_PER_S
+            try:
+                answer = await self._remote(record).request(partial(Get, hashes=hashes), timeout_s)
+                payloads = check_blocks(answer, hashes, self._slot_bytes)
+            except (ArenaUnavailable, BadFrame) as error:
+                logger.warning("event=fetch_failed arena=%s error=%r", record.arena_id, str(error))
+                self._give_up(record.arena_id)
+                break
+            found.update(zip(part, payloads, strict=False))
+            if len(payloads) < len(part):
+                break
+        return found
+
+    def _remote(self, record: ArenaRecord) -> Channel:
+        now = time.monotonic()
+        remote = self._remotes.get(record.arena_id)
+        if remote is None:
+            for arena_id in [name for name, other in self._remotes.items() if other.used_at_s < now - _IDLE_S]:
+                self._remotes.pop(arena_id).channel.close()
+            remote = _Remote(Channel(self._context, record.address, self._slot_bytes), now)
+            self._remotes[record.arena_id] = remote
+        remote.used_at_s = now
+        return remote.channel
+
+    def _give_up(self, arena_id: str) -> None:
+        """Closes the connection, and leaves the arena alone for a while."""
+        self._avoided[arena_id] = time.monotonic() + _AVOID_S
+        remote = self._remotes.pop(arena_id, None)
+        if remote is not None:
+            remote.channel.close()
+
+    def _begin_trouble(self, name: str, error: Exception) -> None:
+        """Logs a trouble when it begins, not each time that it shows."""
+        if name not in self._troubles:
+            self._troubles.add(name)
+            logger.warning("event=store_trouble what=%s error=%r", name, str(error))
+
+
+def _copy(local: LocalArena, todo: Sequence[tuple[int, Reservation]], write: Write) -> list[Written]:
+    """Fills reserved slots and sums them up. Runs on the copier's thread."""
+    views = [local.map.view(reservation.slot) for _, reservation in todo]
+
+    def fill() -> list[Written]:
+        write([index for index, _ in todo], views)
+        sums = [xxhash.xxh3_64_intdigest(view) for view in views]
+        return [Written(item.slot, item.generation, sum_) for (_, item), sum_ in zip(todo, sums, strict=True)]
+
+    return local.copy(fill)
+
+
+def check_blocks(answer: Answer, hashes: Sequence[BlockHash], slot_bytes: int) -> list[Payload]:
+    """The leading run of `hashes` that an answer proves to hold. `BadFrame` when it is no answer to them."""
+    message = answer.message
+    if not isinstance(message, Got) or [block.key for block in message.blocks] != list(hashes):
+        raise BadFrame("the answer does not fit the question")
+    if len(answer.payloads) != sum(block.length > 0 for block in message.blocks):
+        raise BadFrame(f"{len(answer.payloads)} payloads")
+    payloads: list[Payload] = []
+    for block, view in zip(message.blocks, answer.payloads, strict=False):
+        if not block.length == len(view) == slot_bytes or xxhash.xxh3_64_intdigest(view) != block.checksum:
+            break
+        payloads.append(ReceivedPayload(view))
+    return payloads

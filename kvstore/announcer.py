@@ -1,0 +1,120 @@
+"""Keeps the directory in step with one arena: heartbeats, changes in order, and everything again after a loss.
+
+All that is written goes through one task, so an announcement can never overtake the retraction that came before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from kvstore.arena import Arena
+from kvstore.blocks import BlockHash
+from kvstore.directory import ArenaRecord, Directory
+from kvstore.errors import DirectoryUnavailable
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 2000  # changes in one round trip
+
+
+class Announcer:
+    """The writer of one arena's inventory."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        arena: Arena,
+        record: Callable[[], ArenaRecord],
+        heartbeat_s: float,
+        ttl_s: float,
+    ) -> None:
+        self._directory = directory
+        self._arena = arena
+        self._record = record
+        self._heartbeat_s = heartbeat_s
+        self._ttl_s = ttl_s
+        self._changes: dict[BlockHash, int | None] = {}  # slot, or None for a block that is gone; the latest counts
+        self._is_complete = False  # the directory has all that the arena holds, but for self._changes
+        self._is_away = False
+        self._beat_at_s = 0.0
+        self._wake = asyncio.Event()
+        self._flushes: list[asyncio.Future[None]] = []
+
+    def changed(self, added: Iterable[tuple[BlockHash, int]], gone: Iterable[BlockHash] = ()) -> None:
+        """Notes changes of the arena; blocks that went make room for those that came."""
+        for block_hash in gone:
+            self._changes[block_hash] = None
+        for block_hash, slot in added:
+            self._changes[block_hash] = slot
+        self._wake.set()
+
+    async def flushed(self) -> None:
+        """Returns when all changes so far are announced, or when the directory is away."""
+        if self._is_away:
+            return
+        waiting = asyncio.get_running_loop().create_future()
+        self._flushes.append(waiting)
+        self._wake.set()
+        await waiting
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        while True:
+            try:
+                await self.round()
+            except Exception:  # without this task the arena would be forgotten
+                logger.exception("event=announce_failed arena=%s", self._record().arena_id)
+                await asyncio.sleep(self._heartbeat_s)
+            timeout_s = max(0.0, self._beat_at_s - time.monotonic())
+            try:
+                await asyncio.wait_for(self._wake.wait(), timeout_s)
+            except TimeoutError:
+                pass
+
+    async def round(self) -> None:
+        """One heartbeat, if it is due, and all changes. Never raises for a directory that is away."""
+        self._wake.clear()
+        flushes, self._flushes = self._flushes, []
+        is_due = time.monotonic() >= self._beat_at_s
+        try:
+            if is_due:
+                self._beat_at_s = time.monotonic() + self._heartbeat_s
+                self._is_complete &= await self._directory.heartbeat_arena(self._record(), self._ttl_s)
+            if is_due or not self._is_away:
+                await self._flush()
+                self._turn(is_away=False)
+        except DirectoryUnavailable as error:
+            # What arrived and what did not is unknown: when Redis is back, everything is announced again.
+            self._is_complete = False
+            self._turn(is_away=True, reason=str(error))
+        finally:
+            for waiting in flushes:
+                if not waiting.done():
+                    waiting.set_result(None)
+
+    async def _flush(self) -> None:
+        arena_id = self._record().arena_id
+        while self._changes or not self._is_complete:
+            if not self._is_complete:
+                self._changes.clear()
+                await self._directory.announce_all(arena_id, self._arena.blocks(), self._ttl_s)
+                self._is_complete = True
+                continue
+            batch = dict(itertools.islice(self._changes.items(), _BATCH))
+            for block_hash in batch:
+                del self._changes[block_hash]
+            added = [(block_hash, slot) for block_hash, slot in batch.items() if slot is not None]
+            gone = [block_hash for block_hash, slot in batch.items() if slot is None]
+            self._is_complete = await self._directory.announce(arena_id, added, gone)
+
+    def _turn(self, is_away: bool, reason: str = "") -> None:
+        if is_away != self._is_away:
+            self._is_away = is_away
+            if is_away:
+                logger.warning("event=directory_away error=%r", reason)
+            else:
+                logger.info("event=directory_back")

@@ -1,0 +1,215 @@
+"""The directory of a store on this machine, and one process's part in its arena.
+
+    arena.json          which arena lives here now; replaced in one go, so that a changed file is a new arena
+    arena-*.mem         the arena's memory, mapped by everyone
+    control             socket of the store process
+    store.lock          held by the store process as long as it lives
+    writers/<id>.lock   held by a writer as long as it may write
+
+A writer's lock is how the kernel tells the store whether that writer is dead: only then are its slots given to others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import mmap
+import os
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import zmq.asyncio
+
+from kvstore.arena import ArenaMap, Reservation, Written, arena_bytes
+from kvstore.blocks import BlockHash
+from kvstore.channel import Channel
+from kvstore.errors import ArenaFull, ArenaUnavailable
+from kvstore.frames import Commit, Committed, Reserve, Reserved, Status
+
+MAX_SOCKET_PATH = 107  # bytes; the kernel's limit for a unix socket
+
+
+@dataclass(frozen=True)
+class StorePaths:
+    """Where things are in a store's directory."""
+
+    dir: Path
+
+    @property
+    def description(self) -> Path:
+        return self.dir / "arena.json"
+
+    @property
+    def control(self) -> Path:
+        return self.dir / "control"
+
+    @property
+    def lock(self) -> Path:
+        return self.dir / "store.lock"
+
+    @property
+    def writers(self) -> Path:
+        return self.dir / "writers"
+
+    def memory(self, arena_id: str) -> Path:
+        return self.dir / f"arena-{arena_id}.mem"
+
+    def writer(self, writer_id: str) -> Path:
+        return self.writers / f"{writer_id}.lock"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What arena.json says."""
+
+    arena_id: str
+    num_slots: int
+    slot_bytes: int
+
+    def write(self, path: Path) -> None:
+        """Puts the file in place in one go."""
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(asdict(self)))
+        new.rename(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Description:
+        """OSError when there is none, ValueError when it is none."""
+        data = json.loads(path.read_text())
+        try:
+            description = cls(uuid.UUID(data["arena_id"]).hex, int(data["num_slots"]), int(data["slot_bytes"]))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} does not describe an arena") from error
+        if description.num_slots < 1 or description.slot_bytes < 1:
+            raise ValueError(f"{path} does not describe an arena")
+        return description
+
+
+def map_arena(path: Path, description: Description) -> ArenaMap:
+    """Maps an arena's memory. OSError when it is gone, ValueError when it is too small.
+
+    The mapping is never closed by hand: it goes with its last view, and a file that was removed stays readable.
+    """
+    with path.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), arena_bytes(description.num_slots, description.slot_bytes))
+    return ArenaMap(memoryview(memory), description.num_slots, description.slot_bytes)
+
+
+class FileLock:
+    """A lock that the kernel takes away when the process dies."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+
+    @classmethod
+    def take(cls, path: Path) -> FileLock | None:
+        """The lock on a file that exists; None while somebody else has it. OSError when there is no such file."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        return cls(path, fd)
+
+    @classmethod
+    def create(cls, path: Path) -> FileLock:
+        """A new file that nobody ever sees unlocked."""
+        new = path.with_suffix(".new")
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        new.rename(path)
+        return cls(path, fd)
+
+    def remove(self) -> None:
+        """Removes the file, then lets go of the lock."""
+        self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+class LocalArena:
+    """One process's mapping of its machine's arena, and its right to write to it.
+
+    After any doubt (a time-out, an error between `reserve` and `commit`) it is retired and another one is opened:
+    once no copy is under way its lock is gone, and the store takes back what it had reserved.
+    """
+
+    def __init__(self, paths: StorePaths, context: zmq.asyncio.Context, timeout_s: float) -> None:
+        """OSError or ValueError when there is no store."""
+        description = Description.read(paths.description)
+        self.arena_id = description.arena_id
+        self.map = map_arena(paths.memory(self.arena_id), description)
+        self._timeout_s = timeout_s
+        self._writer_id = uuid.uuid4().hex
+        self._lock: FileLock | None = FileLock.create(paths.writer(self._writer_id))
+        self._channel = Channel(context, f"ipc://{paths.control}")
+        self._guard = threading.Lock()
+        self._copies = 0
+        self._is_retired = False
+
+    async def reserve(self, hashes: Sequence[BlockHash]) -> list[Reservation | None]:
+        """See `Arena.reserve`. `ArenaUnavailable` when the store does not answer, `ArenaFull`."""
+        question = partial(Reserve, arena_id=self.arena_id, writer_id=self._writer_id, hashes=hashes)
+        answer = (await self._channel.request(question, self._timeout_s)).message
+        if not isinstance(answer, Reserved) or answer.status is Status.STALE:
+            raise ArenaUnavailable("the store has another arena by now")
+        if answer.status is Status.FULL:
+            raise ArenaFull("every slot is being written")
+        if len(answer.reservations) != len(hashes):
+            raise ArenaUnavailable("the store's answer does not fit the question")
+        if any(item is not None and item.slot >= self.map.num_slots for item in answer.reservations):
+            raise ArenaUnavailable("the store's answer names a slot that is none")
+        return list(answer.reservations)
+
+    async def commit(self, written: Sequence[Written]) -> int:
+        """How many blocks are ready now. `ArenaUnavailable` when the store does not answer."""
+        question = partial(Commit, arena_id=self.arena_id, writer_id=self._writer_id, written=written)
+        answer = (await self._channel.request(question, self._timeout_s)).message
+        if not isinstance(answer, Committed) or answer.status is not Status.OK:
+            raise ArenaUnavailable("the store has another arena by now")
+        return answer.num_blocks
+
+    def copy(self, fill: Callable[[], list[Written]]) -> list[Written]:
+        """Runs `fill`, on whatever thread; the writer's lock is held until it ends."""
+        with self._guard:
+            if self._lock is None:
+                raise ArenaUnavailable("retired")
+            self._copies += 1
+        try:
+            return fill()
+        finally:
+            with self._guard:
+                self._copies -= 1
+                self._let_go()
+
+    def retire(self) -> None:
+        """Ends all questions under way, and the right to write once no copy is under way. Payloads stay readable."""
+        self._channel.close()
+        with self._guard:
+            self._is_retired = True
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._is_retired and self._copies == 0 and self._lock is not None:
+            self._lock.remove()
+            self._lock = None
+
+
+async def to_end(future: asyncio.Future[list[Written]] | asyncio.Task[int]) -> None:
+    """Waits until `future` is done, even when cancelled; the cancellation goes on afterwards."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not future.cancelled():
+            future.exception()  # nobody else will ask for it
+        raise cancelled
