@@ -121,5 +121,7 @@ def _output_token(token_id: int, logits: Tensor, num_top: int | None) -> OutputT
     if num_top is None:
         return OutputToken(token_id)
     logprobs = logits.log_softmax(0)
-    values, ids = logprobs.topk(min(num_top, logits.shape[0]))
-    return OutputToken(token_id, float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    top = logits.topk(min(num_top, logits.shape[0])).indices
+    return OutputToken(
+        token_id, float(logprobs[token_id]), tuple(zip(top.tolist(), logprobs[top].tolist(), strict=True))
+    )
