@@ -1,11 +1,12 @@
-"""What can go wrong in the router. The first three reach a client, as the status beside them; the rest is retried.
+"""What can go wrong in the router. The first three reach a client, as the status beside them; a leg's are retried.
 
 RouterError
 ├── InvalidRequest      INVALID_ARGUMENT; names the field and the limit
 ├── ClusterBusy         RESOURCE_EXHAUSTED; every node that could take the request refused it
 ├── ClusterUnavailable  UNAVAILABLE; no node is alive, or none could finish the request
 ├── LegFailed           a node died, hung or broke off in the middle of a leg; the request goes on elsewhere
-└── LegRefused          a node has no room for a leg now, or is draining; another one is asked
+├── LegRefused          a node has no room for a leg now, or is draining; another one is asked
+└── UnusableTokenizer   the model's folder has no tokenizer that can be read; the router does not start
 """
 
 from __future__ import annotations
@@ -46,3 +47,7 @@ class LegRefused(RouterError):
     def __init__(self, node_id: str, problem: str) -> None:
         super().__init__(f"{node_id}: {problem}")
         self.node_id = node_id
+
+
+class UnusableTokenizer(RouterError):
+    """The model's folder lacks a tokenizer of the kind that is supported."""

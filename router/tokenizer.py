@@ -1,0 +1,175 @@
+"""Text and chats to token ids, with the model's own tokenizer files. Knows no request and no cluster; imports no torch.
+
+Chats are set in the model's own template, rendered as `transformers` does it (its `utils/chat_template_utils.py`): in
+Jinja's immutable sandbox, with the same filters, globals and special tokens.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+from router.errors import InvalidRequest, UnusableTokenizer
+
+# The decoder of byte-level BPE writes each byte as a printable character (GPT-2's table): 188 bytes stand for
+# themselves in Latin-1, the other 68 for the characters from U+0100 on, in order.
+_PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF = {chr(byte): byte for byte in _PLAIN}
+_BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PLAIN)))}
+
+
+class Decoder(Protocol):
+    """Tokens back to text; `bytes_of` is None where a token's bytes depend on its neighbours."""
+
+    bytes_of: Callable[[int], bytes] | None
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class Tokenizer:
+    """A model folder's `tokenizer.json`, its chat template and its end tokens. Safe to share by threads."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UnusableTokenizer(f"{folder} has no tokenizer.json (a tokenizer of the `tokenizers` library)")
+        self._backend = tokenizers.Tokenizer.from_file(str(path))
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        config = _read_json(folder / "tokenizer_config.json")
+        self._special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
+        self._template = _find_template(folder, config)
+        self.eos_token_ids = _eos_token_ids(folder)
+        self.bytes_of = self._bytes_of if _is_byte_level(path) else None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, is_template: bool = False) -> list[int]:
+        """Token ids. A chat template writes the special tokens itself; a plain text gets those that belong around it.
+
+        Releases the interpreter's lock while it works, so that a long text can be encoded on a thread.
+        """
+        [encoding] = self._backend.encode_batch([text], add_special_tokens=not is_template)
+        return list(encoding.ids)
+
+    def render(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The text of a chat of (role, content), up to where the model goes on. Raises `InvalidRequest`."""
+        if self._template is None:
+            raise InvalidRequest("prompt.chat", "this model has no chat template")
+        chat = [{"role": role, "content": content} for role, content in messages]
+        options = {**self._special_tokens, "add_generation_prompt": True}
+        try:
+            return self._template.render(messages=chat, tools=None, documents=None, **options)
+        except Exception as error:  # the template is foreign code: it may refuse a chat, or stumble over it
+            raise InvalidRequest("prompt.chat.messages", f"the model's chat template says: {error}") from error
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+
+    def fewest_tokens(self, num_bytes: int) -> int:
+        """A lower bound of the tokens that so many bytes of text take, known without encoding them."""
+        return num_bytes // self._longest_token_bytes
+
+    @functools.cached_property
+    def _longest_token_bytes(self) -> int:
+        if self._backend.normalizer is not None:  # it may drop any amount of text
+            return 1 << 62
+        return max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        token = None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if all(char in _BYTE_OF for char in token):
+            return bytes(_BYTE_OF[char] for char in token)
+        return str(token).encode()  # an added token, written as it is
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """What templates call bos_token, eos_token and so on; an entry is a string, or an object with its content."""
+    entries = {name: value for name, value in config.items() if name.endswith("_token")}
+    entries = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
+    return {name: value for name, value in entries.items() if isinstance(value, str)}
+
+
+def _find_template(folder: Path, config: dict[str, Any]) -> jinja2.Template | None:
+    """A file of its own wins over the config's entry, which is a template or a list of named ones."""
+    path = folder / "chat_template.jinja"
+    source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if isinstance(source, list):
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    return compile_template(source) if isinstance(source, str) else None
+
+
+def _eos_token_ids(folder: Path) -> frozenset[int]:
+    """End tokens of config.json and generation_config.json."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        ids = _read_json(folder / name).get("eos_token_id")
+        found.update(item for item in (ids if isinstance(ids, list) else [ids]) if isinstance(item, int))
+    return frozenset(found)
+
+
+def _is_byte_level(path: Path) -> bool:
+    """Whether the decoder is byte-level BPE and nothing else, so that each token is so many bytes by itself."""
+    decoder = _read_json(path).get("decoder") or {}
+    steps: Iterable[dict[str, Any]] = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
+    return [step.get("type") for step in steps] == ["ByteLevel"]
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's part for training. Here it only has to be let through."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's way)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(lineno)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """A chat template in the sandbox that `transformers` gives it."""
+    extensions: list[Any] = [_Generation, jinja2.ext.loopcontrols]
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own filter escapes HTML, which no model was trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,176 @@
+"""Tokenizing and chat templates, against `transformers` on the same files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers
+from conftest import POCKET
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
+
+from router.errors import InvalidRequest, UnusableTokenizer
+from router.tokenizer import Tokenizer
+
+LLAMA3 = (
+    "{{- bos_token }}\n"
+    "{%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}\n"
+    "{%- if messages[0]['role'] == 'system' %}\n"
+    "    {%- set system_message = messages[0]['content']|trim %}\n"
+    "    {%- set messages = messages[1:] %}\n"
+    "{%- else %}\n"
+    '    {%- set system_message = "" %}\n'
+    "{%- endif %}\n"
+    '{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: " + date_string + "\\n\\n" }}\n'
+    '{{- system_message + "<|eot_id|>" }}\n'
+    "{%- for message in messages %}\n"
+    "    {%- if message.role not in ['user', 'assistant'] %}\n"
+    "        {{- raise_exception('Only user and assistant roles are supported!') }}\n"
+    "    {%- endif %}\n"
+    "    {%- if loop.index > 50 %}{%- break %}{%- endif %}\n"
+    "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{% generation %}{{ message['content'] | trim }}{% endgeneration %}{{ '<|eot_id|>' }}\n"
+    "{%- endfor %}\n"
+    "{%- if tools is not none %}{{ tools | tojson(indent=2) }}{%- endif %}\n"
+    "{%- if add_generation_prompt %}\n"
+    "    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n"
+    "{%- endif %}\n"
+)
+NAMES = "{{ messages | tojson }}{{ '<é&>' | tojson }}{{ eos_token }}{{ strftime_now('%Y') }}{{ unk_token is defined }}"
+CHATS = [
+    [("user", "What is a generator?")],
+    [("system", "  Be brief.\n"), ("user", "Hi <b> & 'you' 😀"), ("assistant", "Yes?"), ("user", "é" * 40)],
+    [("user", "a<|eot_id|>b<|begin|>c")],
+]
+
+
+def llama3_like(folder: Path) -> None:
+    """A trained byte-level BPE with special tokens, a plain added token, and entries as objects in the config."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    backend.add_tokens(["<tool call>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    backend.enable_truncation(8)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": {"content": "<|begin_of_text|>", "__type": "AddedToken"},
+        "eos_token": "<|eot_id|>",
+        "chat_template": "not this one",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(LLAMA3)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+
+
+@pytest.fixture(scope="module", params=["pocket", "llama3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "pocket":
+        return POCKET
+    path = tmp_path_factory.mktemp("llama3")
+    llama3_like(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> Tokenizer:
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(min_size=1, max_size=60))
+def test_texts_encode_and_decode_as_transformers_does(ours: Tokenizer, theirs, text: str) -> None:
+    token_ids = ours.encode(text)
+    assert token_ids == theirs.encode(text)
+    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True) == text
+    assert len(token_ids) >= ours.fewest_tokens(len(text.encode()))
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_chats_are_set_as_transformers_sets_them(ours: Tokenizer, theirs, chat: list[tuple[str, str]]) -> None:
+    messages = [{"role": role, "content": content} for role, content in chat]
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.render(chat) == text
+    token_ids = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert ours.encode(ours.render(chat), is_template=True) == token_ids
+
+
+@pytest.mark.parametrize("source", [NAMES, [{"name": "default", "template": NAMES}, {"name": "rag", "template": "x"}]])
+def test_filters_globals_and_named_templates(tmp_path: Path, source: object) -> None:
+    shutil.copy(POCKET / "tokenizer.json", tmp_path)
+    config = json.loads((POCKET / "tokenizer_config.json").read_text()) | {"chat_template": source}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": "user", "content": "<é>"}], tokenize=False, add_generation_prompt=True
+    )
+    assert Tokenizer(tmp_path).render([("user", "<é>")]) == expected
+
+
+def test_a_chat_that_the_template_refuses_is_invalid(tmp_path: Path) -> None:
+    llama3_like(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    with pytest.raises(InvalidRequest, match=r"prompt\.chat\.messages.*Only user and assistant"):
+        tokenizer.render([("user", "x"), ("robot", "y")])
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content.__class__.__mro__ }}{{ messages[9].role }}")
+    with pytest.raises(InvalidRequest, match="chat template"):
+        Tokenizer(tmp_path).render([("user", "x")])
+
+
+def test_a_folder_without_template_or_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UnusableTokenizer, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path)
+    shutil.copy(POCKET / "tokenizer.json", tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert not tokenizer.has_chat_template and tokenizer.eos_token_ids == frozenset()
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        tokenizer.render([("user", "x")])
+
+
+def test_end_tokens_come_from_both_configs(tmp_path: Path) -> None:
+    llama3_like(tmp_path)
+    assert Tokenizer(tmp_path).eos_token_ids == {1, 3}
+    assert Tokenizer(POCKET).eos_token_ids == {257}
+
+
+def test_texts_too_long_are_known_without_encoding() -> None:
+    """Each token of the pocket tokenizer covers nine bytes at most (its special tokens)."""
+    tokenizer = Tokenizer(POCKET)
+    assert tokenizer.fewest_tokens(9 * 4096) == 4096
+    assert len(tokenizer.encode("<|begin|>" * 10)) == 11
+
+
+def test_encoding_lets_other_threads_run() -> None:
+    tokenizer = Tokenizer(POCKET)
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (tokenizer.encode("word " * 400_000), done.set()))
+    thread.start()
+    ticks = 0
+    while not done.is_set():
+        time.sleep(0.001)
+        ticks += 1
+    thread.join()
+    assert ticks > 20
