@@ -1,0 +1,193 @@
+"""What the router itself adds to a request: the time through a real router less the time of the same calls without it.
+
+Repeat it with `python -m benchmarks.router_overhead` from the repository's root (`--quick` for a look). One request in
+flight, text prompts of 2000 characters, each new; behind the router a node without an engine that answers at once
+(`benchmarks/fake_node.py`). Without the router, the client makes the node calls itself: Admit, Prefill, Start, tokens.
+So the difference is tokenising, hashing, the look-up in Redis, the plan, one more hop, and text out of tokens.
+
+In each repeat both ways take turns, block by block, so that a slow moment of the machine hits both. "added p50" is the
+difference of the two medians of one repeat, "added p99" that of the two 99th percentiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import string
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from batonpb import common_pb2, inference_pb2, node_pb2, node_pb2_grpc
+from benchmarks.fake_node import fake_node
+from benchmarks.rows import Row, print_rows
+from deploy.redis import EmbeddedRedis
+from kvstore.directory import Directory
+from loadtest.client import Client, Clock, Shot
+from loadtest.report import percentile
+
+MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
+PROMPT_CHARACTERS = 2000
+OUTPUT_TOKENS = 16
+BLOCK = 25  # requests of one way before it is the other's turn
+LAYOUTS = {"prefill and decode node": ("prefill", "decode"), "one node": ("both",)}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one request, seconds."""
+
+    ttft_s: float
+    e2e_s: float
+
+
+Way = Callable[[], Awaitable[Times]]
+
+
+def _sampling() -> common_pb2.SamplingParams:
+    return common_pb2.SamplingParams(temperature=0.0, seed=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+
+
+def through_router(client: Client, generator: random.Random, legs: int) -> Way:
+    """One request as a user makes it; checks that it came back whole and took the `legs` that the direct way takes."""
+    alphabet = string.ascii_letters + string.digits + " .,\n"
+
+    async def way() -> Times:
+        text = "".join(generator.choices(alphabet, k=PROMPT_CHARACTERS))
+        shot = Shot(0, 0.0, inference_pb2.GenerateRequest(text=text, sampling=_sampling()))
+        record = await client.generate(shot, Clock())
+        if record.error or record.output_tokens != OUTPUT_TOKENS:
+            raise RuntimeError(f"the router's answer is not whole: {record}")
+        if 1 + bool(record.prefill_node) != legs:
+            raise RuntimeError(f"the router took another way than the one it is compared with: {record}")
+        return Times(record.ttft_s, record.e2e_s)
+
+    return way
+
+
+def direct(channel: grpc.aio.Channel, generator: random.Random, legs: int) -> Way:
+    """The calls that a router makes for one request, made by the client itself, in the same order."""
+    prefill, decode = node_pb2_grpc.PrefillStub(channel), node_pb2_grpc.DecodeStub(channel)
+
+    async def way() -> Times:
+        tokens = generator.choices(range(256), k=PROMPT_CHARACTERS)
+        request = node_pb2.NodeRequest(
+            request_id="direct", token_ids=tokens, num_prompt_tokens=len(tokens), sampling=_sampling()
+        )
+        times_s: list[float] = []
+        clock = Clock()
+        call = decode.Decode()
+        await call.write(node_pb2.DecodeRequest(admit=node_pb2.Admit(request=request)))
+        await call.read()
+        start = node_pb2.Start()
+        if legs == 2:
+            answer = await prefill.Prefill(node_pb2.PrefillRequest(request=request))
+            start.tokens.append(answer.token)
+            times_s.append(clock())
+        await call.write(node_pb2.DecodeRequest(start=start))
+        await call.done_writing()
+        while (response := await call.read()) is not grpc.aio.EOF:
+            if response.WhichOneof("message") == "tokens":
+                times_s.append(clock())
+        e2e_s = clock()
+        if len(times_s) != OUTPUT_TOKENS:
+            raise RuntimeError(f"{len(times_s)} of {OUTPUT_TOKENS} tokens came")
+        return Times(times_s[0], e2e_s)
+
+    return way
+
+
+async def _repeat(ways: Sequence[Way], num_requests: int) -> list[list[Times]]:
+    """The times of each way, `num_requests` of each, in turns of `BLOCK`."""
+    times: list[list[Times]] = [[] for _ in ways]
+    while len(times[-1]) < num_requests:
+        for way, way_times in zip(ways, times, strict=True):
+            way_times += [await way() for _ in range(BLOCK)]
+    return times
+
+
+@asynccontextmanager
+async def _router(redis_url: str, cluster: str) -> AsyncIterator[str]:
+    config = json.dumps({"model": str(MODEL), "redis_url": redis_url, "cluster": cluster})
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "deploy.process", "router", config, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        line = b""
+        while not line.startswith(b"READY "):
+            line = await asyncio.wait_for(process.stdout.readline(), 60)
+            if not line:
+                raise RuntimeError(f"the router ended with {await process.wait()} before it was ready")
+        yield str(json.loads(line[len(b"READY ") :])["address"])
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+async def _wait_for_nodes(client: Client, redis_url: str, cluster: str, count: int) -> None:
+    directory = Directory(redis_url, cluster)
+    while len(await directory.nodes()) < count:
+        await asyncio.sleep(0.05)
+    await directory.close()
+    await client.get_model()
+    await asyncio.sleep(1.0)  # the router polls the registry
+
+
+async def _measure(layout: str, redis_url: str, num_requests: int, repeats: int) -> list[Row]:
+    roles = LAYOUTS[layout]
+    cluster = f"bench-{len(roles)}"
+    async with AsyncExitStack() as stack:
+        node_address = await stack.enter_async_context(fake_node(redis_url, cluster, roles))
+        router_address = await stack.enter_async_context(_router(redis_url, cluster))
+        client = await stack.enter_async_context(Client(router_address, timeout_s=30.0))
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(node_address))
+        await _wait_for_nodes(client, redis_url, cluster, len(roles))
+        generator = random.Random(0)
+        ways = [direct(channel, generator, len(roles)), through_router(client, generator, len(roles))]
+        await _repeat(ways, 2 * BLOCK)  # warm-up
+        runs = [await _repeat(ways, num_requests) for _ in range(repeats)]
+    return _rows(layout, runs)
+
+
+def _rows(layout: str, runs: Sequence[list[list[Times]]]) -> list[Row]:
+    """`runs[repeat][way]` has the times of one way, the direct one first."""
+    rows = []
+    for name, pick in (("TTFT", lambda times: times.ttft_s), ("E2E", lambda times: times.e2e_s)):
+        for percent in (50, 99):
+            pairs = [[1e3 * percentile([pick(t) for t in times], percent) for times in run] for run in runs]
+            what = f"{layout}: {name} p{percent}"
+            rows += [
+                Row(f"{what}, added by the router", "ms", tuple(routed - alone for alone, routed in pairs)),
+                Row(f"{what}, through the router", "ms", tuple(routed for _, routed in pairs)),
+                Row(f"{what}, nodes alone", "ms", tuple(alone for alone, _ in pairs)),
+            ]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2 repeats of 50 requests instead of 5 of 500")
+    args = parser.parse_args()
+    num_requests, repeats = (50, 2) if args.quick else (500, 5)
+    with tempfile.TemporaryDirectory(prefix="baton-") as folder:
+        server = EmbeddedRedis(Path(folder))
+        server.start()
+        try:
+            for layout in LAYOUTS:
+                rows = asyncio.run(_measure(layout, server.url, num_requests, repeats))
+                print_rows("router_overhead", rows)
+        finally:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()
