@@ -11,7 +11,7 @@ generation again, and knows whether it has the block that it asked for.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from kvstore.blocks import HASH_BYTES, BlockHash
@@ -212,17 +212,17 @@ class Arena:
 
         `ArenaFull` when blocks are missing and there is no slot for any of them.
         """
-        # What is there already is worth more than what it would be evicted for: the same chain needs it. Backwards,
-        # so that of a chain the tail is evicted first.
+        # Backwards, so that of a chain the tail is evicted first.
         for block_hash in reversed(hashes):
             self.find(block_hash)
+        chain = set(hashes)
         answer: list[Reservation | None] = []
         is_full = False
         for block_hash in hashes:
             slot = None
-            if block_hash not in self._slots:
-                slot = self._take_slot()
-                is_full = is_full or slot is None
+            if block_hash not in self._slots and not is_full:
+                slot = self._take_slot(chain)
+                is_full = slot is None
             answer.append(None if slot is None else self._begin(slot, block_hash, writer_id))
         if is_full and not any(answer):
             raise ArenaFull(f"all {self._map.num_slots} slots are being written")
@@ -262,19 +262,21 @@ class Arena:
         self._writing[slot] = _Pending(writer_id, reservation.generation, block_hash)
         return reservation
 
-    def _take_slot(self) -> int | None:
-        """A free slot, else that of the least lately used block. One read since the last look gets a second chance."""
+    def _take_slot(self, chain: Set[BlockHash]) -> int | None:
+        """A free slot, else that of the least lately used block. One read since the last look gets a second chance.
+
+        Blocks of `chain` stay: the head of a chain is worth more than its tail.
+        """
         if self._free:
             return self._free.pop()
-        for _ in range(len(self._ready)):
-            slot, block_hash = self._ready.popitem(last=False)
-            stamp = self._map.last_access(slot)
-            if stamp == self._stamps[slot]:
-                return self._evict(slot, block_hash)
-            self._stamps[slot] = stamp
-            self._ready[slot] = block_hash
-        if self._ready:  # all were read meanwhile
-            return self._evict(*self._ready.popitem(last=False))
+        for is_last_sweep in (False, True):
+            for _ in range(len(self._ready)):
+                slot, block_hash = self._ready.popitem(last=False)
+                stamp = self._map.last_access(slot)
+                if block_hash not in chain and (is_last_sweep or stamp == self._stamps[slot]):
+                    return self._evict(slot, block_hash)
+                self._stamps[slot] = stamp
+                self._ready[slot] = block_hash
         return None
 
     def _evict(self, slot: int, block_hash: BlockHash) -> int:

@@ -1,0 +1,102 @@
+"""The wire format: what is sent is what is read, and bytes of any origin are a message or a BadFrame."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.arena import Reservation, Written
+from kvstore.errors import BadFrame
+from kvstore.frames import (
+    MAX_BLOCKS,
+    MAX_FRAME_BYTES,
+    BlockInfo,
+    Commit,
+    Committed,
+    Get,
+    Got,
+    Message,
+    Reserve,
+    Reserved,
+    Status,
+    decode,
+)
+
+u32 = st.integers(0, 2**32 - 1)
+u64 = st.integers(0, 2**64 - 1)
+keys = st.binary(min_size=16, max_size=16)
+ids = keys.map(bytes.hex)
+statuses = st.sampled_from(Status)
+reservations = st.none() | st.builds(Reservation, st.integers(0, 2**32 - 2), u64)
+
+messages = st.one_of(
+    st.builds(Reserve, u64, ids, ids, st.lists(keys, max_size=5)),
+    st.builds(Reserved, u64, statuses, st.lists(reservations, max_size=5)),
+    st.builds(Commit, u64, ids, ids, st.lists(st.builds(Written, u32, u64, u64), max_size=5)),
+    st.builds(Committed, u64, statuses, u32),
+    st.builds(Get, u64, st.lists(keys, max_size=5)),
+    st.builds(Got, u64, st.lists(st.builds(BlockInfo, keys, u32, u64), max_size=5)),
+)
+
+
+@given(messages)
+def test_round_trip(message: Message) -> None:
+    assert decode(message.encode()) == message
+    assert decode(memoryview(message.encode())) == message
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes(data: bytes) -> None:
+    with pytest.raises(BadFrame):
+        decode(data)
+
+
+@given(messages, st.data())
+def test_damaged_message(message: Message, data: st.DataObject) -> None:
+    frame = bytearray(message.encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert isinstance(decode(bytes(frame)), Message)
+    except BadFrame:
+        pass
+
+
+@given(messages, st.data())
+def test_message_cut_or_longer(message: Message, data: st.DataObject) -> None:
+    frame = message.encode()
+    cut = data.draw(st.integers(0, len(frame) - 1))
+    for wrong in (frame[:cut], frame + bytes(data.draw(st.integers(1, 30)))):
+        with pytest.raises(BadFrame):
+            decode(wrong)
+
+
+def test_other_version_and_kind() -> None:
+    frame = bytearray(Get(1, []).encode())
+    for at, value in ((0, 0), (4, 2), (5, 0), (5, 7)):
+        wrong = frame.copy()
+        wrong[at] = value
+        with pytest.raises(BadFrame):
+            decode(wrong)
+
+
+def test_limits() -> None:
+    full = Commit(1, "00" * 16, "00" * 16, [Written(1, 1, 1)] * MAX_BLOCKS).encode()
+    assert len(full) <= MAX_FRAME_BYTES
+    decode(full)
+    with pytest.raises(ValueError, match="at most"):
+        Get(1, [bytes(16)] * (MAX_BLOCKS + 1)).encode()
+    frame = bytearray(Get(1, [bytes(16)] * MAX_BLOCKS).encode() + bytes(16))
+    struct.pack_into("<I", frame, 8, MAX_BLOCKS + 1)  # a sender with other limits
+    with pytest.raises(BadFrame):
+        decode(frame)
+
+
+def test_count_that_lies_costs_nothing() -> None:
+    frame = bytearray(Get(1, []).encode())
+    struct.pack_into("<I", frame, 8, 0xFFFFFFFF)
+    with pytest.raises(BadFrame):
+        decode(frame)
