@@ -1,0 +1,67 @@
+"""The Decode service: messages in and out, in their order. What is done with them is the worker's."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Literal
+
+import grpc
+
+from batonpb import node_pb2, node_pb2_grpc
+from decode_node.worker import DecodeLeg, DecodeWorker
+from engine.engine import Engine
+from engine.errors import InvalidRequest
+from node.convert import FINISH_REASONS, started_with, statuses, to_request, to_token
+
+ADMIT_WAIT_S = 10.0
+
+
+class DecodeService(node_pb2_grpc.DecodeServicer):
+    """One node's decode legs. `start_wait_s` is how long a leg keeps its room without a Start."""
+
+    def __init__(self, worker: DecodeWorker, engine: Engine, start_wait_s: float) -> None:
+        self._worker = worker
+        self._engine = engine
+        self._start_wait_s = start_wait_s
+
+    async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
+        """A coroutine that writes, not a generator: only so does its end run for certain when the caller is gone."""
+        async with statuses(context):
+            admit = (await _read(context, "admit", ADMIT_WAIT_S)).admit
+            request = to_request(admit.request, self._engine)
+            async with self._worker.admit(request) as leg:
+                await context.write(_admitted(leg))
+                start = (await _read(context, "start", self._start_wait_s)).start
+                async for tokens in leg.run(started_with(start.tokens, request, self._engine)):
+                    message = node_pb2.Tokens(tokens=[to_token(token) for token in tokens])
+                    await context.write(node_pb2.DecodeResponse(tokens=message))
+                await context.write(_finished(leg))
+
+
+async def _read(
+    context: grpc.aio.ServicerContext, expected: Literal["admit", "start"], wait_s: float
+) -> node_pb2.DecodeRequest:
+    """The next message, which must be `expected`. Raises `InvalidRequest`, `TimeoutError`."""
+    try:
+        message: node_pb2.DecodeRequest = await asyncio.wait_for(context.read(), wait_s)
+    except TimeoutError:
+        raise TimeoutError(f"{expected}: did not come within {wait_s} s") from None
+    got = "the end of the stream" if message is grpc.aio.EOF else message.WhichOneof("message")
+    if got != expected:
+        place = "first" if expected == "admit" else "second"
+        raise InvalidRequest(expected, f"must be the {place} message of the call, got {got}")
+    return message
+
+
+def _admitted(leg: DecodeLeg) -> node_pb2.DecodeResponse:
+    return node_pb2.DecodeResponse(admitted=node_pb2.Admitted(free_blocks=leg.free_blocks))
+
+
+def _finished(leg: DecodeLeg) -> node_pb2.DecodeResponse:
+    assert leg.finish_reason is not None
+    finished = node_pb2.Finished(
+        finish_reason=FINISH_REASONS[leg.finish_reason],
+        local_hit_tokens=leg.request.num_local_hit_tokens,
+        store_hit_tokens=leg.request.num_store_hit_tokens,
+    )
+    return node_pb2.DecodeResponse(finished=finished)

@@ -1,0 +1,105 @@
+"""The second leg of a request: hold room, fetch blocks while others publish them, compute the rest, stream tokens.
+
+Also the only leg of a request that skips prefill. Knows no gRPC and no other node. Blocks that fill up while decoding
+are published too: the next turn of the conversation begins with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from engine.loop import EngineLoop, OutputStream
+from engine.request import FinishReason, OutputToken, Request, RequestOutput
+from kvstore.client import KVClient
+from node.admission import Admission
+from node.fetcher import Fetcher
+from node.publisher import Publisher
+
+
+class DecodeLeg:
+    """An admitted request. It fetches from the start on; `run` it once; then its `finish_reason` is known."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        loop: EngineLoop,
+        fetcher: Fetcher,
+        publisher: Publisher,
+        request: Request,
+        outputs: OutputStream,
+        free_blocks: int,
+    ) -> None:
+        self.request = request
+        self.free_blocks = free_blocks  # of the node, behind this request's
+        self.finish_reason: FinishReason | None = None
+        self._loop = loop
+        self._fetcher = fetcher
+        self._publisher = publisher
+        self._waiting: list[RequestOutput] = []  # not yet taken by `run`
+        self._has_waiting = asyncio.Event()
+        self._is_started = asyncio.Event()
+        self._fetching = asyncio.create_task(fetcher.fetch_until(self._is_started))
+        self._listening = asyncio.create_task(self._listen(outputs))
+
+    async def run(self, token_ids: Sequence[int]) -> AsyncIterator[list[OutputToken]]:
+        """The tokens behind `token_ids`, which were sampled elsewhere. Those that wait for the reader come together."""
+        # 1. What is still missing: the last blocks of prefill were published before its token was sent.
+        self._is_started.set()
+        await self._fetching
+        await self._fetcher.fetch()
+        # 2. Whatever did not come is computed.
+        request_id = self.request.request_id
+        await self._loop.call(lambda engine: engine.release(request_id, token_ids))
+        # 3. The tokens, until the last.
+        while self.finish_reason is None:
+            outputs = await self._take()
+            self.finish_reason = outputs[-1].finish_reason
+            if tokens := [token for output in outputs for token in output.tokens]:
+                yield tokens
+
+    def close(self) -> None:
+        self._fetching.cancel()
+        self._listening.cancel()
+
+    async def _listen(self, outputs: OutputStream) -> None:
+        """Takes outputs as they come: a slow reader of the tokens must not keep blocks pinned."""
+        try:
+            async for output in outputs:
+                self._publisher.publish(output.full_blocks)
+                self._waiting.append(output)
+                self._has_waiting.set()
+        finally:
+            self._has_waiting.set()
+
+    async def _take(self) -> list[RequestOutput]:
+        """At least one output. Raises what ended the engine's stream before its last."""
+        await self._has_waiting.wait()
+        self._has_waiting.clear()
+        outputs, self._waiting = self._waiting, []
+        if not outputs:
+            await self._listening
+            raise RuntimeError("the engine ended a request without a reason")
+        return outputs
+
+
+class DecodeWorker:
+    """Runs decode legs on one engine."""
+
+    def __init__(self, loop: EngineLoop, store: KVClient, publisher: Publisher, admission: Admission) -> None:
+        self._loop = loop
+        self._store = store
+        self._publisher = publisher
+        self._admission = admission
+
+    @asynccontextmanager
+    async def admit(self, request: Request) -> AsyncIterator[DecodeLeg]:
+        """Holds room for `request` inside the context. Raises `Draining`, `NoRoom`, `InvalidRequest`."""
+        with self._admission.leg(request) as outputs:
+            free_blocks = await self._admission.hold(request)
+            fetcher = Fetcher(self._loop, self._store, request)
+            leg = DecodeLeg(self._loop, fetcher, self._publisher, request, outputs, free_blocks)
+            try:
+                yield leg
+            finally:
+                leg.close()

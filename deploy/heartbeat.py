@@ -1,0 +1,92 @@
+"""Tells the registry, once a second, that a node lives and how loaded it is; tells health checks the same.
+
+Health has two questions: the server as a whole (""; not serving means sick: end the process), and the two leg services
+(not serving means: send nothing, it drains or is sick).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+
+from grpc_health.v1 import health, health_pb2
+
+from batonpb import node_pb2
+from engine.loop import EngineLoop
+from kvstore.client import KVClient
+from kvstore.directory import Directory, NodeRecord
+from kvstore.errors import DirectoryUnavailable
+from node.admission import Admission
+
+logger = logging.getLogger(__name__)
+
+LEG_SERVICES = tuple(node_pb2.DESCRIPTOR.services_by_name[name].full_name for name in ("Prefill", "Decode"))
+
+
+class Heartbeat:
+    """One node's heartbeat. `record` begins with what does not change, and is always the newest that is known."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        record: NodeRecord,
+        loop: EngineLoop,
+        admission: Admission,
+        store: KVClient,
+        directory: Directory,
+        health: health.aio.HealthServicer,
+    ) -> None:
+        self.record = record
+        self._loop = loop
+        self._admission = admission
+        self._store = store
+        self._directory = directory
+        self._health = health
+        self._is_heard = True
+
+    async def run(self, every_s: float, ttl_s: float, stall_s: float) -> None:
+        """Beats until cancelled."""
+        while True:
+            await self.beat(every_s, ttl_s, stall_s)
+            await asyncio.sleep(every_s)
+
+    async def beat(self, wait_s: float, ttl_s: float, stall_s: float) -> None:
+        """One beat. It does not wait for an engine in a long step: the load is that of the last beat then."""
+        try:
+            load = dataclasses.asdict(await asyncio.wait_for(self._admission.load(), wait_s))
+        except TimeoutError:
+            load = {}
+        is_sick = self._loop.stalled_s > stall_s
+        self.record = dataclasses.replace(
+            self.record,
+            **load,
+            arena_id=self._store.local_arena_id,
+            draining=self._admission.is_draining or is_sick,
+        )
+        await self._tell_health(is_sick)
+        await self._tell_registry(ttl_s)
+
+    async def leave(self) -> None:
+        """Takes this incarnation out of the registry."""
+        try:
+            await self._directory.remove_node(self.record.node_id, self.record.incarnation)
+        except DirectoryUnavailable:
+            logger.info("event=leave_unheard node=%s", self.record.node_id)  # its record runs out by itself
+
+    async def _tell_registry(self, ttl_s: float) -> None:
+        try:
+            await self._directory.heartbeat_node(self.record, ttl_s)
+        except DirectoryUnavailable as error:
+            if self._is_heard:
+                logger.warning("event=heartbeat_unheard node=%s error=%r", self.record.node_id, str(error))
+            self._is_heard = False
+        else:
+            if not self._is_heard:
+                logger.warning("event=heartbeat_heard_again node=%s", self.record.node_id)
+            self._is_heard = True
+
+    async def _tell_health(self, is_sick: bool) -> None:
+        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set("", not_serving if is_sick else serving)
+        for service in LEG_SERVICES:
+            await self._health.set(service, not_serving if self.record.draining else serving)

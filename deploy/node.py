@@ -1,0 +1,164 @@
+"""One node: an engine, its two workers and their services, on one gRPC server, announced by a heartbeat.
+
+Starts and stops the parts in their order; what they do is their own. A node whose engine fails ends its process: a
+supervisor starts it again, under a new incarnation, and routers take its requests elsewhere meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import uuid
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from batonpb import node_pb2, node_pb2_grpc
+from decode_node.service import DecodeService
+from decode_node.worker import DecodeWorker
+from deploy.heartbeat import Heartbeat
+from deploy.node_config import NodeConfig
+from engine.engine import Engine
+from engine.loop import EngineLoop
+from kvstore.client import KVClient
+from kvstore.directory import Directory, NodeRecord
+from node.admission import Admission
+from node.control import NodeControlService
+from node.publisher import Publisher
+from prefill_node.service import PrefillService
+from prefill_node.worker import PrefillWorker
+
+__all__ = ["NodeConfig", "NodeServer"]
+
+logger = logging.getLogger(__name__)
+
+CANCEL_GRACE_S = 0.5  # for calls that are still there when the drain is over
+
+
+class NodeServer:
+    """A node from `start` to `stop`. Its process is its own: a failure of the engine ends it."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        self._incarnation = uuid.uuid4().hex
+        self._health = health.aio.HealthServicer()
+        self._stack = AsyncExitStack()
+
+    async def start(self) -> NodeRecord:
+        """Loads the model, listens, joins the registry (once Redis is there). Returns what it registered.
+
+        Raises `UnsupportedModel`, `OSError` where the model's files are missing, `RuntimeError` for a port in use.
+        """
+        async with AsyncExitStack() as stack:  # a failure half-way closes what is open already
+            await self._open(stack)
+            self._stack = stack.pop_all()
+        record = self._heartbeat.record
+        logger.info("event=node_up node=%s role=%s address=%s", record.node_id, record.role, record.address)
+        return record
+
+    async def stop(self) -> None:
+        """Takes no more requests, lets those that run end within `drain_s`, leaves the registry. Idempotent."""
+        await self._stack.aclose()
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        """Opens the parts in the order in which they need each other; `stack` closes them in the opposite one."""
+        config = self.config
+        # 1. The store's client.
+        directory = Directory(config.redis_url, config.cluster)
+        stack.push_async_callback(directory.close)
+        engine = await asyncio.to_thread(Engine.from_pretrained, Path(config.model_dir), config.engine)
+        local_dir = Path(config.store_dir) if config.store_dir else None
+        store = KVClient(directory, engine.layout.block_bytes, local_dir)
+        stack.push_async_callback(store.close)
+        await store.open()
+        # 2. The engine's thread, and who may hand it what.
+        loop = EngineLoop(engine, _die)
+        loop.start()
+        stack.push_async_callback(loop.stop)
+        load = await loop.call(Engine.load)
+        publisher = Publisher(loop, store, load.total_blocks)
+        stack.push_async_callback(publisher.flush)
+        self._admission = Admission(loop, config.max_queued_requests, config.room_wait_s)
+        # 3. The server, and the heartbeat that tells where it is.
+        server = self._server(
+            PrefillService(PrefillWorker(loop, store, publisher, self._admission), engine),
+            DecodeService(DecodeWorker(loop, store, publisher, self._admission), engine, config.start_wait_s),
+        )
+        port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
+        await server.start()
+        stack.push_async_callback(server.stop, CANCEL_GRACE_S)
+        record = self._record(engine, f"{config.advertise_host}:{port}")
+        self._heartbeat = Heartbeat(record, loop, self._admission, store, directory, self._health)
+        await self._beat()
+        beating = asyncio.create_task(self._heartbeat.run(config.heartbeat_s, config.ttl_s, config.stall_s))
+        stack.push_async_callback(self._leave, beating)
+        stack.push_async_callback(self._drain)
+
+    def _server(self, prefill: PrefillService, decode: DecodeService) -> grpc.aio.Server:
+        server = grpc.aio.server(options=self._server_options())
+        config = self.config
+        control = NodeControlService(self._admission, config.node_id, self._incarnation, config.role)
+        node_pb2_grpc.add_PrefillServicer_to_server(prefill, server)  # type: ignore[no-untyped-call]
+        node_pb2_grpc.add_DecodeServicer_to_server(decode, server)  # type: ignore[no-untyped-call]
+        node_pb2_grpc.add_NodeControlServicer_to_server(control, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        services = [service.full_name for service in node_pb2.DESCRIPTOR.services_by_name.values()]
+        services += [health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(services, server)
+        return server
+
+    def _server_options(self) -> list[tuple[str, int]]:
+        return [
+            ("grpc.so_reuseport", 0),  # a second node on the same port is an error, not a lottery
+            ("grpc.max_receive_message_length", self.config.max_message_bytes),
+            ("grpc.max_send_message_length", self.config.max_message_bytes),
+            # A router that vanished without a word is found out, and the room of its requests is freed.
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+        ]
+
+    def _record(self, engine: Engine, address: str) -> NodeRecord:
+        return NodeRecord(
+            node_id=self.config.node_id,
+            incarnation=self._incarnation,
+            role=self.config.role,
+            address=address,
+            model=self.config.model,
+            kv_root=engine.layout.root().hex(),
+            block_size=engine.layout.block_size,
+            block_bytes=engine.layout.block_bytes,
+            vocab_size=engine.vocab_size,
+            max_model_len=engine.max_model_len,
+            host=self.config.host or socket.gethostname(),
+        )
+
+    async def _beat(self) -> None:
+        await self._heartbeat.beat(self.config.heartbeat_s, self.config.ttl_s, self.config.stall_s)
+
+    async def _drain(self) -> None:
+        self._admission.is_draining = True
+        await self._beat()  # so that routers stop at once
+        try:
+            await asyncio.wait_for(self._admission.idle(), self.config.drain_s)
+        except TimeoutError:
+            logger.warning("event=drain_cut_short requests=%d", self._admission.num_legs)
+
+    async def _leave(self, beating: asyncio.Task[None]) -> None:
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
+        await self._heartbeat.leave()
+
+
+def _die(error: BaseException) -> None:
+    """Called on the engine's thread when it failed. Half a node is worse than none."""
+    logger.critical("event=node_dies error=%r", error)
+    logging.shutdown()
+    os._exit(1)

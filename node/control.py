@@ -1,0 +1,49 @@
+"""The NodeControl service: what a node is doing, and whether it takes more."""
+
+from __future__ import annotations
+
+import logging
+
+import grpc
+
+from batonpb import node_pb2, node_pb2_grpc
+from node.admission import Admission
+from node.convert import statuses
+
+logger = logging.getLogger(__name__)
+
+
+class NodeControlService(node_pb2_grpc.NodeControlServicer):
+    """One node's control calls. A drain lasts until it is undone; a new incarnation starts without."""
+
+    def __init__(self, admission: Admission, node_id: str, incarnation: str, role: str) -> None:
+        self._admission = admission
+        self._node_id = node_id
+        self._incarnation = incarnation
+        self._role = role
+
+    async def GetLoad(self, _message: node_pb2.GetLoadRequest, context: grpc.aio.ServicerContext) -> node_pb2.Load:
+        async with statuses(context):
+            return await self._load()
+        raise AssertionError("a status has ended the call")
+
+    async def Drain(self, message: node_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> node_pb2.Load:
+        async with statuses(context):
+            self._admission.is_draining = not message.undo
+            logger.info("event=drain draining=%s", self._admission.is_draining)
+            return await self._load()
+        raise AssertionError("a status has ended the call")
+
+    async def _load(self) -> node_pb2.Load:
+        load = await self._admission.load()
+        return node_pb2.Load(
+            node_id=self._node_id,
+            incarnation=self._incarnation,
+            role=self._role,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            queued_prefill_tokens=load.queued_prefill_tokens,
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
+            draining=self._admission.is_draining,
+        )

@@ -1,0 +1,127 @@
+"""Between messages and the engine's data: requests in, tokens out, errors to gRPC statuses. The only place for each.
+
+Nothing in a message is trusted: lengths and ranges are checked before anything is built from them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from batonpb import common_pb2, node_pb2
+from engine.engine import Engine
+from engine.errors import InvalidRequest, NoRoom
+from engine.loop import EngineStopped
+from engine.request import FinishReason, OutputToken, Request, SamplingParams
+from kvstore.blocks import salted
+from node.errors import Busy, Draining
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUEST_ID_CHARS = 128
+MAX_SALT_BYTES = 256
+OPTIONAL_SAMPLING: tuple[str, ...] = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+OPTIONAL_SAMPLING += ("presence_penalty", "frequency_penalty", "seed", "max_tokens", "logprobs")
+
+FINISH_REASONS = {
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+    FinishReason.HANDOFF: common_pb2.FINISH_REASON_UNSPECIFIED,  # this leg is over, the request is not
+}
+
+# One request may pass a node more than once: both legs, or a retry while its first try is still being cleaned up.
+_leg_numbers = itertools.count()
+
+
+def to_request(message: node_pb2.NodeRequest, engine: Engine, handoff_after: int | None = None) -> Request:
+    """The engine's request for one leg, under an id of its own. Raises `InvalidRequest`.
+
+    Of the engine only its shape is looked at; whether the tokens fit its vocabulary is `Engine.add`'s to say.
+    """
+    _check(0 < len(message.request_id) <= MAX_REQUEST_ID_CHARS, "request_id", f"1 to {MAX_REQUEST_ID_CHARS} characters")
+    _check(len(message.salt) <= MAX_SALT_BYTES, "salt", f"{MAX_SALT_BYTES} bytes at most, got {len(message.salt)}")
+    num_tokens, num_prompt_tokens = len(message.token_ids), message.num_prompt_tokens
+    _check(num_tokens > 0, "token_ids", "must not be empty")
+    longest = engine.max_model_len - 1  # it leaves room for one output
+    _check(num_tokens <= longest, "token_ids", f"{longest} tokens at most, got {num_tokens}")
+    in_range = 1 <= num_prompt_tokens <= num_tokens
+    _check(in_range, "num_prompt_tokens", f"must be in [1, {num_tokens}], got {num_prompt_tokens}")
+    params = to_sampling_params(message.sampling)
+    num_output_tokens = num_tokens - num_prompt_tokens
+    problem = f"{num_output_tokens} outputs are there, and sampling.max_tokens = {params.max_tokens}"
+    _check(num_output_tokens < params.max_tokens, "token_ids", problem)
+    return Request(
+        request_id=f"{message.request_id}/{next(_leg_numbers)}",
+        token_ids=list(message.token_ids),
+        num_prompt_tokens=num_prompt_tokens,
+        params=params,
+        root=salted(engine.layout.root(), message.salt),
+        block_size=engine.layout.block_size,
+        handoff_after=handoff_after,
+    )
+
+
+def to_sampling_params(message: common_pb2.SamplingParams) -> SamplingParams:
+    """Seed and max_tokens have no default here: a router fixes both, or a failover would change the text."""
+    for name in ("seed", "max_tokens"):
+        _check(message.HasField(name), f"sampling.{name}", "must be set")
+    given: dict[str, Any] = {name: getattr(message, name) for name in OPTIONAL_SAMPLING if message.HasField(name)}
+    return SamplingParams(
+        **given,
+        min_tokens=message.min_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def started_with(tokens: Sequence[common_pb2.Token], request: Request, engine: Engine) -> list[int]:
+    """The ids of tokens sampled elsewhere that go before this leg's first. Raises `InvalidRequest`.
+
+    They may not end the request: then there would be nothing left to run.
+    """
+    token_ids = [token.token_id for token in tokens]
+    bad = next((token_id for token_id in token_ids if token_id >= engine.vocab_size), None)
+    _check(bad is None, "start.tokens", f"token ids must be below {engine.vocab_size}, got {bad}")
+    longest = min(engine.max_model_len, request.num_prompt_tokens + request.params.max_tokens) - 1
+    problem = f"{longest - request.num_tokens} at most, for one must be left to compute; got {len(token_ids)}"
+    _check(request.num_tokens + len(token_ids) <= longest, "start.tokens", problem)
+    return token_ids
+
+
+def to_token(token: OutputToken) -> common_pb2.Token:
+    if token.logprob is None:
+        return common_pb2.Token(token_id=token.token_id)
+    top = [common_pb2.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top]
+    return common_pb2.Token(token_id=token.token_id, logprobs=common_pb2.TokenLogprobs(logprob=token.logprob, top=top))
+
+
+@asynccontextmanager
+async def statuses(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    """Ends the call with the status that an error of its body stands for."""
+    try:
+        yield
+    except InvalidRequest as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except (NoRoom, Busy) as error:
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+    except Draining as error:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    except EngineStopped as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+    except TimeoutError as error:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
+    except grpc.aio.AbortError:
+        raise
+    except Exception as error:
+        logger.exception("event=call_failed")
+        await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+
+
+def _check(ok: bool, field: str, problem: str) -> None:
+    if not ok:
+        raise InvalidRequest(field, problem)

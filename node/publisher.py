@@ -1,0 +1,83 @@
+"""Publishes full blocks into this machine's arena, in order, behind the compute. Knows no request and no gRPC.
+
+A block stays pinned in the engine from the step that filled it until its bytes are in the arena. What cannot be
+published is unpinned and forgotten: the next reader misses it, nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+from engine.loop import EngineLoop
+from engine.request import FullBlock
+from kvstore.client import KVClient
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH_BYTES = 64 * 2**20  # of one write; bounds how long a block waits behind those of other requests
+MAX_PINNED_SHARE = 0.25  # of the engine's blocks; a stalled store must not starve the engine
+
+
+class Publisher:
+    """One for each node: a queue of pinned blocks, and the task that empties it."""
+
+    def __init__(self, loop: EngineLoop, store: KVClient, num_blocks: int) -> None:
+        self._loop = loop
+        self._store = store
+        self._max_batch_blocks = max(1, MAX_BATCH_BYTES // loop.engine.layout.block_bytes)
+        self._max_pinned_blocks = max(1, int(num_blocks * MAX_PINNED_SHARE))
+        self._queue: deque[FullBlock] = deque()
+        self._num_pinned_blocks = 0
+        self._num_taken_blocks = 0  # ever put into the queue
+        self._num_settled_blocks = 0  # ever published or given up, in the queue's order
+        self._settled = asyncio.Condition()
+        self._writer: asyncio.Task[None] | None = None
+
+    def publish(self, blocks: Sequence[FullBlock]) -> None:
+        """Takes over the pins of `blocks`, and returns at once."""
+        if not blocks:
+            return
+        self._num_pinned_blocks += len(blocks)
+        if self._num_pinned_blocks > self._max_pinned_blocks:
+            self._unpin(blocks)
+            return
+        self._queue.extend(blocks)
+        self._num_taken_blocks += len(blocks)
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write_all())
+
+    async def flush(self) -> None:
+        """Waits until all that was taken before this call is published or given up, and unpinned."""
+        taken = self._num_taken_blocks
+        async with self._settled:
+            await self._settled.wait_for(lambda: self._num_settled_blocks >= taken)
+
+    async def _write_all(self) -> None:
+        while self._queue:
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch_blocks))]
+            try:
+                await self._write(batch)
+            except Exception:  # whatever it is, it is a miss for a later reader, and no harm to anyone else
+                logger.exception("event=publish_failed blocks=%d", len(batch))
+            self._unpin(batch)
+            self._num_settled_blocks += len(batch)
+            async with self._settled:
+                self._settled.notify_all()
+        self._writer = None
+
+    async def _write(self, batch: Sequence[FullBlock]) -> None:
+        # two requests may have filled the same block in the same step
+        blocks = list({block.block_hash: block for block in batch}.values())
+
+        def write(indices: Sequence[int], views: Sequence[memoryview]) -> None:
+            self._loop.engine.export_blocks([blocks[index].block_id for index in indices], views)
+
+        await self._store.publish([block.block_hash for block in blocks], write)
+
+    def _unpin(self, blocks: Sequence[FullBlock]) -> None:
+        block_ids = [block.block_id for block in blocks]
+        self._num_pinned_blocks -= len(block_ids)
+        self._loop.post(lambda engine: engine.unpin(block_ids))

@@ -1,0 +1,37 @@
+"""The Prefill service: one message in, one out. What is done with it is the worker's."""
+
+from __future__ import annotations
+
+import grpc
+
+from batonpb import node_pb2, node_pb2_grpc
+from engine.engine import Engine
+from node.convert import FINISH_REASONS, statuses, to_request, to_token
+from prefill_node.worker import Prefilled, PrefillWorker
+
+
+class PrefillService(node_pb2_grpc.PrefillServicer):
+    """One node's prefill legs."""
+
+    def __init__(self, worker: PrefillWorker, engine: Engine) -> None:
+        self._worker = worker
+        self._engine = engine
+
+    async def Prefill(
+        self, message: node_pb2.PrefillRequest, context: grpc.aio.ServicerContext
+    ) -> node_pb2.PrefillResponse:
+        async with statuses(context):
+            request = to_request(message.request, self._engine, handoff_after=1)
+            return _response(await self._worker.prefill(request))
+        raise AssertionError("a status has ended the call")
+
+
+def _response(prefilled: Prefilled) -> node_pb2.PrefillResponse:
+    return node_pb2.PrefillResponse(
+        token=to_token(prefilled.token),
+        finish_reason=FINISH_REASONS[prefilled.finish_reason],
+        local_hit_tokens=prefilled.local_hit_tokens,
+        store_hit_tokens=prefilled.store_hit_tokens,
+        queue_s=prefilled.queue_s,
+        compute_s=prefilled.compute_s,
+    )
