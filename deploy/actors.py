@@ -1,0 +1,161 @@
+"""What runs inside a Ray actor: one server, which brings itself up whenever its process starts. Knows no Ray.
+
+After a crash Ray runs `__init__` again and nothing else, so that is where the start begins. A server that keeps dying
+is started ever more slowly: its start times are kept in a file of its machine's folder, which outlives the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:  # each process imports its own kind's packages only: this is most of what a start costs
+    from deploy.node_config import NodeConfig
+    from kvstore.server import StoreConfig
+    from router.server import RouterConfig
+
+logger = logging.getLogger(__name__)
+
+RESTART_WINDOW_S = 60.0
+FREE_RESTARTS = 2  # within the window, before the first wait
+MAX_BACKOFF_S = 30.0
+
+
+class Server(Protocol):
+    """What `NodeServer`, `StoreServer` and `RouterServer` have in common."""
+
+    async def start(self) -> Any: ...
+
+    async def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """One server to run. `folder` is its machine's own; it is made when it is not there."""
+
+    kind: Literal["store", "node", "router"]
+    name: str
+    config: StoreConfig | NodeConfig | RouterConfig
+    folder: Path
+    log_level: str = "warning"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server's answer to `ready`: what it registered, or in `error` why it could not start."""
+
+    name: str
+    pid: int
+    record: Mapping[str, Any]
+    error: str = ""
+
+
+def backoff_s(starts: Sequence[float], now: float) -> float:
+    """How long to wait before the next start, given the times of earlier ones: 0, 0, 0.5, 1, 2 ... 30 s."""
+    recent = sum(now - start < RESTART_WINDOW_S for start in starts)
+    if recent <= FREE_RESTARTS:
+        return 0.0
+    return min(MAX_BACKOFF_S, 0.5 * 2.0 ** (recent - FREE_RESTARTS - 1))
+
+
+class StartLog:
+    """When a server was started before, in a file: one time (seconds since the epoch) a line."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def read(self) -> list[float]:
+        return [float(line) for line in self._file.read_text().splitlines()] if self._file.exists() else []
+
+    def add(self, now: float) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._file.open("a") as file:
+            file.write(f"{now}\n")
+
+
+class ServerActor:
+    """An async actor around one server. Its first start may fail and says so in `ready`; a restart that fails ends
+    the process, and Ray tries again."""
+
+    def __init__(self, spec: ServerSpec) -> None:
+        logging.basicConfig(stream=sys.stderr, level=spec.log_level.upper(), format="%(levelname)s %(message)s")
+        self._spec = spec
+        self._server: Server | None = None
+        self._starts = StartLog(spec.folder / f"{spec.name}.starts")
+        self._started = asyncio.get_running_loop().create_task(self._start())
+
+    def __repr__(self) -> str:
+        """Ray sets it before each line that this process logs."""
+        return self._spec.name
+
+    async def ready(self) -> Started:
+        return await asyncio.shield(self._started)
+
+    async def stop(self) -> None:
+        """Drains and closes. Idempotent; the process is left to whoever made the actor."""
+        await self._started
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop()
+
+    async def remove_folder(self) -> None:
+        shutil.rmtree(self._spec.folder, ignore_errors=True)
+
+    async def _start(self) -> Started:
+        earlier, now = self._starts.read(), time.time()
+        self._starts.add(now)
+        await asyncio.sleep(backoff_s(earlier, now))
+        try:
+            self._server = build(self._spec)
+            record = as_dict(await self._server.start())
+        except Exception as error:
+            if earlier:
+                logger.exception("restart failed name=%s", self._spec.name)
+                os._exit(1)
+            logger.info("start failed name=%s", self._spec.name, exc_info=True)
+            return Started(self._spec.name, os.getpid(), {}, f"{type(error).__name__}: {error}")
+        self._keep_port(record)
+        return Started(self._spec.name, os.getpid(), record)
+
+    def _keep_port(self, record: Mapping[str, Any]) -> None:
+        """Clients know a router by its port, so the one that the kernel chose is asked for again after a restart."""
+        if self._spec.kind == "router":
+            port_file(self._spec).write_text(str(record["address"]).rsplit(":", 1)[1])
+
+
+def build(spec: ServerSpec) -> Server:
+    """The server that a config is for. Torch comes with a node, and with nothing else."""
+    config: Any = spec.config
+    if spec.kind == "node":
+        from deploy.node import NodeServer
+
+        return NodeServer(config)
+    if spec.kind == "store":
+        from kvstore.server import StoreServer
+
+        return StoreServer(config)
+    from router.server import RouterServer
+
+    if port_file(spec).exists():
+        config = dataclasses.replace(config, port=int(port_file(spec).read_text()))
+    return RouterServer(config)
+
+
+def port_file(spec: ServerSpec) -> Path:
+    return spec.folder / f"{spec.name}.port"
+
+
+def as_dict(record: Any) -> dict[str, Any]:
+    """A server's record, be it a dataclass or a mapping, as plain data that needs no import on the other side."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return dataclasses.asdict(record)
+    return dict(record)

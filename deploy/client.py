@@ -1,0 +1,192 @@
+"""`baton generate` and `baton chat`: text to a router and text back to the terminal, as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+
+import grpc
+
+from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
+from deploy.config import DeployError
+from deploy.serve import add_state_argument
+from deploy.state import StateDir
+
+
+class RequestFailed(DeployError):
+    """The router refused a request or lost it; names the gRPC status."""
+
+
+class Client:
+    """A connection to one router, "host:port". Use as a context manager."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def model(self) -> inference_pb2.GetModelResponse:
+        """Raises `RequestFailed`."""
+        try:
+            return self._stub.GetModel(inference_pb2.GetModelRequest(), timeout=10.0)
+        except grpc.RpcError as error:
+            raise _failed(error) from None
+
+    def stream(self, request: inference_pb2.GenerateRequest) -> Iterator[inference_pb2.GenerateResponse]:
+        """The answers as they come; closing the iterator cancels the request. Raises `RequestFailed`."""
+        call = self._stub.Generate(request)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise _failed(error) from None
+        finally:
+            call.cancel()
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end in place of the text")
+    _add_request_arguments(parser)
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", default="", metavar="TEXT", help="a system message before the first turn")
+    _add_request_arguments(parser)
+
+
+def generate(args: argparse.Namespace) -> int:
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    request = inference_pb2.GenerateRequest(sampling=sampling_from(args))
+    try:
+        request.text = prompt
+    except ValueError:
+        raise DeployError("the prompt is not valid UTF-8") from None
+    with Client(address_from(args)) as client:
+        responses = list(show(client.stream(request), silent=args.json))
+    if args.json:
+        print(json.dumps(as_json(responses)))
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    """A conversation, turn by turn. Ctrl-C cuts an answer short and drops its turn; Ctrl-D or /quit ends."""
+    with Client(address_from(args)) as client:
+        model = client.model()
+        if not model.has_chat_template:
+            raise DeployError(f"{model.model} has no chat template; use `baton generate`")
+        request = inference_pb2.GenerateRequest(sampling=sampling_from(args))
+        if args.system:
+            request.chat.messages.add(role="system", content=args.system)
+        while (line := _read_turn()) is not None:
+            if line.strip():
+                _turn(client, request, line)
+    return 0
+
+
+def _turn(client: Client, request: inference_pb2.GenerateRequest, line: str) -> None:
+    """Sends what was said so far and `line`; both it and the answer are kept in `request` when all went well."""
+    request.chat.messages.add(role="user", content=line)
+    responses = client.stream(request)
+    try:
+        answer = "".join(response.text for response in show(responses))
+        request.chat.messages.add(role="assistant", content=answer)
+    except (KeyboardInterrupt, RequestFailed) as error:
+        del request.chat.messages[-1]
+        print(f"\nbaton: {error or 'cut short'}; this turn is forgotten", file=sys.stderr)
+    finally:
+        responses.close()  # type: ignore[attr-defined]  # a generator: cancels the call
+
+
+def _read_turn() -> str | None:
+    try:
+        line = input("> ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    return None if line.strip() == "/quit" else line
+
+
+def show(
+    responses: Iterator[inference_pb2.GenerateResponse], silent: bool = False
+) -> Iterator[inference_pb2.GenerateResponse]:
+    """Passes responses on, and writes their text to the terminal on the way."""
+    for response in responses:
+        if not silent:
+            sys.stdout.write(response.text)
+            sys.stdout.flush()
+        yield response
+    if not silent:
+        print(flush=True)
+
+
+def as_json(responses: list[inference_pb2.GenerateResponse]) -> dict[str, object]:
+    """One answer in whole: text, tokens, and what its last message says."""
+    last = responses[-1]
+    usage = {field.name: getattr(last.usage, field.name) for field in last.usage.DESCRIPTOR.fields}
+    timeline = {field.name: getattr(last.timeline, field.name) for field in last.timeline.DESCRIPTOR.fields}
+    return {
+        "request_id": last.request_id,
+        "text": "".join(response.text for response in responses),
+        "token_ids": [token.token_id for response in responses for token in response.tokens],
+        "finish_reason": common_pb2.FinishReason.Name(last.finish_reason).removeprefix("FINISH_REASON_").lower(),
+        "usage": usage,
+        "timeline": timeline,
+    }
+
+
+def address_from(args: argparse.Namespace) -> str:
+    """The router that was named, or the first one of the cluster that is up. Raises `DeployError`."""
+    if args.address:
+        return str(args.address)
+    state = StateDir(args.state_dir).running()
+    if not state.routers:
+        raise DeployError("the cluster is still starting")
+    return state.routers[0]
+
+
+def sampling_from(args: argparse.Namespace) -> common_pb2.SamplingParams:
+    """Raises `DeployError` for what no message can hold; the ranges are the router's to check."""
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    try:
+        return common_pb2.SamplingParams(**given)
+    except (ValueError, TypeError) as error:
+        raise DeployError(f"sampling: {error}") from None
+
+
+SAMPLING: dict[str, type] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+    "max_tokens": int,
+    "min_tokens": int,
+    "stop": str,
+}
+
+
+def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", default="", metavar="HOST:PORT", help="of a router; default: of the cluster that is up"
+    )
+    for name, kind in SAMPLING.items():
+        option = "--" + name.replace("_", "-")
+        if name == "stop":
+            parser.add_argument(option, action="append", metavar="TEXT", help="ends the answer; can be repeated")
+        else:
+            parser.add_argument(option, type=kind, metavar=kind.__name__.upper())
+    add_state_argument(parser)
+
+
+def _failed(error: grpc.RpcError) -> RequestFailed:
+    return RequestFailed(f"{error.code().name}: {error.details()}")  # a call's error is the call

@@ -1,0 +1,297 @@
+"""Places a cluster's servers on Ray machines and keeps them alive: the one file that imports ray.
+
+Ray starts processes, puts them on machines and GPUs, and starts them again when they die. No token and no block goes
+through it. Whatever `start` made, `stop` removes: actors, folders, Ray's session, Redis.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from deploy.actors import ServerActor, Started
+from deploy.config import ClusterConfig, DeployError, cluster_dir
+from deploy.placement import Machine, Placement, place
+from deploy.processes import end_all, processes_of
+from deploy.redis import EmbeddedRedis
+from deploy.specs import PlacedSpec, Specs
+from engine.config import EngineConfig, ModelConfig, kv_layout
+from engine.errors import UnsupportedModel
+from kvstore.blocks import KVLayout
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through it
+POLL_S = 0.1
+KILL_WAIT_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
+CLUSTER_VARIABLE = "BATON_CLUSTER_ID"  # in the environment of every process of an own Ray
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # a node's memory is bounded by its options, and is no leak to kill it for
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class StartFailed(DeployError):
+    """A part of the cluster did not come up; what had come up is stopped."""
+
+
+class Interrupted(DeployError):
+    """Someone asked to stop while the cluster was starting."""
+
+
+@dataclass
+class _Member:
+    """A server in its actor."""
+
+    placed: PlacedSpec
+    actor: Any
+    started: Started | None = None
+
+    @property
+    def name(self) -> str:
+        return self.placed.spec.name
+
+    @property
+    def kind(self) -> str:
+        return self.placed.spec.kind
+
+
+class Cluster:
+    """One cluster, from `start` to `stop`. `report` gets a line for each thing that came up; setting `interrupt`
+    (from a signal handler, say) makes a start under way end with `Interrupted`.
+
+    `start` and `stop` belong to the main thread: the kernel ends Redis and Ray with the thread that started them.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        report: Callable[[str], None] = logger.info,
+        interrupt: threading.Event | None = None,
+    ) -> None:
+        self.config = config
+        self.cluster_id = secrets.token_hex(4)
+        self.redis_url = config.redis_url
+        self.folders = [cluster_dir(self.cluster_id)]  # of this machine; `stop` removes them
+        self._report = report
+        self._interrupt = interrupt or threading.Event()
+        self._redis: EmbeddedRedis | None = None
+        self._members: list[_Member] = []
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """Addresses, "ip:port"."""
+        return tuple(str(m.started.record["address"]) for m in self._members if m.kind == "router" and m.started)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Of each server, by its name, as it is now. Waits for those that are coming up again."""
+        answers = ray.get([member.actor.ready.remote() for member in self._members])
+        return {started.name: started.pid for started in answers}
+
+    def start(self) -> None:
+        """Returns when every server is up. Raises `DeployError`, and leaves nothing behind, when one is not."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self) -> None:
+        model = self._model()
+        self.folders[0].mkdir(mode=0o700)
+        self._start_ray()
+        machines, own = self._machines()
+        placements = place(self.config, machines)
+        self._start_redis(own)
+        self._report(f"ray: {_count(len(machines), 'machine')}, redis: {'embedded' if self._redis else 'given'}")
+        specs = Specs(self.config, self.cluster_id, self.redis_url, self._layout(model, placements))
+        self.folders.append(specs.folder(own))
+        for placed in specs.all(machines, placements, own):
+            self._members.append(_Member(placed, _actor(placed)))
+        self._wait_until_started()
+
+    def stop(self) -> list[str]:
+        """Stops everything, in the order of the requests' way: routers, nodes, stores. Idempotent.
+
+        Returns what it could not remove, in words; an empty list is how it should be.
+        """
+        if ray.is_initialized():
+            for kind in ("router", "node", "store"):
+                self._call("stop", [member for member in self._members if member.kind == kind])
+            self._call("remove_folder", [member for member in self._members if member.kind == "store"])
+            for member in self._members:
+                ray.kill(member.actor, no_restart=True)
+            ray.shutdown()
+        self._members.clear()
+        if self._redis is not None:
+            self._redis.stop()
+        left = end_all(processes_of(CLUSTER_VARIABLE, self.cluster_id), KILL_WAIT_S)
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        return [f"process {name}" for name in left] + [f"folder {path}" for path in self.folders if path.exists()]
+
+    # --- the steps of a start ---
+
+    def _model(self) -> ModelConfig:
+        """The model that is to be served, read before anything is started for it."""
+        try:
+            return ModelConfig.from_pretrained(self.config.model_dir)
+        except UnsupportedModel as error:
+            raise StartFailed(str(error)) from None
+
+    def _layout(self, model: ModelConfig, placements: Sequence[Placement]) -> KVLayout:
+        """One layout for all nodes, whatever they run on: their blocks are to fit each other."""
+        device = "cuda" if any(placement.num_gpus for placement in placements) else "cpu"
+        try:
+            return kv_layout(
+                model, EngineConfig(dtype=self.config.dtype, device=device, block_size=self.config.block_size)
+            )
+        except UnsupportedModel as error:
+            raise StartFailed(str(error)) from None
+
+    def _start_ray(self) -> None:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        try:
+            _check_address(self.config.ray_address)
+            with _signals_kept():
+                if self.config.ray_address:
+                    ray.init(address=self.config.ray_address, logging_level=logging.ERROR)
+                else:
+                    self._start_own_ray()
+        except Exception as error:
+            where = f"at {self.config.ray_address}" if self.config.ray_address else "here"
+            raise StartFailed(f"no Ray {where}: {_first_line(error)}") from error
+
+    def _start_own_ray(self) -> None:
+        # A token of one's own keeps Ray from writing one into the home folder. It stays for the life of this process,
+        # because Ray reads it only once.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        with _environment(RAY_SETTINGS | {CLUSTER_VARIABLE: self.cluster_id}):
+            ray.init(
+                address="local",
+                num_cpus=0,  # actors ask for none, and Ray starts no workers ahead
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(self.folders[0] / "ray"),
+            )
+
+    def _machines(self) -> tuple[list[Machine], Machine]:
+        """All machines of this Ray, and the one that this process runs on."""
+        own_id = ray.get_runtime_context().get_node_id()
+        machines = [self._machine(node, own_id) for node in ray.nodes() if node["Alive"]]
+        return machines, next(machine for machine in machines if machine.ray_node_id == own_id)
+
+    def _machine(self, node: Mapping[str, Any], own_id: str) -> Machine:
+        resources = node["Resources"]
+        cores = len(os.sched_getaffinity(0)) if node["NodeID"] == own_id else int(resources.get("CPU", 1))
+        return Machine(
+            ray_node_id=node["NodeID"],
+            address=node["NodeManagerAddress"] if self.config.ray_address else LOOPBACK,
+            name=node["NodeManagerHostname"],
+            cores=cores,
+            gpus=int(resources.get("GPU", 0)),
+        )
+
+    def _start_redis(self, own: Machine) -> None:
+        if not self.redis_url:
+            self._redis = EmbeddedRedis(self.folders[0] / "redis", own.address if self.config.ray_address else "")
+            self._redis.start()
+            self.redis_url = self._redis.url
+
+    def _wait_until_started(self) -> None:
+        waiting = {member.actor.ready.remote(): member for member in self._members}
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while waiting:
+            done, _ = ray.wait(list(waiting), timeout=POLL_S)
+            for ref in done:
+                self._note(waiting.pop(ref), ref)
+            if self._interrupt.is_set():
+                raise Interrupted("stopped while it was starting")
+            if time.monotonic() > deadline:
+                names = ", ".join(member.name for member in waiting.values())
+                raise StartFailed(f"not up within {self.config.start_timeout_s:.0f} s: {names}")
+
+    def _note(self, member: _Member, ref: Any) -> None:
+        try:
+            started: Started = ray.get(ref)
+        except ray.exceptions.RayError as error:
+            raise StartFailed(f"{member.name} died while it was starting: {_first_line(error)}") from None
+        if started.error:
+            raise StartFailed(f"{member.name}: {started.error}")
+        member.started = started
+        self._report(f"{member.name} is up on {member.placed.machine.address}, pid {started.pid}")
+
+    def _call(self, method: str, members: Sequence[_Member]) -> None:
+        """Calls a method on all at once and waits for all, but never for long: what hangs is killed afterwards."""
+        refs = [getattr(member.actor, method).remote() for member in members]
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=self.config.stop_timeout_s)
+        for member, ref in zip(members, refs, strict=True):
+            try:
+                ray.get(ref, timeout=0)
+            except ray.exceptions.RayError as error:
+                logger.warning("%s failed name=%s error=%s", method, member.name, _first_line(error))
+
+
+def _actor(placed: PlacedSpec) -> Any:
+    where = NodeAffinitySchedulingStrategy(placed.machine.ray_node_id, soft=False)
+    options = {"num_cpus": 0, "num_gpus": placed.num_gpus, "max_restarts": -1, "scheduling_strategy": where}
+    return ray.remote(ServerActor).options(**options).remote(placed.spec)
+
+
+def _check_address(address: str) -> None:
+    """Raises `OSError` where nobody listens: Ray itself would try for two minutes, then end the process."""
+    if address and address != "auto":
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """`ray.init` puts its own handler for SIGTERM in place of ours."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,263 @@
+"""`baton serve`, `baton status` and `baton down`: a cluster in the foreground, and how others find it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from deploy.config import ClusterConfig, DeployError, parse_bytes, temp_base
+from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
+from kvstore.directory import ArenaRecord, Directory, NodeRecord
+from kvstore.errors import DirectoryUnavailable
+
+WATCH_S = 1.0
+DOWN_TIMEOUT_S = 60.0
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a Hugging Face model folder")
+    add = parser.add_argument_group("nodes").add_argument
+    add("--prefill", type=int, metavar="N", help="prefill nodes (default 1, or 0 with --both)")
+    add("--decode", type=int, metavar="N", help="decode nodes (default 1, or 0 with --both)")
+    add("--both", type=int, default=0, metavar="N", help="nodes for both legs")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16; default: float32 on CPUs, else the model's")
+    add("--block-size", type=int, default=16, metavar="TOKENS")
+    add("--kv-memory", type=_bytes, default="256M", metavar="BYTES", help="KV cache of each node (default 256M)")
+    add("--store-memory", type=_bytes, default="256M", metavar="BYTES", help="arena of each machine (default 256M)")
+    add("--store-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="where arenas lie (default /dev/shm)")
+    add("--max-model-len", type=int, default=0, metavar="TOKENS", help="default: the model's")
+    add("--max-batched-tokens", type=int, default=512, metavar="TOKENS", help="in one step of a node (default 512)")
+    add("--max-requests", type=int, default=64, metavar="N", help="at a time on one node (default 64)")
+    add("--num-threads", type=int, default=0, metavar="N", help="of each node; default: cores / nodes of its machine")
+    add("--served-model-name", default="", metavar="NAME", help="default: the folder's name")
+    add = parser.add_argument_group("addresses").add_argument
+    add("--host", default="127.0.0.1", help="that the router listens on (default 127.0.0.1)")
+    add("--port", type=int, default=0, help="that the router listens on (default: the kernel chooses)")
+    add("--routers", type=int, default=1, metavar="N", help="the first one takes --port, the next one more")
+    add("--redis-url", default="", metavar="URL", help="default: an embedded Redis")
+    add("--cluster", default="default", metavar="NAME", help="keeps clusters in one Redis apart")
+    add("--ray-address", default="", metavar="HOST:PORT", help="a Ray that runs already; default: an own one")
+    add("--prefill-hosts", type=_names, default=(), metavar="A,B", help="Ray machines for prefill nodes; default: all")
+    add("--decode-hosts", type=_names, default=(), metavar="A,B", help="Ray machines for decode nodes; default: all")
+    add = parser.add_argument_group("running").add_argument
+    add("--start-timeout", type=float, default=300.0, metavar="SECONDS")
+    add("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    add_state_argument(parser)
+
+
+def add_state_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        default=default_state_dir(),
+        metavar="DIR",
+        help="where `baton serve` leaves word for the other commands (default %(default)s)",
+    )
+
+
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    add_state_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print records as JSON")
+
+
+def config_from(args: argparse.Namespace) -> ClusterConfig:
+    """Raises `ConfigError`."""
+    default = 0 if args.both else 1
+    return ClusterConfig(
+        model_dir=args.model,
+        prefill=default if args.prefill is None else args.prefill,
+        decode=default if args.decode is None else args.decode,
+        both=args.both,
+        routers=args.routers,
+        host=args.host,
+        port=args.port,
+        cluster=args.cluster,
+        redis_url=args.redis_url,
+        ray_address=args.ray_address,
+        served_model_name=args.served_model_name,
+        dtype=args.dtype,
+        block_size=args.block_size,
+        kv_bytes=args.kv_memory,
+        store_bytes=args.store_memory,
+        store_base=args.store_dir,
+        max_model_len=args.max_model_len,
+        max_num_batched_tokens=args.max_batched_tokens,
+        max_num_requests=args.max_requests,
+        num_threads=args.num_threads,
+        prefill_hosts=args.prefill_hosts,
+        decode_hosts=args.decode_hosts,
+        start_timeout_s=args.start_timeout,
+        log_level=args.log_level,
+    )
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP."""
+    begin = time.monotonic()
+    config, interrupt = config_from(args), threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: interrupt.set())
+    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(levelname)s %(message)s")
+    state_dir = StateDir(args.state_dir)
+    state_dir.claim()
+    try:
+        return _serve(config, interrupt, state_dir, begin)
+    finally:
+        state_dir.release()
+
+
+def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDir, begin: float) -> int:
+    from deploy.launch import Cluster  # ray, which no other command needs
+
+    cluster = Cluster(config, say, interrupt)
+    state = ServeState(
+        pid=os.getpid(),
+        start_ticks=start_ticks(os.getpid()),
+        cluster=config.cluster,
+        cluster_id=cluster.cluster_id,
+        model=config.model_name,
+        redis_url="",
+        bases=(str(temp_base()), str(config.store_base)),
+    )
+    state_dir.write(state)
+    cluster.start()
+    try:
+        state_dir.write(dataclasses.replace(state, redis_url=cluster.redis_url, routers=cluster.routers))
+        nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"
+        addresses = " ".join(cluster.routers)
+        print(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s", flush=True)
+        asyncio.run(_watch(cluster.redis_url, config.cluster, interrupt))
+    finally:
+        say("stopping")
+        left = cluster.stop()
+    if left:
+        raise DeployError("could not remove: " + ", ".join(left))
+    say("stopped, nothing left behind")
+    return 0
+
+
+async def _watch(redis_url: str, cluster: str, interrupt: threading.Event) -> None:
+    """Tells of nodes that come and go until someone interrupts."""
+    directory = Directory(redis_url, cluster)
+    known: dict[str, str] = {}
+    due = 0.0
+    while not interrupt.is_set():
+        if time.monotonic() >= due:
+            due = time.monotonic() + WATCH_S
+            try:
+                now = {node.node_id: node.incarnation for node in await directory.nodes()}
+            except DirectoryUnavailable:
+                continue  # the nodes go on without Redis, and so does the watch
+            for line in changes(known, now):
+                say(line)
+            known |= now
+            known |= {node_id: "" for node_id in known if node_id not in now}
+        await asyncio.sleep(0.1)
+    await directory.close()
+
+
+def changes(known: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What happened to nodes, in words; both map node ids to incarnations, "" for a node that is away."""
+    gone = [f"{node_id} is gone" for node_id, incarnation in known.items() if incarnation and node_id not in now]
+    back = [f"{node_id} is back" for node_id in now if node_id in known and known[node_id] != now[node_id]]
+    return gone + back
+
+
+def status(args: argparse.Namespace) -> int:
+    state = StateDir(args.state_dir).running()
+    if not state.routers:
+        say(f"pid {state.pid} is starting {state.model}")
+        return 0
+    nodes, arenas = asyncio.run(_members(state))
+    if args.json:
+        members = {"nodes": [*map(dataclasses.asdict, nodes)], "arenas": [*map(dataclasses.asdict, arenas)]}
+        print(json.dumps({"pid": state.pid, "model": state.model, "routers": state.routers} | members))
+        return 0
+    console = Console()
+    console.print(f"{state.model} at {' '.join(state.routers)} (pid {state.pid})", highlight=False)
+    console.print(node_table(nodes))
+    console.print(arena_table(arenas))
+    return 0
+
+
+def down(args: argparse.Namespace) -> int:
+    state_dir = StateDir(args.state_dir)
+    if state_dir.read() is not None and not state_dir.alive():
+        gone = state_dir.sweep()
+        say(f"no cluster is up; removed what a killed one had left: {', '.join(map(str, gone)) or 'nothing'}")
+        return 0
+    state_dir.ask_to_stop(DOWN_TIMEOUT_S)
+    say("down")
+    return 0
+
+
+async def _members(state: ServeState) -> tuple[list[NodeRecord], list[ArenaRecord]]:
+    directory = Directory(state.redis_url, state.cluster)
+    try:
+        return await directory.nodes(), await directory.arenas()
+    except DirectoryUnavailable as error:
+        raise DeployError(f"the cluster's Redis does not answer: {error}") from None
+    finally:
+        await directory.close()
+
+
+def node_table(nodes: Sequence[NodeRecord]) -> Table:
+    table = Table(title="nodes", title_justify="left")
+    for name in ("node", "role", "address", "incarnation", "machine"):
+        table.add_column(name)
+    for name in ("running", "waiting", "queued tokens", "free blocks", "arena"):
+        table.add_column(name, justify="right")
+    for node in sorted(nodes, key=lambda node: node.node_id):
+        table.add_row(
+            node.node_id + (" (draining)" if node.draining else ""),
+            node.role,
+            node.address,
+            node.incarnation[:8],
+            node.host,
+            str(node.num_running),
+            str(node.num_waiting),
+            str(node.queued_prefill_tokens),
+            f"{node.free_blocks}/{node.total_blocks}",
+            node.arena_id[:8] or "none",
+        )
+    return table
+
+
+def arena_table(arenas: Sequence[ArenaRecord]) -> Table:
+    table = Table("arena", "machine", "address", title="arenas", title_justify="left")
+    table.add_column("used slots", justify="right")
+    table.add_column("size", justify="right")
+    for arena in sorted(arenas, key=lambda arena: arena.host):
+        used = f"{arena.num_slots - arena.free_slots}/{arena.num_slots}"
+        size = f"{arena.num_slots * arena.slot_bytes / 2**20:.0f} MiB"
+        table.add_row(arena.arena_id[:8], arena.host, arena.address, used, size)
+    return table
+
+
+def say(line: str) -> None:
+    """A progress line. Standard output is kept for answers."""
+    print(f"baton: {line}", file=sys.stderr, flush=True)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except DeployError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)

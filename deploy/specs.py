@@ -1,0 +1,99 @@
+"""Which servers make up a cluster, each with its whole config. Pure: options, machines and placements in, specs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.actors import ServerSpec
+from deploy.config import ClusterConfig, machine_dir
+from deploy.node_config import NodeConfig
+from deploy.placement import Machine, Placement
+from engine.config import EngineConfig
+from kvstore.blocks import KVLayout
+from kvstore.server import StoreConfig
+from router.server import RouterConfig
+
+
+@dataclass(frozen=True)
+class PlacedSpec:
+    """A server and where it goes."""
+
+    spec: ServerSpec
+    machine: Machine
+    num_gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Specs:
+    """What all servers of a cluster share."""
+
+    config: ClusterConfig
+    cluster_id: str
+    redis_url: str
+    layout: KVLayout  # of the model that is served
+
+    def folder(self, machine: Machine) -> Path:
+        return machine_dir(self.config.store_base, self.cluster_id, machine.ray_node_id)
+
+    def all(self, machines: Sequence[Machine], placements: Sequence[Placement], own: Machine) -> Iterator[PlacedSpec]:
+        """One store a machine, the nodes where they were placed, the routers on the launcher's `own` machine."""
+        for machine in machines:
+            yield PlacedSpec(self._store(machine), machine)
+        for placement in placements:
+            yield PlacedSpec(self._node(placement), placement.machine, placement.num_gpus)
+        for index in range(self.config.routers):
+            yield PlacedSpec(self._router(index, own), own)
+
+    def _store(self, machine: Machine) -> ServerSpec:
+        config = StoreConfig(
+            dir=str(self.folder(machine)),
+            redis_url=self.redis_url,
+            cluster=self.config.cluster,
+            slot_bytes=self.layout.block_bytes,
+            memory_bytes=self.config.store_bytes,
+            advertise_host=machine.address,
+            host=machine.label,
+        )
+        return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
+
+    def _node(self, placement: Placement) -> ServerSpec:
+        machine = placement.machine
+        config = NodeConfig(
+            node_id=placement.node_id,
+            model_dir=str(self.config.model_dir.resolve()),
+            model=self.config.model_name,
+            redis_url=self.redis_url,
+            role=placement.role,
+            cluster=self.config.cluster,
+            engine=self._engine(placement),
+            store_dir=str(self.folder(machine)),
+            bind_host=machine.address,
+            advertise_host=machine.address,
+            host=machine.label,
+        )
+        return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level)
+
+    def _engine(self, placement: Placement) -> EngineConfig:
+        return EngineConfig(
+            dtype=self.layout.dtype,
+            device="cuda" if placement.num_gpus else "cpu",
+            block_size=self.config.block_size,
+            kv_cache_bytes=self.config.kv_bytes,
+            max_model_len=self.config.max_model_len,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_num_requests=self.config.max_num_requests,
+            num_threads=placement.num_threads,
+        )
+
+    def _router(self, index: int, own: Machine) -> ServerSpec:
+        config = RouterConfig(
+            host=self.config.host,
+            port=self.config.port + index if self.config.port else 0,
+            redis_url=self.redis_url,
+            cluster=self.config.cluster,
+            model_dir=str(self.config.model_dir.resolve()),
+            model=self.config.model_name,
+        )
+        return ServerSpec("router", f"router-{index}", config, self.folder(own), self.config.log_level)

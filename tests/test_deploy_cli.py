@@ -1,0 +1,252 @@
+"""The `baton` command: options, errors in one line, and what a client of it sees; against a router made of thin air."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+from conftest import POCKET, REPOSITORY
+
+from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
+from deploy.cli import main
+from deploy.client import as_json
+from deploy.serve import add_serve_arguments, arena_table, changes, config_from, node_table
+from deploy.state import ServeState, StateDir, start_ticks
+from kvstore.directory import ArenaRecord, NodeRecord
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_serve_arguments(parser)
+    return parser.parse_args([str(POCKET), *argv])
+
+
+# --- serve's options ---
+
+
+def test_defaults() -> None:
+    config = config_from(parse())
+    assert (config.prefill, config.decode, config.both) == (1, 1, 0)
+    assert (config.host, config.port) == ("127.0.0.1", 0)
+    assert config.kv_bytes == 256 * 2**20
+
+
+def test_both_replaces_the_other_roles_unless_they_are_asked_for() -> None:
+    config = config_from(parse("--both", "2"))
+    assert (config.prefill, config.decode, config.both) == (0, 0, 2)
+    config = config_from(parse("--both", "1", "--decode", "3"))
+    assert (config.prefill, config.decode, config.both) == (0, 3, 1)
+
+
+def test_every_option_arrives() -> None:
+    argv = "--prefill 2 --decode 3 --host 0.0.0.0 --port 9 --redis-url redis://r --ray-address h:6379 --dtype float16"
+    argv += " --block-size 32 --kv-memory 1G --store-memory 2G --max-model-len 512 --num-threads 4 --cluster c"
+    argv += " --served-model-name m --prefill-hosts a,b --decode-hosts c --max-batched-tokens 99 --max-requests 7"
+    config = config_from(parse(*argv.split()))
+    assert (config.prefill, config.decode, config.port, config.host) == (2, 3, 9, "0.0.0.0")
+    assert (config.redis_url, config.ray_address, config.cluster) == ("redis://r", "h:6379", "c")
+    assert (config.dtype, config.block_size, config.kv_bytes, config.store_bytes) == ("float16", 32, 2**30, 2**31)
+    assert (config.max_model_len, config.num_threads, config.model_name) == (512, 4, "m")
+    assert (config.prefill_hosts, config.decode_hosts) == (("a", "b"), ("c",))
+    assert (config.max_num_batched_tokens, config.max_num_requests) == (99, 7)
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["serve", "/nowhere"], "there is no folder /nowhere"),
+        (["serve", str(REPOSITORY)], "has no config.json"),
+        (["serve", str(POCKET), "--dtype", "int4"], "dtype 'int4' is not supported"),
+        (["serve", str(POCKET), "--ray-address", "127.0.0.1:1"], "no Ray at 127.0.0.1:1"),
+        (["serve", str(POCKET), "--ray-address", "here"], "no Ray at here"),
+        (["status"], "no cluster is up"),
+        (["down"], "no cluster is up"),
+        (["generate", "hello"], "no cluster is up"),
+        (["chat"], "no cluster is up"),
+        (["generate", "hello", "--address", "127.0.0.1:1"], "UNAVAILABLE"),
+        (["generate", "hello", "--address", "127.0.0.1:1", "--max-tokens", "-1"], "sampling"),
+    ],
+)
+def test_errors_are_one_line(argv: list[str], message: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *argv, "--state-dir", str(tmp_path / "state")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("baton: error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("argv", [["serve"], ["nonsense"], ["serve", "x", "--kv-memory", "lots"], ["generate"]])
+def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage: baton" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "half a \udcc3 character", "--address", "127.0.0.1:1"]) == 1
+    assert "not valid UTF-8" in capsys.readouterr().err
+
+
+# --- generate and chat ---
+
+
+class EchoRouter(inference_pb2_grpc.InferenceServicer):
+    """Answers with what it was asked, in two pieces."""
+
+    def __init__(self) -> None:
+        self.requests: list[inference_pb2.GenerateRequest] = []
+
+    def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        self.requests.append(request)
+        said = request.text or request.chat.messages[-1].content
+        if said == "refuse":
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "all busy")
+        yield inference_pb2.GenerateResponse(text="you said ", tokens=[common_pb2.Token(token_id=1)])
+        yield inference_pb2.GenerateResponse(
+            text=said,
+            tokens=[common_pb2.Token(token_id=2)],
+            finish_reason=common_pb2.FINISH_REASON_STOP,
+            usage=inference_pb2.Usage(prompt_tokens=5, output_tokens=2),
+            timeline=inference_pb2.Timeline(decode_node="decode-0"),
+        )
+
+    def GetModel(
+        self, request: inference_pb2.GetModelRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.GetModelResponse:
+        return inference_pb2.GetModelResponse(model="echo", has_chat_template=True)
+
+
+@pytest.fixture
+def router() -> Iterator[tuple[EchoRouter, str]]:
+    servicer = EchoRouter()
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield servicer, f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+def test_generate_streams_text(router: tuple[EchoRouter, str], capsys: pytest.CaptureFixture[str]) -> None:
+    servicer, address = router
+    argv = ["--temperature", "0", "--max-tokens", "7", "--stop", "a", "--stop", "b", "--seed", str(2**64 - 1)]
+    assert main(["generate", "hello", "--address", address, *argv]) == 0
+    assert capsys.readouterr().out == "you said hello\n"
+    sampling = servicer.requests[0].sampling
+    assert (sampling.temperature, sampling.max_tokens, list(sampling.stop)) == (0.0, 7, ["a", "b"])
+    assert sampling.HasField("temperature")
+    assert not sampling.HasField("top_p")
+
+
+def test_generate_from_standard_input_as_json(
+    router: tuple[EchoRouter, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("piped"))
+    assert main(["generate", "-", "--address", router[1], "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == ("you said piped", [1, 2], "stop")
+    assert answer["usage"]["prompt_tokens"] == 5
+    assert answer["timeline"]["decode_node"] == "decode-0"
+
+
+def test_generate_names_the_status(router: tuple[EchoRouter, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "refuse", "--address", router[1]]) == 1
+    assert capsys.readouterr().err == "baton: error: RESOURCE_EXHAUSTED: all busy\n"
+
+
+def test_router_is_found_through_the_state(
+    router: tuple[EchoRouter, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state_dir = StateDir(tmp_path)
+    state_dir.claim()
+    pid = os.getpid()
+    state_dir.write(ServeState(pid, start_ticks(pid), "default", "0123abcd", "echo", "unix:///x", (router[1],)))
+    assert main(["generate", "hello", "--state-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "you said hello\n"
+    state_dir.release()
+
+
+def test_chat_keeps_the_conversation(
+    router: tuple[EchoRouter, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["first", "refuse", "  ", "second", "/quit", "never"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["chat", "--address", router[1], "--system", "be brief"]) == 0
+    said = [(message.role, message.content) for message in router[0].requests[-1].chat.messages]
+    assert said == [("system", "be brief"), ("user", "first"), ("assistant", "you said first"), ("user", "second")]
+    assert "RESOURCE_EXHAUSTED: all busy; this turn is forgotten" in capsys.readouterr().err
+
+
+def test_json_of_an_answer_has_every_field() -> None:
+    fields = as_json([inference_pb2.GenerateResponse(finish_reason=common_pb2.FINISH_REASON_LENGTH)])
+    assert fields["finish_reason"] == "length"
+    assert isinstance(fields["timeline"], dict)
+    assert set(fields["timeline"]) == {field.name for field in inference_pb2.Timeline.DESCRIPTOR.fields}
+
+
+# --- status ---
+
+
+def test_changes_are_told_once() -> None:
+    assert changes({}, {"a": "1"}) == []
+    assert changes({"a": "1"}, {}) == ["a is gone"]
+    assert changes({"a": ""}, {}) == []
+    assert changes({"a": ""}, {"a": "1"}) == ["a is back"]
+    assert changes({"a": "1"}, {"a": "2"}) == ["a is back"]
+
+
+def test_tables_show_every_member() -> None:
+    node = NodeRecord(
+        **{
+            field: "x"
+            for field in ("node_id", "incarnation", "role", "address", "model", "kv_root", "arena_id", "host")
+        },
+        **{field: 1 for field in ("block_size", "block_bytes", "vocab_size", "max_model_len", "num_running")},
+        **{field: 1 for field in ("num_waiting", "queued_prefill_tokens", "free_blocks", "total_blocks")},
+        draining=True,
+        prefill_tokens_per_s=0.0,
+        decode_step_s=0.0,
+    )
+    assert node_table([node, node]).row_count == 2
+    arena = ArenaRecord(arena_id="x", address="tcp://x", host="x", num_slots=4, free_slots=1, slot_bytes=2**20)
+    assert list(arena_table([arena]).columns[3].cells) == ["3/4"]
+
+
+def test_status_of_a_cluster_that_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state_dir = StateDir(tmp_path)
+    state_dir.claim()
+    state_dir.write(ServeState(os.getpid(), start_ticks(os.getpid()), "default", "0123abcd", "pocket", ""))
+    assert main(["status", "--state-dir", str(tmp_path)]) == 0
+    assert "is starting pocket" in capsys.readouterr().err
+    state_dir.release()
+
+
+def test_down_sweeps_up_after_a_killed_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "baton-0123abcd").mkdir()
+    StateDir(tmp_path).write(ServeState(1, 1, "default", "0123abcd", "pocket", "", (), (str(tmp_path),)))
+    assert main(["down", "--state-dir", str(tmp_path)]) == 0
+    assert "baton-0123abcd" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
