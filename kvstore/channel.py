@@ -44,12 +44,12 @@ class Channel:
             self._socket.close()
             raise ArenaUnavailable(f"{address}: {error}") from error
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
-        self._is_broken = False
+        self.is_broken = False  # the other side went away; a new channel may find it again
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
     async def request(self, question: Callable[[int], Message], timeout_s: float) -> Answer:
         """Sends `question(request id)` and returns the answer. `ArenaUnavailable` after `timeout_s`, or when closed."""
-        if self._is_broken:
+        if self.is_broken:
             raise ArenaUnavailable("the connection is broken")
         request_id = next(self._ids)
         waiting = asyncio.get_running_loop().create_future()
@@ -76,7 +76,7 @@ class Channel:
         self._socket.close(linger=0)
 
     def _break(self, reason: str) -> None:
-        self._is_broken = True
+        self.is_broken = True
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(ArenaUnavailable(reason))

@@ -157,6 +157,8 @@ class KVClient:
     async def _publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
         num_committed = 0
         for start in range(0, len(hashes), MAX_BLOCKS):
+            if self._local is not None and self._local.is_broken:
+                self._retire()  # perhaps it is there again
             local = self._mapped()
             if local is None or time.monotonic() < self._publish_after_s:
                 break
@@ -248,7 +250,9 @@ class KVClient:
     def _remote(self, record: ArenaRecord) -> Channel:
         now = time.monotonic()
         remote = self._remotes.get(record.arena_id)
-        if remote is None:
+        if remote is None or remote.channel.is_broken:
+            if remote is not None:
+                remote.channel.close()
             for arena_id in [name for name, other in self._remotes.items() if other.used_at_s < now - _IDLE_S]:
                 self._remotes.pop(arena_id).channel.close()
             remote = _Remote(Channel(self._context, record.address, self._slot_bytes), now)

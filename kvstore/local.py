@@ -188,6 +188,11 @@ class LocalArena:
                 self._copies -= 1
                 self._let_go()
 
+    @property
+    def is_broken(self) -> bool:
+        """The store process went away. What is mapped stays readable."""
+        return self._channel.is_broken
+
     def retire(self) -> None:
         """Ends all questions under way, and the right to write once no copy is under way. Payloads stay readable."""
         self._channel.close()

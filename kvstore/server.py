@@ -59,30 +59,31 @@ class StoreServer:
         self._arena_id = uuid.uuid4().hex
         self._num_slots = slots_within(config.memory_bytes, config.slot_bytes)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._context = zmq.asyncio.Context()
+        self._directory = Directory(config.redis_url, config.cluster)
 
     async def start(self) -> ArenaRecord:
         """Makes the arena, opens the sockets, announces itself; works without Redis, and announces when it comes.
 
-        ValueError for a config that cannot work, OSError when there is not enough memory, `KVStoreError` when the
-        directory belongs to another store that is alive.
+        ValueError for a config that cannot work, OSError when there is not enough memory or an address cannot be
+        bound, `ArenaUnavailable` when the directory belongs to another store that is alive.
         """
         self._check()
         self._take_directory()
+        self._context = zmq.asyncio.Context()
         try:
             memory = await asyncio.to_thread(create_memory, self._paths.memory(self._arena_id), self._arena_bytes)
             self._map = ArenaMap(memory, self._num_slots, self.config.slot_bytes)
             self.arena = Arena(self._map)
+            self._announcer = Announcer(
+                self._directory, self.arena, self.record, self.config.heartbeat_s, self.config.ttl_s
+            )
             self._open_sockets()
+            Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
+            await self._forget_predecessor()
+            await self._announcer.round()
         except BaseException:
             self._leave_directory()
             raise
-        Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
-        self._directory = Directory(self.config.redis_url, self.config.cluster)
-        self._announcer = Announcer(
-            self._directory, self.arena, self.record, self.config.heartbeat_s, self.config.ttl_s
-        )
-        await self._announcer.round()
         for loop in (self._announcer.run(), self._serve_writers(), self._serve_readers(), self._reap()):
             self._spawn(loop)
         logger.info("event=store_up arena=%s slots=%d address=%s", self._arena_id, self._num_slots, self._address)
@@ -130,8 +131,17 @@ class StoreServer:
         if lock is None:
             raise ArenaUnavailable(f"{self._paths.dir} belongs to a store that is running")
         self._lock = lock
+        self._predecessor = _arena_left_in(self._paths)
         self._remove_files()
         self._paths.writers.mkdir(mode=0o700)
+
+    async def _forget_predecessor(self) -> None:
+        """The arena of a store that was killed is gone now, not only when its time to live ends."""
+        try:
+            if self._predecessor:
+                await self._directory.remove_arena(self._predecessor)
+        except DirectoryUnavailable as error:
+            logger.info("event=predecessor_not_removed arena=%s error=%r", self._predecessor, error)
 
     def _leave_directory(self) -> None:
         self._context.destroy(linger=0)
@@ -159,7 +169,10 @@ class StoreServer:
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        router.bind(address)
+        try:
+            router.bind(address)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"{address}: {error}") from error
         return router
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -251,6 +264,13 @@ class StoreServer:
                 lock.remove()
                 dead.append(writer_id)
         return dead
+
+
+def _arena_left_in(paths: StorePaths) -> str:
+    try:
+        return Description.read(paths.description).arena_id
+    except (OSError, ValueError):
+        return ""
 
 
 def create_memory(path: Path, size: int) -> memoryview:
