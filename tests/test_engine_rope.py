@@ -30,6 +30,8 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "no truncation": (16_384, {"rope_type": "yarn", "factor": 4.0, "truncate": False}
                       | {"original_max_position_embeddings": 4096}),
     "shorter than at first": (4096, {"rope_type": "yarn", "factor": 0.5, "original_max_position_embeddings": 4096}),
+    "a ramp beyond the head": (16_384, {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0}
+                               | {"original_max_position_embeddings": 4096}),
     "linear": (16_384, {"type": "linear", "factor": 2.5}),
 }  # fmt: skip
 

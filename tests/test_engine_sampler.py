@@ -112,7 +112,7 @@ def test_randomness_depends_on_seed_and_position_alone(logits, tokens, cut, seed
         SamplingParams(temperature=0.7),
         SamplingParams(top_k=5),
         SamplingParams(top_p=0.8),
-        SamplingParams(min_p=0.1),
+        SamplingParams(min_p=0.1, temperature=1.9),
         SamplingParams(temperature=1.5, top_k=9, top_p=0.9, min_p=0.05),
         SamplingParams(repetition_penalty=1.4, temperature=1.2, top_p=0.95),
         SamplingParams(min_tokens=6, temperature=1.8, top_k=20),
@@ -190,6 +190,32 @@ def test_nucleus_of_a_large_vocabulary(top_p):
     assert {
         sample(logits, [], [], SamplingParams(top_p=top_p, seed=seed), ()).token_id for seed in range(60)
     } <= allowed
+
+
+@pytest.mark.parametrize(
+    ("output", "params", "expected"),
+    [
+        ([0], {"frequency_penalty": 0.4}, 0),
+        ([0, 0, 0], {"frequency_penalty": 0.4}, 1),
+        ([0, 0, 0], {"presence_penalty": 0.9}, 0),
+        ([0], {"presence_penalty": 1.1}, 1),
+        ([3, 3], {"frequency_penalty": -2.0}, 3),
+        ([3, 3], {"presence_penalty": -2.0}, 0),
+        ([0], {"repetition_penalty": 1.2}, 0),
+        ([0], {"repetition_penalty": 1.6}, 1),
+        ([3], {"repetition_penalty": 0.5}, 0),  # a logit below zero grows towards zero
+    ],
+)
+def test_penalties_by_hand(output: list[int], params: dict[str, float], expected: int) -> None:
+    logits = torch.tensor([3.0, 2.0, -9.0, -0.5])
+    assert sample(logits, [2], output, SamplingParams(temperature=0.0, **params), ()).token_id == expected
+
+
+@pytest.mark.parametrize("u", [0.0, 1.0 - 2.0**-53])
+def test_the_ends_of_the_interval_are_tokens_that_may_be(monkeypatch: pytest.MonkeyPatch, u: float) -> None:
+    monkeypatch.setattr("engine.sampler.uniform", lambda seed, position: u)
+    logits = torch.tensor([-math.inf, -900.0, 2.0, 1.0, -900.0, -math.inf])
+    assert sample(logits, [], [], SamplingParams(), ()).token_id == (2 if u == 0.0 else 3)
 
 
 def test_ties_at_a_filter_are_kept_together():
