@@ -5,8 +5,9 @@ flight, text prompts of 2000 characters, each new; behind the router a node with
 (`benchmarks/fake_node.py`). Without the router, the client makes the node calls itself: Admit, Prefill, Start, tokens.
 So the difference is tokenising, hashing, the look-up in Redis, the plan, one more hop, and text out of tokens.
 
-In each repeat both ways take turns, block by block, so that a slow moment of the machine hits both. "added p50" is the
-difference of the two medians of one repeat, "added p99" that of the two 99th percentiles.
+Rows: "two legs" has a prefill and a decode node, "one leg" a node that does both; "routed" is the time through the
+router, "direct" without it, "added" the difference of one repeat's two medians or 99th percentiles. In each repeat both
+ways take turns, block by block, so that a slow moment of the machine hits both.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
 PROMPT_CHARACTERS = 2000
 OUTPUT_TOKENS = 16
 BLOCK = 25  # requests of one way before it is the other's turn
-LAYOUTS = {"prefill and decode node": ("prefill", "decode"), "one node": ("both",)}
+LAYOUTS = {"two legs": ("prefill", "decode"), "one leg": ("both",)}
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ async def _repeat(ways: Sequence[Way], num_requests: int) -> list[list[Times]]:
 
 @asynccontextmanager
 async def _router(redis_url: str, cluster: str) -> AsyncIterator[str]:
-    config = json.dumps({"model": str(MODEL), "redis_url": redis_url, "cluster": cluster})
+    config = json.dumps({"model_dir": str(MODEL), "redis_url": redis_url, "cluster": cluster})
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "deploy.process", "router", config, stdout=asyncio.subprocess.PIPE
     )
@@ -166,9 +167,9 @@ def _rows(layout: str, runs: Sequence[list[list[Times]]]) -> list[Row]:
             pairs = [[1e3 * percentile([pick(t) for t in times], percent) for times in run] for run in runs]
             what = f"{layout}: {name} p{percent}"
             rows += [
-                Row(f"{what}, added by the router", "ms", tuple(routed - alone for alone, routed in pairs)),
-                Row(f"{what}, through the router", "ms", tuple(routed for _, routed in pairs)),
-                Row(f"{what}, nodes alone", "ms", tuple(alone for alone, _ in pairs)),
+                Row(f"{what}, added", "ms", tuple(routed - alone for alone, routed in pairs)),
+                Row(f"{what}, routed", "ms", tuple(routed for _, routed in pairs)),
+                Row(f"{what}, direct", "ms", tuple(alone for alone, _ in pairs)),
             ]
     return rows
 
@@ -182,11 +183,10 @@ def main() -> None:
         server = EmbeddedRedis(Path(folder))
         server.start()
         try:
-            for layout in LAYOUTS:
-                rows = asyncio.run(_measure(layout, server.url, num_requests, repeats))
-                print_rows("router_overhead", rows)
+            runs = [asyncio.run(_measure(layout, server.url, num_requests, repeats)) for layout in LAYOUTS]
         finally:
             server.stop()
+    print_rows("router_overhead", [row for rows in runs for row in rows])
 
 
 if __name__ == "__main__":

@@ -38,12 +38,11 @@ START_LIMIT_S, STOP_LIMIT_S = 300.0, 60.0
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a cluster. Seconds since the command; bytes of PSS and number of processes by role."""
+    """One start of a cluster. Seconds since the command; bytes of PSS by role, summed over its processes."""
 
     ready_s: float
     first_token_s: float
     pss_bytes: Counter[str]
-    num_processes: Counter[str]
 
 
 def start_once() -> Start:
@@ -57,11 +56,11 @@ def start_once() -> Start:
             ready_s = clock()
             first_token_s = asyncio.run(_first_token(state.routers[0], clock))
             time.sleep(SETTLE_S)
-            pss_bytes, num_processes = asyncio.run(_memory(state))
+            pss_bytes = asyncio.run(_memory(state))
         finally:
             process.terminate()
             process.wait(STOP_LIMIT_S)
-    return Start(ready_s, first_token_s, pss_bytes, num_processes)
+    return Start(ready_s, first_token_s, pss_bytes)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], folder: StateDir) -> ServeState:
@@ -79,6 +78,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], folder: StateDir) -> Ser
 async def _first_token(address: str, clock: Clock) -> float:
     sampling = common_pb2.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     async with Client(address, timeout_s=60.0) as client:
+        await client.get_model()
         request = inference_pb2.GenerateRequest(text=PROMPT, sampling=sampling)
         record = await client.generate(Shot(0, 0.0, request), clock)
     if record.error:
@@ -86,16 +86,13 @@ async def _first_token(address: str, clock: Clock) -> float:
     return record.token_times_s[0]
 
 
-async def _memory(state: ServeState) -> tuple[Counter[str], Counter[str]]:
-    """PSS in bytes, and processes, by role."""
+async def _memory(state: ServeState) -> Counter[str]:
     roles = await _roles_by_port(state)
     pss_bytes: Counter[str] = Counter()
-    num_processes: Counter[str] = Counter()
     for process in _processes(state):
         role = "launcher" if process.pid == state.pid else _role(process, roles)
         pss_bytes[role] += _pss_bytes(process.pid)
-        num_processes[role] += 1
-    return pss_bytes, num_processes
+    return pss_bytes
 
 
 async def _roles_by_port(state: ServeState) -> dict[int, str]:
@@ -135,9 +132,7 @@ def rows_of(starts: list[Start]) -> list[Row]:
         Row("from `baton serve` to the first token", "s", tuple(start.first_token_s for start in starts)),
     ]
     for role in sorted({role for start in starts for role in start.pss_bytes}):
-        count = max(start.num_processes[role] for start in starts)
-        values = tuple(start.pss_bytes[role] / 2**20 for start in starts)
-        rows.append(Row(f"idle memory: {role} ({count} process{'es' * (count > 1)})", "MiB", values))
+        rows.append(Row(f"idle memory: {role}", "MiB", tuple(start.pss_bytes[role] / 2**20 for start in starts)))
     rows.append(Row("idle memory: all", "MiB", tuple(start.pss_bytes.total() / 2**20 for start in starts)))
     return rows
 

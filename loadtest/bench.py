@@ -28,6 +28,7 @@ from loadtest.record import RequestRecord
 from loadtest.report import Report, as_json, render, summarise
 
 _CLOSED_LOOP_DEFAULT = 8
+_ERRORS_SHOWN = 10
 _OK, _SOME_FAILED, _NOT_RUN, _INTERRUPTED = 0, 1, 2, 130
 
 
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         print("baton bench: interrupted, no figures", file=sys.stderr)
         return _INTERRUPTED
     print(render(report, config.request_rate, config.max_concurrency))
-    for error, count in report.errors.items():
+    for error, count in list(report.errors.items())[:_ERRORS_SHOWN]:  # the most frequent first
         print(f"baton bench: {count} x {error}", file=sys.stderr)
     if args.json:
         content = {"config": asdict(config) | {"request_rate": str(config.request_rate)}} | as_json(report, records)
@@ -161,7 +162,7 @@ async def _get_model(client: Client, config: BenchConfig) -> inference_pb2.GetMo
     try:
         model = await client.get_model()
     except grpc.aio.AioRpcError as exc:
-        raise BenchError(f"no router answers at {config.address}: {exc.code().name}: {exc.details()}") from exc
+        raise BenchError(f"{config.address} does not serve: {exc.code().name}: {exc.details()}") from exc
     if config.input_len + config.output_len > model.max_model_len:
         wanted = f"--input-len {config.input_len} + --output-len {config.output_len}"
         raise BenchError(f"{wanted} is more than the {model.max_model_len} tokens of {model.model}")

@@ -15,6 +15,7 @@ from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
 from loadtest.record import RequestRecord
 
 _CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+_ASK_AGAIN_S = 0.05
 
 
 class Clock:
@@ -76,11 +77,22 @@ class Client:
         await self._channel.close()
 
     async def get_model(self, wait_s: float = 10.0) -> inference_pb2.GetModelResponse:
-        """Waits for a server that is still starting. Raises `grpc.aio.AioRpcError` when there is none in `wait_s`."""
-        model: inference_pb2.GetModelResponse = await self._stub.GetModel(
-            inference_pb2.GetModelRequest(), timeout=wait_s, wait_for_ready=True
-        )
-        return model
+        """Waits for a router that still starts or still looks for nodes.
+
+        Raises `grpc.aio.AioRpcError` when it does not answer with a model within `wait_s`.
+        """
+        deadline_s = time.perf_counter() + wait_s
+        while True:
+            left_s = max(0.0, deadline_s - time.perf_counter())
+            try:
+                model: inference_pb2.GetModelResponse = await self._stub.GetModel(
+                    inference_pb2.GetModelRequest(), timeout=left_s, wait_for_ready=True
+                )
+                return model
+            except grpc.aio.AioRpcError as exc:
+                if exc.code() is not grpc.StatusCode.UNAVAILABLE or left_s < _ASK_AGAIN_S:
+                    raise
+            await asyncio.sleep(_ASK_AGAIN_S)
 
     async def generate(self, shot: Shot, clock: Clock) -> RequestRecord:
         """Sends one request and reads its stream to the end. A failure is in the record's `error`, never raised."""

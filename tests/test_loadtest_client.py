@@ -29,9 +29,13 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServicer):
         self.bundle = 1  # tokens in each message
         self.pause_s = 0.0
         self.fault = ""
+        self.calls_without_node = 0  # so often there is no node yet
         self.in_flight = self.most_in_flight = 0
 
-    async def GetModel(self, request: object, context: object) -> inference_pb2.GetModelResponse:
+    async def GetModel(self, request: object, context: grpc.aio.ServicerContext) -> inference_pb2.GetModelResponse:
+        if self.calls_without_node:
+            self.calls_without_node -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no node")
         return inference_pb2.GetModelResponse(model="scripted", max_model_len=512, vocab_size=50, block_size=16)
 
     async def Generate(
@@ -156,6 +160,21 @@ async def test_a_deadline_ends_a_request(router: RouterThread) -> None:
     router.service.pause_s = 20.0
     record = await generate(router, timeout_s=0.2)
     assert record.error.startswith("DEADLINE_EXCEEDED")
+
+
+async def test_a_router_without_nodes_is_asked_again(router: RouterThread) -> None:
+    router.service.calls_without_node = 2
+    async with Client(router.address, 30.0) as client:
+        assert (await client.get_model()).model == "scripted"
+        router.service.calls_without_node = 10**6
+        with pytest.raises(grpc.aio.AioRpcError, match="no node"):
+            await client.get_model(wait_s=0.2)
+
+
+async def test_no_router_is_said_in_time() -> None:
+    async with Client("127.0.0.1:1", 30.0) as client:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await client.get_model(wait_s=0.2)
 
 
 async def test_a_blocked_event_loop_is_noticed() -> None:
