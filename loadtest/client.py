@@ -67,7 +67,7 @@ class Client:
 
     def __init__(self, address: str, timeout_s: float) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
 
     async def __aenter__(self) -> Client:
