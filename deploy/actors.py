@@ -102,12 +102,13 @@ class ServerActor:
 
     async def stop(self) -> None:
         """Drains and closes. Idempotent; the process is left to whoever made the actor."""
-        await self._started
+        self._started.cancel()  # of a start under way; one that is over is not changed by it
         server, self._server = self._server, None
         if server is not None:
             await server.stop()
 
     async def remove_folder(self) -> None:
+        self._started.cancel()
         shutil.rmtree(self._spec.folder, ignore_errors=True)
 
     async def _start(self) -> Started:

@@ -39,6 +39,14 @@ class Client:
         except grpc.RpcError as error:
             raise _failed(error) from None
 
+    def is_serving(self) -> bool:
+        """Whether the router answers and knows of a node."""
+        try:
+            self.model()
+        except RequestFailed:
+            return False
+        return True
+
     def stream(self, request: inference_pb2.GenerateRequest) -> Iterator[inference_pb2.GenerateResponse]:
         """The answers as they come; closing the iterator cancels the request. Raises `RequestFailed`."""
         call = self._stub.Generate(request)
@@ -154,6 +162,7 @@ def address_from(args: argparse.Namespace) -> str:
 def sampling_from(args: argparse.Namespace) -> common_pb2.SamplingParams:
     """Raises `DeployError` for what no message can hold; the ranges are the router's to check."""
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    given["ignore_eos"] = args.ignore_eos
     try:
         return common_pb2.SamplingParams(**given)
     except (ValueError, TypeError) as error:
@@ -185,6 +194,7 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(option, action="append", metavar="TEXT", help="ends the answer; can be repeated")
         else:
             parser.add_argument(option, type=kind, metavar=kind.__name__.upper())
+    parser.add_argument("--ignore-eos", action="store_true", help="go on where the model would end")
     add_state_argument(parser)
 
 

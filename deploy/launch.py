@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +23,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.actors import ServerActor, Started
+from deploy.client import Client
 from deploy.config import ClusterConfig, DeployError, cluster_dir
 from deploy.placement import Machine, Placement, place
-from deploy.processes import end_all, processes_of
+from deploy.processes import CLUSTER_VARIABLE, end_all, processes_of
 from deploy.redis import EmbeddedRedis
 from deploy.specs import PlacedSpec, Specs
 from engine.config import EngineConfig, ModelConfig, kv_layout
@@ -37,9 +38,9 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through it
 POLL_S = 0.1
+ROUTER_POLL_S = 0.5  # a router looks for nodes more often than this
 KILL_WAIT_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
-CLUSTER_VARIABLE = "BATON_CLUSTER_ID"  # in the environment of every process of an own Ray
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # a node's memory is bounded by its options, and is no leak to kill it for
@@ -126,6 +127,7 @@ class Cluster:
         for placed in specs.all(machines, placements, own):
             self._members.append(_Member(placed, _actor(placed)))
         self._wait_until_started()
+        self._wait_until_routed()
 
     def stop(self) -> list[str]:
         """Stops everything, in the order of the requests' way: routers, nodes, stores. Idempotent.
@@ -134,7 +136,7 @@ class Cluster:
         """
         if ray.is_initialized():
             for kind in ("router", "node", "store"):
-                self._call("stop", [member for member in self._members if member.kind == kind])
+                self._call("stop", [member for member in self._members if member.kind == kind and member.started])
             self._call("remove_folder", [member for member in self._members if member.kind == "store"])
             for member in self._members:
                 ray.kill(member.actor, no_restart=True)
@@ -152,9 +154,11 @@ class Cluster:
     def _model(self) -> ModelConfig:
         """The model that is to be served, read before anything is started for it."""
         try:
-            return ModelConfig.from_pretrained(self.config.model_dir)
+            model = ModelConfig.from_pretrained(self.config.model_dir)
         except UnsupportedModel as error:
             raise StartFailed(str(error)) from None
+        self._layout(model, ())
+        return model
 
     def _layout(self, model: ModelConfig, placements: Sequence[Placement]) -> KVLayout:
         """One layout for all nodes, whatever they run on: their blocks are to fit each other."""
@@ -223,11 +227,23 @@ class Cluster:
             done, _ = ray.wait(list(waiting), timeout=POLL_S)
             for ref in done:
                 self._note(waiting.pop(ref), ref)
-            if self._interrupt.is_set():
-                raise Interrupted("stopped while it was starting")
-            if time.monotonic() > deadline:
-                names = ", ".join(member.name for member in waiting.values())
-                raise StartFailed(f"not up within {self.config.start_timeout_s:.0f} s: {names}")
+            self._check_patience(deadline, (member.name for member in waiting.values()))
+
+    def _wait_until_routed(self) -> None:
+        """Until the routers have found the nodes, the last of which came up just now."""
+        begin = time.monotonic()
+        for address in self.routers:
+            with Client(address) as client:
+                while not client.is_serving():
+                    self._check_patience(begin + self.config.start_timeout_s, [f"router at {address}"])
+                    time.sleep(POLL_S)
+        time.sleep(max(0.0, begin + ROUTER_POLL_S - time.monotonic()))
+
+    def _check_patience(self, deadline: float, waiting_for: Iterable[str]) -> None:
+        if self._interrupt.is_set():
+            raise Interrupted("stopped while it was starting")
+        if time.monotonic() > deadline:
+            raise StartFailed(f"not up within {self.config.start_timeout_s:.0f} s: {', '.join(waiting_for)}")
 
     def _note(self, member: _Member, ref: Any) -> None:
         try:

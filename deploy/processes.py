@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+CLUSTER_VARIABLE = "BATON_CLUSTER_ID"  # in the environment of every process of a cluster that has its own Ray
 POLL_S = 0.05
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,7 @@ from kvstore.errors import DirectoryUnavailable
 
 WATCH_S = 1.0
 DOWN_TIMEOUT_S = 60.0
+WIDTH = 110  # characters, where standard output is no terminal
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +188,7 @@ def status(args: argparse.Namespace) -> int:
         members = {"nodes": [*map(dataclasses.asdict, nodes)], "arenas": [*map(dataclasses.asdict, arenas)]}
         print(json.dumps({"pid": state.pid, "model": state.model, "routers": state.routers} | members))
         return 0
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"{state.model} at {' '.join(state.routers)} (pid {state.pid})", highlight=False)
     console.print(node_table(nodes))
     console.print(arena_table(arenas))
@@ -215,9 +217,7 @@ async def _members(state: ServeState) -> tuple[list[NodeRecord], list[ArenaRecor
 
 
 def node_table(nodes: Sequence[NodeRecord]) -> Table:
-    table = Table(title="nodes", title_justify="left")
-    for name in ("node", "role", "address", "incarnation", "machine"):
-        table.add_column(name)
+    table = Table("node", "role", "address", "incarnation", title="nodes", title_justify="left", box=SIMPLE_HEAD)
     for name in ("running", "waiting", "queued tokens", "free blocks", "arena"):
         table.add_column(name, justify="right")
     for node in sorted(nodes, key=lambda node: node.node_id):
@@ -226,7 +226,6 @@ def node_table(nodes: Sequence[NodeRecord]) -> Table:
             node.role,
             node.address,
             node.incarnation[:8],
-            node.host,
             str(node.num_running),
             str(node.num_waiting),
             str(node.queued_prefill_tokens),
@@ -237,7 +236,7 @@ def node_table(nodes: Sequence[NodeRecord]) -> Table:
 
 
 def arena_table(arenas: Sequence[ArenaRecord]) -> Table:
-    table = Table("arena", "machine", "address", title="arenas", title_justify="left")
+    table = Table("arena", "machine", "address", title="arenas", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("used slots", justify="right")
     table.add_column("size", justify="right")
     for arena in sorted(arenas, key=lambda arena: arena.host):

@@ -15,6 +15,8 @@ from kvstore.blocks import KVLayout
 from kvstore.server import StoreConfig
 from router.server import RouterConfig
 
+ANY_HOST = ("0.0.0.0", "::", "[::]")  # good to listen on, but no address to call
+
 
 @dataclass(frozen=True)
 class PlacedSpec:
@@ -91,6 +93,7 @@ class Specs:
         config = RouterConfig(
             host=self.config.host,
             port=self.config.port + index if self.config.port else 0,
+            advertise_host=own.address if self.config.host in ANY_HOST else "",
             redis_url=self.redis_url,
             cluster=self.config.cluster,
             model_dir=str(self.config.model_dir.resolve()),

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import IO
 
 from deploy.config import DeployError
+from deploy.processes import CLUSTER_VARIABLE, end_all, processes_of
 
 CLAIM_ATTEMPTS = 5
+SWEEP_WAIT_S = 2.0
 CLUSTER_ID = r"[0-9a-f]{8}"
 
 
@@ -127,11 +129,12 @@ class StateDir:
             time.sleep(0.05)
 
     def sweep(self) -> list[Path]:
-        """Removes the state and the folders of a process that was killed before it could; returns what went.
-
-        Call it only while no process serves from here.
+        """Removes what a serving process that was killed could not: its state, its folders, and those of Ray's helpers
+        that outlive it. Returns the folders. Call it only while no process serves from here.
         """
         state = self.read()
+        if state is not None and re.fullmatch(CLUSTER_ID, state.cluster_id):
+            end_all(processes_of(CLUSTER_VARIABLE, state.cluster_id), SWEEP_WAIT_S)
         gone = [folder for base in state.bases for folder in folders_of(state.cluster_id, Path(base))] if state else []
         for folder in gone:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,215 @@
+"""A cluster on a real Ray: whatever is killed comes back by itself, and a stop leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import redis
+from conftest import REPOSITORY, eventually
+
+from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
+from deploy import oracle
+from deploy.config import ClusterConfig, ConfigError
+from deploy.launch import Cluster, Interrupted, StartFailed
+from deploy.processes import CLUSTER_VARIABLE, is_running, processes_of
+from kvstore.directory import Directory
+
+pytestmark = pytest.mark.ray
+
+PROMPT = [(7 * n) % 250 for n in range(100)]
+MAX_TOKENS = 12
+SAMPLING = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+
+
+def small(model_dir: Path, **options: Any) -> ClusterConfig:
+    sizes = {"kv_bytes": 16 << 20, "store_bytes": 16 << 20, "num_threads": 1}
+    return ClusterConfig(model_dir=model_dir, **(sizes | options))
+
+
+def left_of(cluster: Cluster) -> list[str]:
+    """Processes and folders of a cluster, looked for without its help."""
+    folders = [
+        *Path("/dev/shm").glob(f"baton-{cluster.cluster_id}*"),
+        *Path("/tmp").glob(f"baton-{cluster.cluster_id}*"),
+    ]
+    return [str(pid) for pid in processes_of(CLUSTER_VARIABLE, cluster.cluster_id)] + [str(path) for path in folders]
+
+
+# --- starts that fail; one process has one Ray at a time, so these come before the cluster that the rest share ---
+
+
+def test_launcher_needs_no_torch() -> None:
+    code = "import sys, deploy.launch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"store_bytes": 1 << 60}, StartFailed, "store-127.0.0.1: .*memory"),
+        ({"decode_hosts": ("elsewhere",)}, ConfigError, "no Ray machine elsewhere"),
+    ],
+)
+def test_failed_start_names_its_cause_and_leaves_nothing(
+    tiny_model_dir: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    cluster = Cluster(small(tiny_model_dir, **options))
+    with pytest.raises(error, match=message):
+        cluster.start()
+    assert left_of(cluster) == []
+
+
+def test_node_that_cannot_load_its_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model_dir = Path(shutil.copytree(tiny_model_dir, tmp_path / "broken"))
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    cluster = Cluster(small(model_dir))
+    with pytest.raises(StartFailed, match=r"(prefill|decode)-0: .*layers\.2"):
+        cluster.start()
+    assert left_of(cluster) == []
+
+
+def test_interrupted_start_leaves_nothing(tiny_model_dir: Path) -> None:
+    interrupt = threading.Event()
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        interrupt.set()
+
+    cluster = Cluster(small(tiny_model_dir), report, interrupt)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        cluster.start()
+    assert lines
+    assert left_of(cluster) == []
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+# --- one cluster for the rest ---
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_model_dir: Path) -> Iterator[Cluster]:
+    cluster = Cluster(small(tiny_model_dir))
+    cluster.start()
+    pids = cluster.pids
+    yield cluster
+    assert cluster.stop() == []
+    assert cluster.stop() == []
+    assert left_of(cluster) == []
+    assert not [name for name, pid in pids.items() if is_running(pid)]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model_dir: Path) -> list[int]:
+    return oracle.ask(tiny_model_dir, [oracle.Question(PROMPT, SAMPLING)])[0]
+
+
+async def generate(cluster: Cluster, prompt: list[int] = PROMPT) -> tuple[list[int], inference_pb2.GenerateResponse]:
+    request = inference_pb2.GenerateRequest(sampling=common_pb2.SamplingParams(**SAMPLING))
+    request.tokens.token_ids.extend(prompt)
+    token_ids: list[int] = []
+    async with grpc.aio.insecure_channel(cluster.routers[0]) as channel:
+        async for response in inference_pb2_grpc.InferenceStub(channel).Generate(
+            request, timeout=60, wait_for_ready=True
+        ):
+            token_ids += [token.token_id for token in response.tokens]
+    return token_ids, response
+
+
+async def incarnations(cluster: Cluster) -> dict[str, str]:
+    directory = Directory(cluster.redis_url, cluster.config.cluster)
+    try:
+        return {node.node_id: node.incarnation for node in await directory.nodes()}
+    finally:
+        await directory.close()
+
+
+async def arena_ids(cluster: Cluster) -> set[str]:
+    directory = Directory(cluster.redis_url, cluster.config.cluster)
+    try:
+        return {arena.arena_id for arena in await directory.arenas()}
+    finally:
+        await directory.close()
+
+
+async def test_text_is_what_one_engine_gives(cluster: Cluster, alone: list[int]) -> None:
+    token_ids, last = await generate(cluster)
+    assert token_ids == alone
+    assert last.timeline.decode_node == "decode-0"
+
+
+async def test_prefill_reaches_decode_through_the_store(cluster: Cluster) -> None:
+    prompt = [(11 * n) % 250 for n in range(600)]
+    _, last = await generate(cluster, prompt)
+    assert last.timeline.prefill_node == "prefill-0"
+    assert last.timeline.decode_store_hit_tokens > 0
+
+
+@pytest.mark.parametrize("node_id", ["prefill-0", "decode-0"])
+async def test_killed_node_comes_back(cluster: Cluster, alone: list[int], node_id: str) -> None:
+    before = await incarnations(cluster)
+    os.kill(cluster.pids[node_id], signal.SIGKILL)
+    assert (await generate(cluster))[0] == alone
+
+    async def is_back() -> bool:
+        now = await incarnations(cluster)
+        return now.keys() == before.keys() and now[node_id] != before[node_id]
+
+    await eventually(is_back, 60, f"a new {node_id}")
+    assert (await generate(cluster))[0] == alone
+
+
+async def test_killed_router_comes_back_on_its_port(cluster: Cluster, alone: list[int]) -> None:
+    os.kill(cluster.pids["router-0"], signal.SIGKILL)
+    assert (await generate(cluster))[0] == alone
+
+
+async def test_killed_store_comes_back_empty_and_is_used_again(cluster: Cluster) -> None:
+    before = await arena_ids(cluster)
+    os.kill(cluster.pids["store-127.0.0.1"], signal.SIGKILL)
+
+    async def is_new() -> bool:
+        return bool(await arena_ids(cluster) - before)
+
+    await eventually(is_new, 30, "a new arena")
+    seeds = iter(range(1, 100))
+
+    async def is_used() -> bool:
+        seed = next(seeds)
+        _, last = await generate(cluster, [(13 * n + seed) % 250 for n in range(600)])
+        return bool(last.timeline.decode_store_hit_tokens)
+
+    await eventually(is_used, 30, "a block through the new arena")
+
+
+async def test_killed_redis_comes_back_and_is_filled_again(cluster: Cluster, alone: list[int]) -> None:
+    before = await incarnations(cluster)
+    with redis.Redis.from_url(cluster.redis_url) as client:
+        os.kill(client.info("server")["process_id"], signal.SIGKILL)
+    assert (await generate(cluster))[0] == alone
+
+    async def is_filled() -> bool:
+        try:
+            return await incarnations(cluster) == before
+        except Exception:
+            return False
+
+    await eventually(is_filled, 30, "the registry")
+
+
+def test_pids_are_those_of_running_processes(cluster: Cluster) -> None:
+    assert set(cluster.pids) == {"store-127.0.0.1", "prefill-0", "decode-0", "router-0"}
+    assert all(is_running(pid) for pid in cluster.pids.values())

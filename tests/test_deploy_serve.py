@@ -1,0 +1,116 @@
+"""`baton serve` as people run it: one ready line, found by the other commands, gone without a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, eventually
+
+from deploy.processes import CLUSTER_VARIABLE, command, processes_of
+
+pytestmark = pytest.mark.ray
+
+OUTLIVES_RAY = ("ray::DashboardA", "ray::RuntimeEnv")  # Ray's own helpers, where Ray was killed
+SMALL = ["--both", "1", "--kv-memory", "16M", "--store-memory", "16M", "--num-threads", "1"]
+
+
+class Serve:
+    """A `baton serve` in a process group of its own, as a shell makes one."""
+
+    def __init__(self, model_dir: Path, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "deploy.cli", "serve", str(model_dir), *SMALL, "--state-dir", str(state_dir)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ready_line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("ready: "), self.process.communicate()
+        return line
+
+    @property
+    def cluster_id(self) -> str:
+        return str(json.loads((self.state_dir / "serve.json").read_text())["cluster_id"])
+
+    def baton(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "deploy.cli", *argv, "--state-dir", str(self.state_dir)]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=90, check=False)
+
+
+@pytest.fixture
+def serve(tiny_model_dir: Path, tmp_path: Path) -> Iterator[Serve]:
+    serve = Serve(tiny_model_dir, tmp_path / "state")
+    yield serve
+    if serve.process.poll() is None:
+        serve.process.terminate()
+    serve.process.communicate(timeout=60)
+
+
+def left_of(cluster_id: str) -> list[str]:
+    folders = [path for base in ("/dev/shm", tempfile.gettempdir()) for path in Path(base).glob(f"baton-{cluster_id}*")]
+    return [str(pid) for pid in processes_of(CLUSTER_VARIABLE, cluster_id)] + [str(folder) for folder in folders]
+
+
+def test_served_asked_and_taken_down(serve: Serve, tiny_model_dir: Path) -> None:
+    ready = serve.ready_line()
+    cluster_id = serve.cluster_id
+
+    members = json.loads(serve.baton("status", "--json").stdout)
+    assert members["routers"][0] in ready
+    assert [(node["role"], node["node_id"]) for node in members["nodes"]] == [("both", "both-0")]
+    assert members["nodes"][0]["arena_id"] == members["arenas"][0]["arena_id"]
+    assert "both-0" in serve.baton("status").stdout
+
+    answer = json.loads(serve.baton("generate", "Hello", "--max-tokens", "3", "--ignore-eos", "--json").stdout)
+    assert len(answer["token_ids"]) == 3
+
+    second = serve.baton("serve", str(tiny_model_dir))
+    assert second.returncode == 1
+    assert "already served" in second.stderr
+
+    assert serve.baton("down").returncode == 0
+    assert serve.process.wait(5) == 0
+    assert left_of(cluster_id) == []
+    assert not (serve.state_dir / "serve.json").exists()
+
+
+def test_interrupt_at_the_terminal(serve: Serve) -> None:
+    """Ctrl-C goes to the whole process group; the launcher still stops everything in order."""
+    serve.ready_line()
+    cluster_id = serve.cluster_id
+    os.killpg(serve.process.pid, signal.SIGINT)
+    _, errors = serve.process.communicate(timeout=60)
+    assert serve.process.returncode == 0, errors
+    assert "nothing left behind" in errors
+    assert left_of(cluster_id) == []
+
+
+async def test_killed_launcher_takes_its_processes_along(serve: Serve) -> None:
+    serve.ready_line()
+    cluster_id = serve.cluster_id
+    assert left_of(cluster_id)
+    serve.process.kill()
+    serve.process.wait()
+
+    def are_gone() -> bool:
+        return {command(pid) for pid in processes_of(CLUSTER_VARIABLE, cluster_id)} <= {*OUTLIVES_RAY, "ended"}
+
+    await eventually(are_gone, 30, "the end of all servers")
+    swept = serve.baton("down")
+    assert swept.returncode == 0
+    assert f"baton-{cluster_id}" in swept.stderr
+    assert left_of(cluster_id) == []
