@@ -39,11 +39,11 @@ OnMessage = Callable[[Answer], Awaitable[None] | None]
 class ProcessCluster:
     """Starts with `start`; nodes are named `prefill-0`, `decode-1`, `both-0`. Always `stop` it."""
 
-    def __init__(self, model: Path, redis_url: str, folder: Path, **node_options: Any) -> None:
+    def __init__(self, model: Path, redis_url: str, folder: Path, **engine_options: Any) -> None:
         self.model = model
         self.redis_url = redis_url
         self.folder = folder
-        self.node_options = {"dtype": "float32", "num_blocks": 512, "num_threads": 1} | node_options
+        self.engine_options = {"dtype": "float32", "num_blocks": 512, "num_threads": 1} | engine_options
         self.router_options: dict[str, Any] = {}
         self.processes: dict[str, ServerProcess] = {}
         self.baseline: dict[str, int] = {}
@@ -61,7 +61,7 @@ class ProcessCluster:
             "dir": str(self.folder / f"store-{index}"),
             "redis_url": self.redis_url,
             "cluster": "test",
-            "slot_bytes": block_bytes(self.model, self.node_options),
+            "slot_bytes": block_bytes(self.model, self.engine_options),
             "memory_bytes": 64 << 20,
             "host": f"host-{index}",
         }
@@ -71,17 +71,19 @@ class ProcessCluster:
         config = {
             "node_id": name,
             "role": role,
-            "model": str(self.model),
+            "model_dir": str(self.model),
+            "model": "pocket",
+            "engine": self.engine_options,
             "redis_url": self.redis_url,
             "cluster": "test",
             "store_dir": "" if store is None else str(self.folder / f"store-{store}"),
             "host": f"host-{store}",
-        } | self.node_options
+        }
         self.processes[name] = await ServerProcess.start("node", config)
         self.baseline[name] = self.processes[name].record["total_blocks"]
 
     async def start_router(self) -> None:
-        config = {"model": str(self.model), "redis_url": self.redis_url, "cluster": "test"} | self.router_options
+        config = {"model_dir": str(self.model), "redis_url": self.redis_url, "cluster": "test"} | self.router_options
         self.processes["router"] = await ServerProcess.start("router", config)
         self.address = self.processes["router"].record["address"]
         self.channel = grpc.aio.insecure_channel(self.address)
@@ -163,10 +165,10 @@ class ProcessCluster:
         await asyncio.gather(*(self.processes[name].stop() for name in order if name.startswith("store")))
 
 
-def block_bytes(model: Path, node_options: dict[str, Any]) -> int:
+def block_bytes(model: Path, engine_options: dict[str, Any]) -> int:
     from engine.config import EngineConfig, ModelConfig, kv_layout
 
-    options = EngineConfig(dtype=node_options["dtype"], block_size=node_options.get("block_size", 16))
+    options = EngineConfig(dtype=engine_options["dtype"], block_size=engine_options.get("block_size", 16))
     return kv_layout(ModelConfig.from_pretrained(model), options).block_bytes
 
 
