@@ -46,6 +46,8 @@ class Scheduler:
         max_num_requests: int,
         enable_prefix_caching: bool = True,
     ) -> None:
+        if min(block_size, max_num_batched_tokens, max_num_requests) < 1:
+            raise ValueError("block_size, max_num_batched_tokens and max_num_requests must be at least 1")
         self.requests: dict[str, Request] = {}  # every live request, in order of arrival
         self._pool = pool
         self._block_size = block_size

@@ -311,6 +311,12 @@ def test_an_older_waiting_request_with_blocks_is_not_locked_out_by_the_batch_lim
     assert younger.status is RequestStatus.RUNNING
 
 
+@pytest.mark.parametrize("limits", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_limits_that_no_step_could_keep_are_refused(limits: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Scheduler(BlockPool(1), *limits)
+
+
 class Life(RuleBasedStateMachine):
     """Requests come, are held, released, pinned and aborted between steps, in any order and at any pressure."""
 
