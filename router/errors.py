@@ -1,15 +1,18 @@
-"""What can go wrong in the router. The first three reach a client, as the status beside them; a leg's are retried.
+"""What can go wrong in the router. The first four reach a client, as the status beside them; a leg's are retried.
 
 RouterError
 ├── InvalidRequest      INVALID_ARGUMENT; names the field and the limit
 ├── ClusterBusy         RESOURCE_EXHAUSTED; every node that could take the request refused it
 ├── ClusterUnavailable  UNAVAILABLE; no node is alive, or none could finish the request
+├── DeadlinePassed      DEADLINE_EXCEEDED; the client's own
 ├── LegFailed           a node died, hung or broke off in the middle of a leg; the request goes on elsewhere
 ├── LegRefused          a node has no room for a leg now, or is draining; another one is asked
 └── UnusableTokenizer   the model's folder has no tokenizer that can be read; the router does not start
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 
 class RouterError(Exception):
@@ -32,21 +35,28 @@ class ClusterUnavailable(RouterError):
     """There is no node that the request could go to."""
 
 
+class DeadlinePassed(RouterError):
+    """The client's deadline passed before the request was finished."""
+
+
 class LegFailed(RouterError):
     """A leg ended before its time. `is_down`: the process does not answer at all, so nobody should call it."""
 
-    def __init__(self, node_id: str, problem: str, is_down: bool) -> None:
+    def __init__(self, node_id: str, incarnation: str, problem: str, is_down: bool) -> None:
         super().__init__(f"{node_id}: {problem}")
         self.node_id = node_id
+        self.incarnation = incarnation
         self.is_down = is_down
 
 
 class LegRefused(RouterError):
-    """A node would not start a leg. Nothing was spent."""
+    """A node would not start a leg. Nothing was spent. `is_draining`: it takes nothing new at all."""
 
-    def __init__(self, node_id: str, problem: str) -> None:
+    def __init__(self, node_id: str, problem: str, leg: Literal["prefill", "decode"], is_draining: bool) -> None:
         super().__init__(f"{node_id}: {problem}")
         self.node_id = node_id
+        self.leg = leg
+        self.is_draining = is_draining
 
 
 class UnusableTokenizer(RouterError):

@@ -49,7 +49,7 @@ class Tokenizer:
         self._special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
         self._template = _find_template(folder, config)
         self.eos_token_ids = _eos_token_ids(folder)
-        self.bytes_of = self._bytes_of if _is_byte_level(path) else None
+        self.bytes_of: Callable[[int], bytes] | None = self._bytes_of if _is_byte_level(path) else None
 
     @property
     def has_chat_template(self) -> bool:

@@ -37,6 +37,7 @@ class Limits:
 class CheckedRequest:
     """A request whose shape is sound. Exactly one of `text`, `token_ids` and `messages` is set."""
 
+    model: str  # empty: whatever is served
     request_id: str  # empty: the router makes one
     sampling: common_pb2.SamplingParams  # seed and max_tokens may still be unset
     text: str | None = None
@@ -57,16 +58,20 @@ def parse(body: bytes, limits: Limits) -> inference_pb2.GenerateRequest:
     return request
 
 
-def check(request: inference_pb2.GenerateRequest, limits: Limits, model: str) -> CheckedRequest:
-    """A sound request, or `InvalidRequest`. `model` is the served name."""
-    _check(request.model in ("", model), "model", f"{model!r} is the model served here, got {request.model[:128]!r}")
+def check(request: inference_pb2.GenerateRequest, limits: Limits) -> CheckedRequest:
+    """A sound request, or `InvalidRequest`."""
     length = len(request.request_id)
     _check(length <= MAX_REQUEST_ID_CHARS, "request_id", f"{MAX_REQUEST_ID_CHARS} characters at most, got {length}")
     check_sampling(request.sampling)
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)
     prompt = _check_prompt(request, limits)
-    return CheckedRequest(request.request_id, sampling, **prompt)
+    return CheckedRequest(request.model, request.request_id, sampling, **prompt)
+
+
+def check_model(asked: str, served: str) -> None:
+    """Raises `InvalidRequest` for a model that is not served here."""
+    _check(asked in ("", served), "model", f"{served!r} is the model served here, got {asked[:128]!r}")
 
 
 def check_sampling(sampling: common_pb2.SamplingParams) -> None:
@@ -94,14 +99,20 @@ def check_sampling(sampling: common_pb2.SamplingParams) -> None:
         _check(1 <= len(stop) <= MAX_STOP_CHARS, "sampling.stop", f"1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
 
 
+def check_length(num_prompt_tokens: int, max_model_len: int, is_bound: bool = False) -> None:
+    """Raises `InvalidRequest` for a prompt that leaves no room for an output token. `is_bound`: it may be longer."""
+    limit = f"{max_model_len - 1} tokens at most (the model takes {max_model_len} with its output)"
+    got = f"{'at least ' if is_bound else ''}{num_prompt_tokens}"
+    _check(num_prompt_tokens < max_model_len, "prompt", f"{limit}, got {got}")
+
+
 def check_tokens(
     token_ids: list[int], sampling: common_pb2.SamplingParams, max_model_len: int, vocab_size: int
 ) -> common_pb2.SamplingParams:
     """`sampling` with max_tokens set to what the model's length leaves at most. Raises `InvalidRequest`."""
-    room = max_model_len - len(token_ids)
     _check(len(token_ids) > 0, "prompt", "must not be empty")
-    limit = f"{max_model_len - 1} tokens at most (the model takes {max_model_len}, and one must be left to put out)"
-    _check(room >= 1, "prompt", f"{limit}, got {len(token_ids)}")
+    check_length(len(token_ids), max_model_len)
+    room = max_model_len - len(token_ids)
     _check_vocabulary("prompt", token_ids, vocab_size)
     _check_vocabulary("sampling.stop_token_ids", list(sampling.stop_token_ids), vocab_size)
     bounded = common_pb2.SamplingParams()

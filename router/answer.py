@@ -1,0 +1,63 @@
+"""From a request's tokens to what its client reads: text, token ids, and at the end why, how many and when."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from batonpb import common_pb2, inference_pb2
+from router.detokenizer import TextStream, detokenizer
+from router.dispatch import Progress, RoutedRequest
+from router.timeline import Timeline
+from router.tokenizer import Decoder
+
+logger = logging.getLogger(__name__)
+
+STOP = common_pb2.FINISH_REASON_STOP
+
+
+class Answer:
+    """One request's responses, one for each `Progress`. The first with a finish reason is the last."""
+
+    def __init__(self, request: RoutedRequest, stops: Sequence[str], decoder: Decoder, timeline: Timeline) -> None:
+        self._request = request
+        self._timeline = timeline
+        words = detokenizer(decoder, request.prompt_ids)
+        self._text = TextStream(words, stops, request.end_ids, request.sampling.min_tokens)
+        self._num_tokens = 0
+
+    def respond(self, progress: Progress) -> inference_pb2.GenerateResponse:
+        """Tokens at once; their text as far as it is certain. A stop string ends the request, whatever came behind."""
+        text, tokens, reason = self._text, [], progress.finish_reason
+        pieces: list[str] = []
+        for token in progress.tokens:
+            tokens.append(token)
+            pieces.append(text.feed(token.token_id))
+            if text.is_stopped:
+                break
+        if reason and not text.is_stopped:
+            pieces.append(text.finish(ended_by_token=reason == STOP))
+        self._num_tokens += len(tokens)
+        response = inference_pb2.GenerateResponse(
+            request_id=self._request.request_id,
+            text="".join(pieces),
+            tokens=tokens,
+            finish_reason=STOP if text.is_stopped else reason,
+        )
+        if response.finish_reason:
+            self._conclude(response)
+        return response
+
+    def _conclude(self, response: inference_pb2.GenerateResponse) -> None:
+        timeline = self._timeline.finish(self._num_tokens)
+        usage = self._timeline.usage(len(self._request.prompt_ids), self._num_tokens)
+        response.timeline.CopyFrom(timeline)
+        response.usage.CopyFrom(usage)
+        logger.info(
+            "request_id=%s event=finished reason=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d prefill=%s "
+            "decode=%s migrations=%d predicted_ttft_s=%.4f ttft_s=%.4f tpot_s=%.4f total_s=%.4f",
+            *(response.request_id, common_pb2.FinishReason.Name(response.finish_reason)),
+            *(usage.prompt_tokens, usage.cached_tokens, usage.output_tokens),
+            *(timeline.prefill_node or "-", timeline.decode_node, timeline.migrations, timeline.predicted_ttft_s),
+            *(timeline.first_token_s, timeline.tpot_s, timeline.finished_s),
+        )

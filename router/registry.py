@@ -1,0 +1,232 @@
+"""Who is alive and how busy: nodes as their heartbeats describe them, plus what this router sent them since.
+
+Polls the directory, which is a hint: a node that does not answer is left at once, whatever its record says, and while
+Redis is away nobody is forgotten. Knows no request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from kvstore.blocks import HASH_BYTES, BlockHash
+from kvstore.directory import Directory, NodeRecord
+from kvstore.errors import DirectoryUnavailable
+from router.errors import LegFailed
+from router.legs import Burden, DecodeLeg, PrefillLeg
+from router.nodes import Node
+from router.policy import NodeView
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("prefill", "decode", "both")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the registry waits before it draws a conclusion. Seconds."""
+
+    poll_s: float = 0.25
+    ttl_s: float = 3.0  # without a record
+    cool_down_s: float = 2.0  # before a node that did not answer is tried again
+    stall_s: float = 5.0  # an answer that takes longer makes the registry ask after its node's health
+    probe_s: float = 5.0  # for the answer to that
+    progress_s: float = 300.0  # an answer may take no longer, however healthy its node
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What the nodes that can work together have in common. Limits are those of the smallest."""
+
+    model: str  # served name
+    root: BlockHash
+    block_size: int  # tokens
+    vocab_size: int
+    max_model_len: int  # tokens
+
+
+class Registry:
+    """All nodes of one cluster that serve `model` ("" is whatever most of them serve)."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        model: str = "",
+        patience: Patience | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._directory = directory
+        self._model = model
+        self._patience = patience or Patience()
+        self._clock = clock
+        self._nodes: dict[str, Node] = {}
+        self._left: list[Node] = []  # gone or replaced; their connection is open as long as they have legs
+        self._pool: Pool | None = None
+        self._last_poll_s = clock()
+        self._is_blind = False
+        self._polling: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Polls once, whether or not Redis answers, and then for ever."""
+        await self.refresh()
+        self._polling = asyncio.create_task(self._poll())
+
+    async def stop(self) -> None:
+        if self._polling is not None:
+            self._polling.cancel()
+        for node in [*self._nodes.values(), *self._left]:
+            await node.close()
+
+    @property
+    def pool(self) -> Pool | None:
+        """The nodes' common ground; the last one known while no node is alive, None before the first."""
+        return self._pool
+
+    def snapshot(self) -> list[NodeView]:
+        """The pool's nodes that can be given work."""
+        pool = self._pool
+        nodes = [node for node in self._nodes.values() if node.down_since_s is None and not node.record.draining]
+        return [node.view() for node in nodes if pool is not None and _ground(node.record) == (pool.model, pool.root)]
+
+    def prefill_leg(self, node_id: str, burden: Burden) -> AbstractContextManager[PrefillLeg]:
+        """A leg to `run` inside the context. Raises `LegFailed` where the node is gone by now."""
+        return self._find(node_id).prefill_leg(burden, self._clock)
+
+    def decode_leg(self, node_id: str, burden: Burden) -> AbstractContextManager[DecodeLeg]:
+        """A leg to `admit` and `start` inside the context. Raises `LegFailed` where the node is gone by now."""
+        return self._find(node_id).decode_leg(burden, self._clock)
+
+    def mark_down(self, node_id: str, incarnation: str, problem: str) -> None:
+        """Sends a node nothing more until it answers again, or a new incarnation takes its place."""
+        node = self._nodes.get(node_id)
+        if node is not None and node.record.incarnation == incarnation:
+            self._set_down(node, problem)
+
+    async def refresh(self) -> None:
+        """One poll of the directory, and one look at the legs that wait."""
+        started_s = self._clock()
+        try:
+            records = await self._directory.nodes()
+        except DirectoryUnavailable as error:
+            if not self._is_blind:
+                logger.warning("event=directory_lost nodes=%d %s", len(self._nodes), error)
+            self._is_blind = True
+        else:
+            self._take(records, started_s)
+        self._watch()
+        await self._close_left()
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self._patience.poll_s)
+            try:
+                await self.refresh()
+            except Exception:  # whatever it is, a router that knows no nodes any more is worse
+                logger.exception("event=poll_failed")
+
+    def _take(self, records: Sequence[NodeRecord], started_s: float) -> None:
+        """What a poll has found: news, newcomers, and who is missing."""
+        now_s = self._clock()
+        if self._is_blind:
+            logger.warning("event=directory_back records=%d", len(records))
+            self._is_blind = False
+            for node in self._nodes.values():  # their heartbeats need a moment to find it too
+                node.seen_s = now_s
+        for record in records:
+            if _is_sound(record) and self._model in ("", record.model):
+                self._take_one(record, now_s)
+        for node in [node for node in self._nodes.values() if now_s - node.seen_s > self._patience.ttl_s]:
+            logger.info("event=node_gone node_id=%s", node.record.node_id)
+            self._left.append(self._nodes.pop(node.record.node_id))
+        self._last_poll_s = started_s
+        self._pool = _common_ground([node.record for node in self._nodes.values()]) or self._pool
+
+    def _take_one(self, record: NodeRecord, now_s: float) -> None:
+        node = self._nodes.get(record.node_id)
+        if node is not None and node.record.incarnation == record.incarnation:
+            node.update(record, now_s, self._last_poll_s)
+            return
+        if node is not None:
+            self._left.append(node)
+        self._nodes[record.node_id] = Node(record, now_s)
+        logger.info(
+            "event=node_up node_id=%s incarnation=%s role=%s address=%s",
+            *(record.node_id, record.incarnation, record.role, record.address),
+        )
+
+    def _watch(self) -> None:
+        """Breaks off legs without progress; asks after nodes that are slow to answer, or did not a while ago."""
+        now_s, patience = self._clock(), self._patience
+        for node in [*self._nodes.values(), *self._left]:
+            waits = {leg: now_s - leg.waiting_since_s for leg in node.legs}
+            for leg in (leg for leg, wait_s in waits.items() if wait_s > patience.progress_s):
+                leg.break_off(f"made no progress for {patience.progress_s} s")
+            is_slow = any(wait_s > patience.stall_s for wait_s in waits.values())
+            is_cool = node.down_since_s is not None and now_s - node.down_since_s > patience.cool_down_s
+            if is_cool or (is_slow and now_s - node.asked_s > patience.stall_s):
+                if node.asking is None or node.asking.done():
+                    node.asking = asyncio.create_task(self._ask(node))
+
+    async def _ask(self, node: Node) -> None:
+        """Asks a node whether it is well. If not, all that waits for it is broken off."""
+        problem = await node.illness(self._patience.probe_s)
+        node.asked_s = self._clock()
+        if problem:
+            self._set_down(node, problem)
+            node.break_off(problem)
+        elif node.down_since_s is not None:
+            logger.info("event=node_back node_id=%s", node.record.node_id)
+            node.down_since_s = None
+
+    def _set_down(self, node: Node, problem: str) -> None:
+        if node.down_since_s is None:
+            record = node.record
+            logger.warning("event=node_down node_id=%s incarnation=%s %s", record.node_id, record.incarnation, problem)
+        node.down_since_s = self._clock()
+
+    async def _close_left(self) -> None:
+        for node in [node for node in self._left if not node.legs]:
+            self._left.remove(node)
+            await node.close()
+
+    def _find(self, node_id: str) -> Node:
+        if node_id not in self._nodes:
+            raise LegFailed(node_id, "", "is gone", is_down=False)
+        return self._nodes[node_id]
+
+
+def _is_sound(record: NodeRecord) -> bool:
+    """Whether a record makes sense: it comes off the wire, and a bad one must not stop the router."""
+    try:
+        root = bytes.fromhex(record.kv_root)
+    except ValueError:
+        return False
+    sizes = (record.block_size, record.block_bytes, record.vocab_size, record.max_model_len)
+    return len(root) == HASH_BYTES and min(sizes) > 0 and record.role in ROLES
+
+
+def _ground(record: NodeRecord) -> tuple[str, BlockHash]:
+    """Nodes may exchange blocks if, and only if, this is equal. (The root names the block size too.)"""
+    return record.model, BlockHash(bytes.fromhex(record.kv_root))
+
+
+def _common_ground(records: Sequence[NodeRecord]) -> Pool | None:
+    """The largest group of nodes that can work together; the same one on every router."""
+    groups: dict[tuple[str, BlockHash], list[NodeRecord]] = defaultdict(list)
+    for record in records:
+        groups[_ground(record)].append(record)
+    if not groups:
+        return None
+    (model, root), members = max(groups.items(), key=lambda item: (len(item[1]), item[0]))
+    return Pool(
+        model=model,
+        root=root,
+        block_size=members[0].block_size,
+        vocab_size=min(record.vocab_size for record in members),
+        max_model_len=min(record.max_model_len for record in members),
+    )

@@ -1,0 +1,263 @@
+"""The client's door: gRPC in, text out. Errors become statuses here, once.
+
+A request's bytes are parsed, checked, tokenised and sent on its journey; tokens come back as text. Knows no node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from batonpb import inference_pb2
+from kvstore.directory import Directory
+from router.answer import Answer
+from router.dispatch import Dispatcher, Persistence, RoutedRequest
+from router.errors import ClusterBusy, ClusterUnavailable, DeadlinePassed, InvalidRequest, RouterError
+from router.registry import Patience, Pool, Registry
+from router.timeline import Timeline
+from router.tokenizer import Tokenizer
+from router.validate import CheckedRequest, Limits, check, check_length, check_model, check_tokens, parse
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "baton.v1.Inference"
+STATUSES = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    ClusterBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ClusterUnavailable: grpc.StatusCode.UNAVAILABLE,
+    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+INLINE_BYTES = 2048  # texts up to this size are tokenised on the event loop: a thread would cost more
+# gRPC itself answers RESOURCE_EXHAUSTED to what is over its limit, so ours comes first by a wide margin.
+TRANSPORT_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """One router. Seconds in `_s`; what they are for stands at `Patience` and `Persistence`."""
+
+    model_dir: str  # for its tokenizer
+    redis_url: str
+    model: str = ""  # the served name; "" takes the nodes' word for it
+    cluster: str = "default"
+    host: str = "127.0.0.1"  # to listen on
+    port: int = 0  # 0: the kernel chooses
+    advertise_host: str = ""  # "" is `host`
+    max_message_bytes: int = 16 * 2**20
+    max_prompt_bytes: int = 4 * 2**20
+    poll_s: float = 0.25
+    node_ttl_s: float = 3.0
+    cool_down_s: float = 2.0
+    stall_s: float = 5.0
+    probe_timeout_s: float = 5.0
+    progress_timeout_s: float = 300.0
+    max_attempts: int = 8
+    node_wait_s: float = 20.0
+    drain_s: float = 10.0  # how long a stopping router waits for its requests
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_message_bytes, self.max_prompt_bytes)
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(
+            poll_s=self.poll_s,
+            ttl_s=self.node_ttl_s,
+            cool_down_s=self.cool_down_s,
+            stall_s=self.stall_s,
+            probe_s=self.probe_timeout_s,
+            progress_s=self.progress_timeout_s,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RouterConfig:
+        """Raises `TypeError` for a name that is no option, `ValueError` for text that is no JSON."""
+        return cls(**json.loads(text))
+
+
+class RouterServer:
+    """One router process's server: `start`, then `stop`."""
+
+    def __init__(self, config: RouterConfig, rng: random.Random | None = None) -> None:
+        self._config = config
+        self._rng = rng or random.Random()
+        self._health = health.aio.HealthServicer()
+        self._stack = AsyncExitStack()
+
+    async def start(self) -> dict[str, object]:
+        """Listens. Returns the address and what else a launcher wants to print.
+
+        Raises `UnusableTokenizer`, and `RuntimeError` where the port is taken.
+        """
+        async with AsyncExitStack() as stack:
+            address = await self._open(stack)
+            self._stack = stack.pop_all()
+        logger.info("event=router_up address=%s", address)
+        return {"address": address, "model": self._config.model, "cluster": self._config.cluster}
+
+    async def stop(self) -> None:
+        """Takes no new requests, lets those that run end within `drain_s`, closes. Idempotent."""
+        await self._stack.aclose()
+
+    async def _open(self, stack: AsyncExitStack) -> str:
+        """Opens the parts in the order in which they need each other; `stack` closes them in the opposite one."""
+        config = self._config
+        tokenizer = await asyncio.to_thread(Tokenizer, Path(config.model_dir))
+        directory = Directory(config.redis_url, config.cluster)
+        stack.push_async_callback(directory.close)
+        registry = Registry(directory, config.model, config.patience)
+        stack.push_async_callback(registry.stop)
+        await registry.start()
+        dispatcher = Dispatcher(registry, directory, self._rng, Persistence(config.max_attempts, config.node_wait_s))
+        service = InferenceService(config, registry, dispatcher, tokenizer, self._rng)
+        server = grpc.aio.server(options=_server_options(config))
+        server.add_generic_rpc_handlers((service.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        port = server.add_insecure_port(f"{config.host}:{config.port}")
+        await server.start()
+        stack.push_async_callback(server.stop, config.drain_s)
+        reporting = asyncio.create_task(self._report_health(registry))
+        stack.callback(reporting.cancel)
+        stack.push_async_callback(self._health.enter_graceful_shutdown)
+        return f"{config.advertise_host or config.host}:{port}"
+
+    async def _report_health(self, registry: Registry) -> None:
+        """The process is well while it answers; its service is, while there is a node to serve it."""
+        status = health_pb2.HealthCheckResponse
+        while True:
+            await self._health.set(SERVICE, status.SERVING if registry.snapshot() else status.NOT_SERVING)
+            await asyncio.sleep(self._config.poll_s)
+
+
+class InferenceService:
+    """`Generate` and `GetModel`. Requests come in as bytes, so that what is no message has an answer, too."""
+
+    def __init__(
+        self, config: RouterConfig, registry: Registry, dispatcher: Dispatcher, tokenizer: Tokenizer, rng: random.Random
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._dispatcher = dispatcher
+        self._tokenizer = tokenizer
+        self._rng = rng
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        response, model = inference_pb2.GenerateResponse, inference_pb2.GetModelResponse
+        methods = {
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self.generate, response_serializer=response.SerializeToString
+            ),
+            "GetModel": grpc.unary_unary_rpc_method_handler(
+                self.get_model, response_serializer=model.SerializeToString
+            ),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def get_model(self, _body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.GetModelResponse:
+        async with _statuses(context, "GetModel"):
+            pool = self._pool()
+        return inference_pb2.GetModelResponse(
+            model=pool.model,
+            max_model_len=pool.max_model_len,
+            vocab_size=pool.vocab_size,
+            block_size=pool.block_size,
+            has_chat_template=self._tokenizer.has_chat_template,
+        )
+
+    async def generate(self, body: bytes, context: grpc.aio.ServicerContext) -> None:
+        """A coroutine that writes, not a generator: only so does its end run for certain when the caller is gone."""
+        timeline = Timeline(time.monotonic)
+        async with _statuses(context, "Generate"):
+            checked = check(parse(body, self._config.limits), self._config.limits)
+            request = await self._route(checked, context)
+            answer = Answer(request, checked.sampling.stop, self._tokenizer, timeline)
+            async with aclosing(self._dispatcher.run(request, timeline)) as journey:
+                async for progress in journey:
+                    response = answer.respond(progress)
+                    await context.write(response)
+                    if response.finish_reason:
+                        break
+
+    async def _route(self, checked: CheckedRequest, context: grpc.aio.ServicerContext) -> RoutedRequest:
+        """Fills in what the model and this router decide: tokens, length, seed, end tokens."""
+        pool, remaining_s = self._pool(), context.time_remaining()
+        deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
+        check_model(checked.model, pool.model)
+        prompt_ids = await self._tokenise(checked, pool)
+        sampling = check_tokens(prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size)
+        if not sampling.HasField("seed"):
+            sampling.seed = self._rng.getrandbits(64)
+        del sampling.stop[:]  # nodes know no text
+        eos_ids = frozenset() if sampling.ignore_eos else self._tokenizer.eos_token_ids
+        return RoutedRequest(
+            request_id=checked.request_id or uuid.uuid4().hex,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            end_ids=eos_ids | frozenset(sampling.stop_token_ids),
+            deadline_s=deadline_s,
+        )
+
+    async def _tokenise(self, checked: CheckedRequest, pool: Pool) -> list[int]:
+        if checked.token_ids is not None:
+            return list(checked.token_ids)
+        is_template = checked.messages is not None
+        text = self._tokenizer.render(checked.messages) if checked.messages is not None else checked.text or ""
+        num_bytes = len(text.encode())
+        check_length(self._tokenizer.fewest_tokens(num_bytes), pool.max_model_len, is_bound=True)
+        if num_bytes <= INLINE_BYTES:
+            return self._tokenizer.encode(text, is_template)
+        return await asyncio.to_thread(self._tokenizer.encode, text, is_template)
+
+    def _pool(self) -> Pool:
+        pool = self._registry.pool
+        if pool is None:
+            raise ClusterUnavailable("no node has been seen yet")
+        return pool
+
+
+@asynccontextmanager
+async def _statuses(context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
+    """Ends the call with the status that an error of its body stands for."""
+    try:
+        yield
+    except RouterError as error:
+        code = STATUSES.get(type(error), grpc.StatusCode.INTERNAL)
+        logger.info("event=refused method=%s code=%s %s", method, code.name, error)
+        await context.abort(code, str(error))
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        logger.exception("event=call_failed method=%s", method)
+        await context.abort(grpc.StatusCode.INTERNAL, "the router failed; its log says more")
+
+
+def _server_options(config: RouterConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # a second router on the same port is an error, not a lottery
+        ("grpc.max_receive_message_length", TRANSPORT_FACTOR * config.max_message_bytes),
+        # A client that vanished without a word is found out, and what it asked for is freed.
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Clients may ping as often.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
