@@ -105,8 +105,7 @@ class Engine:
             # The copy comes first, the question after it: the payload's slot may be given to another at any time.
             if not self._cache.write(block_id, payload.view) or not payload.is_valid():
                 break
-            self._scheduler.advance(request, self.layout.block_size)
-            request.num_store_hit_tokens += self.layout.block_size
+            self._scheduler.adopt_import(request)
             adopted += 1
         return adopted
 

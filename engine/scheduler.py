@@ -87,16 +87,30 @@ class Scheduler:
         del self.requests[request.request_id]
 
     def advance(self, request: Request, num_tokens: int) -> list[FullBlock]:
-        """Moves the cursor over `num_tokens` that are now in the cache; returns full blocks not reported before."""
+        """Moves the cursor over `num_tokens` that are now in the cache; returns full blocks not reported before.
+
+        A local hit is reported too: the store may have evicted or lost it, and other nodes can get it from nowhere
+        else. What the store itself brought is not.
+        """
+        self._move(request, num_tokens)
+        end = request.num_computed_tokens // self._block_size
+        first_import = request.num_local_hit_tokens // self._block_size
+        imported = range(first_import, first_import + request.num_store_hit_tokens // self._block_size)
+        unreported = [index for index in range(request.num_published_blocks, end) if index not in imported]
+        request.num_published_blocks = max(request.num_published_blocks, end)
+        return [FullBlock(request.block_hashes[index], request.block_table[index]) for index in unreported]
+
+    def adopt_import(self, request: Request) -> None:
+        """Moves the cursor over the block behind it, which the store brought."""
+        self._move(request, self._block_size)
+        request.num_store_hit_tokens += self._block_size
+
+    def _move(self, request: Request, num_tokens: int) -> None:
         before = request.num_computed_tokens // self._block_size
         request.num_computed_tokens += num_tokens
-        after = request.num_computed_tokens // self._block_size
         if self._enable_prefix_caching:
-            for index in range(before, after):
+            for index in range(before, request.num_computed_tokens // self._block_size):
                 self._pool.register(request.block_table[index], request.block_hashes[index])
-        unreported = range(request.num_published_blocks, after)
-        request.num_published_blocks = max(request.num_published_blocks, after)
-        return [FullBlock(request.block_hashes[index], request.block_table[index]) for index in unreported]
 
     # --- a step ---
 
@@ -172,9 +186,9 @@ class Scheduler:
 
     def _adopt(self, request: Request, num_blocks: int) -> None:
         request.num_computed_tokens = num_blocks * self._block_size
-        if request.num_published_blocks == 0:  # otherwise it was preempted, and finds again what it had before
+        if request.num_published_blocks == 0 and request.num_store_hit_tokens == 0:
+            # otherwise it was preempted, and finds again what it had before
             request.num_local_hit_tokens = request.num_computed_tokens
-        request.num_published_blocks = max(request.num_published_blocks, num_blocks)
 
     def _preempt(self, request: Request) -> None:
         logger.debug("event=preempt request=%s computed_tokens=%d", request.request_id, request.num_computed_tokens)

@@ -174,13 +174,13 @@ async def test_no_node_and_all_busy(redis_url: str, short_dir: Path) -> None:
         await cluster.start(prefill=0, decode=0, both=1)
         started = asyncio.Event()
         first = asyncio.create_task(
-            cluster.generate(LONG[:200], lambda _: started.set(), max_tokens=100, ignore_eos=True)
+            cluster.generate(LONG[:200], lambda _: started.set(), max_tokens=115, ignore_eos=True)
         )
         await started.wait()
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await cluster.generate(LONG[:250], max_tokens=40)
+            await cluster.generate(LONG[700:950], max_tokens=40)
         assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert len((await first).token_ids) == 100
+        assert len((await first).token_ids) == 115
         await cluster.assert_quiet()
         cluster.kill("both-0")
         await eventually(lambda: unavailable(cluster), 20, "UNAVAILABLE without nodes")

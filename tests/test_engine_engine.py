@@ -301,12 +301,13 @@ def test_a_hold_shares_its_local_hit_and_gives_it_back(engine: Engine) -> None:
     expected = drive(engine, [make_request(engine, "cold", prompt)]).ids("cold")
     warm = make_request(engine, "warm", prompt)
     engine.add(warm, hold=True)
-    assert (warm.num_local_hit_tokens, warm.num_computed_tokens, warm.num_published_blocks) == (16, 16, 2)
+    assert (warm.num_local_hit_tokens, warm.num_computed_tokens, warm.num_published_blocks) == (16, 16, 0)
     engine.check_integrity()
     engine.release("warm")
     run = drive(engine)
     assert run.ids("warm") == expected
-    assert [block_hash for _, block_hash in run.published] == warm.block_hashes[2:3]
+    # Reported whole: the store may have lost what this engine still has.
+    assert [block_hash for _, block_hash in run.published] == warm.block_hashes[:3]
 
 
 def test_export_runs_beside_the_steps(engine: Engine) -> None:
