@@ -23,6 +23,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 ]
+REST_S = 10.0  # a node that ran nothing for so long is to be measured again
 LegT = TypeVar("LegT", bound=Leg)
 
 
@@ -32,6 +33,7 @@ class Node:
     def __init__(self, record: NodeRecord, now_s: float) -> None:
         self.record = record
         self.seen_s = now_s
+        self.busy_s = now_s
         self.step_s = _single_step_s(record)
         self.down_since_s: float | None = None
         self.asked_s = now_s  # when its health was known last
@@ -45,6 +47,8 @@ class Node:
     def update(self, record: NodeRecord, now_s: float, last_poll_s: float) -> None:
         """Takes a new record. One that differs was written after the last poll, so it counts what was sent before."""
         self.seen_s = now_s
+        if self.legs or record.num_running:
+            self.busy_s = now_s
         if record == self.record:
             return
         self.record = record
@@ -70,6 +74,7 @@ class Node:
             total_blocks=record.total_blocks,
             prefill_tokens_per_s=record.prefill_tokens_per_s,
             step_s=self.step_s,
+            is_rested=self.seen_s - self.busy_s > REST_S,
         )
 
     def prefill_leg(self, burden: Burden, clock: Callable[[], float]) -> AbstractContextManager[PrefillLeg]:
@@ -106,6 +111,7 @@ class Node:
     def _kept(self, leg: LegT) -> Iterator[LegT]:
         """Keeps the books: a leg counts from here to the end of the context, however that is left."""
         self.legs.add(leg)
+        self.busy_s = leg.sent_s
         try:
             yield leg
         finally:

@@ -11,6 +11,7 @@ import enum
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 SHORTLIST = 4  # nodes of each role that are tried in pairs
 
@@ -19,7 +20,7 @@ SHORTLIST = 4  # nodes of each role that are tried in pairs
 class Rates:
     """What the predictions assume where nothing was measured, and where they stop to tell choices apart."""
 
-    prefill_tokens_per_s: float = 2000.0  # until a node has measured its own
+    prefill_tokens_per_s: float = 2000.0  # until any node has measured its own
     step_s: float = 0.03  # a decode step of a single request, likewise
     step_slope: float = 0.08  # how much longer a step takes with each further request
     memory_bytes_per_s: float = 4e9  # from an arena of the same machine
@@ -50,6 +51,7 @@ class NodeView:
     total_blocks: int = 0  # 0: not known
     prefill_tokens_per_s: float = 0.0  # 0.0: not measured yet
     step_s: float = 0.0  # of a single request, likewise
+    is_rested: bool = False  # has run nothing for a while: what it measured then says little
 
     def with_leg(self, prefill_tokens: int, blocks: int) -> NodeView:
         """This node after one more leg was sent to it."""
@@ -145,7 +147,7 @@ def plan(request: RequestView, nodes: Sequence[NodeView], rng: random.Random, ra
     """The cheapest choice; one of them at random where several are about as cheap."""
     # 1) Filter: the living, then their roles. A role that nobody is left to play is played by everybody.
     living = [node for node in nodes if node.node_id not in request.failed and node.max_model_len > request.num_tokens]
-    living = _that_fit(request, living)
+    living = with_typical_speeds(_that_fit(request, living))
     prefillers = _of_role("prefill", living)
     decoders = [node for node in _of_role("decode", living) if node.node_id not in request.no_decode]
     if not living:
@@ -170,6 +172,22 @@ def plan(request: RequestView, nodes: Sequence[NodeView], rng: random.Random, ra
     best = min(choice.cost_s for choice in choices)
     margin = max(rates.tie_s, rates.tie_ratio * best)
     return rng.choice([choice for choice in choices if choice.cost_s <= best + margin])
+
+
+def with_typical_speeds(nodes: Sequence[NodeView]) -> list[NodeView]:
+    """Gives nodes that are new or rested the median speeds of their role.
+
+    A fixed guess would keep a newcomer out of work for good where it is too low; and a node that was slow once would
+    never be measured again.
+    """
+    return [
+        replace(
+            node,
+            prefill_tokens_per_s=_speed(node, nodes, lambda other: other.prefill_tokens_per_s),
+            step_s=_speed(node, nodes, lambda other: other.step_s),
+        )
+        for node in nodes
+    ]
 
 
 def prefill_terms(request: RequestView, node: NodeView, rates: Rates) -> PrefillTerms:
@@ -219,6 +237,18 @@ def uncached_tokens(request: RequestView, node: NodeView) -> int:
 def blocks_needed(request: RequestView, node: NodeView) -> int:
     """What a leg reserves: all its tokens, and one more."""
     return request.num_tokens // node.block_size + 1
+
+
+def _speed(node: NodeView, nodes: Sequence[NodeView], speed: Callable[[NodeView], float]) -> float:
+    """The node's own measurement if it is fresh, else the median of those most like it; 0.0 where nothing is known."""
+    if not node.is_rested and speed(node):
+        return speed(node)
+    peers = [other for other in nodes if other.role == node.role]
+    fresh = [other for other in nodes if not other.is_rested]
+    for group in ([other for other in peers if not other.is_rested], peers, fresh, nodes):
+        if known := [speed(other) for other in group if speed(other)]:
+            return median(known)
+    return 0.0
 
 
 def _best_run(request: RequestView) -> int:

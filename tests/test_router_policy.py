@@ -186,6 +186,29 @@ def test_a_node_of_both_roles_runs_both_legs_alone() -> None:
     assert pair(choose(request(5000), [node("n0"), node("n1", num_requests=8)])) == (None, "n0")
 
 
+def test_a_newcomer_is_taken_to_be_as_fast_as_its_peers() -> None:
+    """Else nobody would ever measure it: 5 ms a step is far from any guess."""
+    old = [node("p0", "prefill", prefill_tokens_per_s=50_000.0), node("d0", "decode", step_s=0.005)]
+    new = [node("p1", "prefill", prefill_tokens_per_s=0.0), node("d1", "decode", step_s=0.0)]
+    chosen = [choose(request(5000), old + new, seed) for seed in range(40)]
+    assert {c.prefill_node for c in chosen} == {"p0", "p1"}
+    assert {c.decode_node for c in chosen} == {"d0", "d1"}
+
+
+def test_a_node_that_was_slow_is_tried_again_after_a_rest() -> None:
+    def used(is_rested: bool) -> set[str]:
+        nodes = [node("n0", step_s=0.005), node("n1", step_s=0.05, is_rested=is_rested)]
+        return {choose(request(), nodes, seed).decode_node for seed in range(40)}
+
+    assert used(is_rested=False) == {"n0"}
+    assert used(is_rested=True) == {"n0", "n1"}
+
+
+def test_speeds_of_nodes_that_all_rest_are_better_than_a_guess() -> None:
+    nodes = [node(f"n{n}", prefill_tokens_per_s=50_000.0, is_rested=True) for n in range(3)]
+    assert choose(request(5000), nodes).predicted_ttft_s == pytest.approx(0.1)
+
+
 def test_the_store_decides_how_far_a_handoff_is() -> None:
     view, prefill = request(1600), prefill_terms(request(1600), node("p0"), RATES)
     near = handoff_s(view, node("p0"), node("d0"), prefill, RATES)
