@@ -259,3 +259,12 @@ def test_the_explanation_is_one_line_of_seconds() -> None:
     assert "\n" not in text
     assert {"prefill=p0", "decode=d0"} <= set(text.split())
     assert all(part.count("=") == 1 for part in text.split())
+
+
+def test_a_newcomer_is_taken_to_be_as_fast_as_the_others() -> None:
+    measured = node("old", prefill_tokens_per_s=20_000.0, step_s=0.003)
+    newcomer = node("new", prefill_tokens_per_s=0.0, step_s=0.0)
+    chosen = Counter(choose(request(), [measured, newcomer], seed).decode_node for seed in range(100))
+    assert min(chosen["old"], chosen["new"]) > 25
+    slow = node("slow", prefill_tokens_per_s=200.0, step_s=0.3)
+    assert choose(request(), [slow, newcomer, measured]).decode_node != "slow"
