@@ -43,7 +43,8 @@ async def _read(
 ) -> node_pb2.DecodeRequest:
     """The next message, which must be `expected`. Raises `InvalidRequest`, `TimeoutError`."""
     try:
-        message: node_pb2.DecodeRequest = await asyncio.wait_for(context.read(), wait_s)
+        async with asyncio.timeout(wait_s):
+            message: node_pb2.DecodeRequest = await context.read()
     except TimeoutError:
         raise TimeoutError(f"{expected}: did not come within {wait_s} s") from None
     got = "the end of the stream" if message is grpc.aio.EOF else message.WhichOneof("message")

@@ -7,6 +7,7 @@ Health has two questions: the server as a whole (""; not serving means sick: end
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 
@@ -43,17 +44,21 @@ class Heartbeat:
         self._directory = directory
         self._health = health
         self._is_heard = True
+        self._is_over = asyncio.Event()
 
     async def run(self, every_s: float, ttl_s: float, stall_s: float) -> None:
-        """Beats until cancelled."""
-        while True:
+        """Beats until `leave`."""
+        while not self._is_over.is_set():
             await self.beat(every_s, ttl_s, stall_s)
-            await asyncio.sleep(every_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(every_s):
+                    await self._is_over.wait()
 
     async def beat(self, wait_s: float, ttl_s: float, stall_s: float) -> None:
         """One beat. It does not wait for an engine in a long step: the load is that of the last beat then."""
         try:
-            load = dataclasses.asdict(await asyncio.wait_for(self._admission.load(), wait_s))
+            async with asyncio.timeout(wait_s):
+                load = dataclasses.asdict(await self._admission.load())
         except TimeoutError:
             load = {}
         is_sick = self._loop.stalled_s > stall_s
@@ -66,8 +71,10 @@ class Heartbeat:
         await self._tell_health(is_sick)
         await self._tell_registry(ttl_s)
 
-    async def leave(self) -> None:
-        """Takes this incarnation out of the registry."""
+    async def leave(self, beating: asyncio.Task[None]) -> None:
+        """Ends `run` and takes this incarnation out of the registry; in this order, or the last beat would undo it."""
+        self._is_over.set()
+        await beating
         try:
             await self._directory.remove_node(self.record.node_id, self.record.incarnation)
         except DirectoryUnavailable:

@@ -77,7 +77,7 @@ class NodeServer:
         stack.push_async_callback(store.close)
         await store.open()
         # 2. The engine's thread, and who may hand it what.
-        loop = EngineLoop(engine, _die)
+        self.loop = loop = EngineLoop(engine, _die)
         loop.start()
         stack.push_async_callback(loop.stop)
         load = await loop.call(Engine.load)
@@ -96,7 +96,7 @@ class NodeServer:
         self._heartbeat = Heartbeat(record, loop, self._admission, store, directory, self._health)
         await self._beat()
         beating = asyncio.create_task(self._heartbeat.run(config.heartbeat_s, config.ttl_s, config.stall_s))
-        stack.push_async_callback(self._leave, beating)
+        stack.push_async_callback(self._heartbeat.leave, beating)
         stack.push_async_callback(self._drain)
 
     def _server(self, prefill: PrefillService, decode: DecodeService) -> grpc.aio.Server:
@@ -147,14 +147,10 @@ class NodeServer:
         self._admission.is_draining = True
         await self._beat()  # so that routers stop at once
         try:
-            await asyncio.wait_for(self._admission.idle(), self.config.drain_s)
+            async with asyncio.timeout(self.config.drain_s):
+                await self._admission.idle()
         except TimeoutError:
             logger.warning("event=drain_cut_short requests=%d", self._admission.num_legs)
-
-    async def _leave(self, beating: asyncio.Task[None]) -> None:
-        beating.cancel()
-        await asyncio.gather(beating, return_exceptions=True)
-        await self._heartbeat.leave()
 
 
 def _die(error: BaseException) -> None:

@@ -6,6 +6,7 @@ Whatever goes wrong here is a shorter hit: the engine computes what did not come
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 
@@ -59,10 +60,9 @@ class Fetcher:
         poll_s = MIN_POLL_S
         while self.num_missing_blocks > 0 and not stop.is_set():
             poll_s = MIN_POLL_S if await self.fetch() else min(2 * poll_s, MAX_POLL_S)
-            try:
-                await asyncio.wait_for(stop.wait(), poll_s)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(poll_s):
+                    await stop.wait()
 
     async def _fetch_round(self) -> int:
         request = self._request

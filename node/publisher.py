@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from kvstore.client import KVClient
 logger = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 64 * 2**20  # of one write; bounds how long a block waits behind those of other requests
-MAX_PINNED_SHARE = 0.25  # of the engine's blocks; a stalled store must not starve the engine
+STALL_S, STALL_SHARE = 0.5, 0.25  # a write that takes so long may not keep more than this share of all blocks pinned
 
 
 class Publisher:
@@ -28,7 +29,8 @@ class Publisher:
         self._loop = loop
         self._store = store
         self._max_batch_blocks = max(1, MAX_BATCH_BYTES // loop.engine.layout.block_bytes)
-        self._max_pinned_blocks = max(1, int(num_blocks * MAX_PINNED_SHARE))
+        self._max_stalled_blocks = int(num_blocks * STALL_SHARE)
+        self._write_began_s = 0.0
         self._queue: deque[FullBlock] = deque()
         self._num_pinned_blocks = 0
         self._num_taken_blocks = 0  # ever put into the queue
@@ -41,12 +43,13 @@ class Publisher:
         if not blocks:
             return
         self._num_pinned_blocks += len(blocks)
-        if self._num_pinned_blocks > self._max_pinned_blocks:
+        if self._is_stalled():
             self._unpin(blocks)
             return
         self._queue.extend(blocks)
         self._num_taken_blocks += len(blocks)
         if self._writer is None:
+            self._write_began_s = time.monotonic()
             self._writer = asyncio.create_task(self._write_all())
 
     async def flush(self) -> None:
@@ -55,9 +58,15 @@ class Publisher:
         async with self._settled:
             await self._settled.wait_for(lambda: self._num_settled_blocks >= taken)
 
+    def _is_stalled(self) -> bool:
+        """Whether the store keeps so much from the engine, for so long, that it is better to publish nothing more."""
+        is_late = self._writer is not None and time.monotonic() - self._write_began_s > STALL_S
+        return is_late and self._num_pinned_blocks > self._max_stalled_blocks
+
     async def _write_all(self) -> None:
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch_blocks))]
+            self._write_began_s = time.monotonic()
             try:
                 await self._write(batch)
             except Exception:  # whatever it is, it is a miss for a later reader, and no harm to anyone else

@@ -72,6 +72,7 @@ class PrefillWorker:
 
     async def _flush(self) -> None:
         try:
-            await asyncio.wait_for(self._publisher.flush(), FLUSH_WAIT_S)
+            async with asyncio.timeout(FLUSH_WAIT_S):
+                await self._publisher.flush()
         except TimeoutError:
             logger.warning("event=flush_late waited_s=%.1f", FLUSH_WAIT_S)

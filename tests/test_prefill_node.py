@@ -1,0 +1,261 @@
+"""A prefill node over real gRPC: its token, what it publishes, whom it refuses, and that it keeps nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from conftest import RedisProcess, eventually
+from node_harness import BLOCK_SIZE, Machine, node_request, prompt_of, running_machine, sampling
+
+from batonpb import common_pb2, node_pb2
+from kvstore.blocks import hash_blocks, salted
+
+
+@pytest.fixture
+async def machine(tiny_model_dir: Path, redis_url: str, short_dir: Path) -> AsyncIterator[Machine]:
+    async with running_machine(tiny_model_dir, redis_url, short_dir) as machine:
+        yield machine
+
+
+async def status_of(call: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), caught.value.details()
+
+
+@pytest.mark.parametrize("num_tokens", [1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 150])
+async def test_first_token_is_that_of_one_engine_alone(machine: Machine, num_tokens: int) -> None:
+    node = await machine.node(store_dir="")
+    prompt = prompt_of(num_tokens)
+    answer = await node.prefill(node_request(prompt))
+    assert answer.token.token_id == machine.expected(prompt)[0]
+    assert answer.finish_reason == common_pb2.FINISH_REASON_UNSPECIFIED
+    assert (answer.local_hit_tokens, answer.store_hit_tokens) == (0, 0)
+    assert answer.queue_s >= 0 and answer.compute_s > 0
+
+
+async def test_second_request_hits_the_engine_of_the_first(machine: Machine) -> None:
+    node = await machine.node(store_dir="")
+    first = await node.prefill(node_request(prompt_of(100)))
+    second = await node.prefill(node_request(prompt_of(100)))
+    assert second.token == first.token
+    assert second.local_hit_tokens == 96
+
+
+async def test_full_blocks_are_in_the_directory_when_the_answer_comes(machine: Machine) -> None:
+    store, node = await machine.store(), await machine.node()
+    prompt = prompt_of(100)
+    await node.prefill(node_request(prompt))
+    hashes = hash_blocks(machine.layout.root(), prompt, BLOCK_SIZE)
+    located = await machine.directory.locate(hashes)
+    assert {arena: len(slots) for arena, slots in located.items()} == {store.record().arena_id: 6}
+
+
+async def test_another_node_fetches_what_this_one_published(machine: Machine) -> None:
+    await machine.store()
+    first, second = await machine.node(), await machine.node()
+    prompt = prompt_of(100)
+    here, there = await first.prefill(node_request(prompt)), await second.prefill(node_request(prompt))
+    assert there.token == here.token
+    assert (there.local_hit_tokens, there.store_hit_tokens) == (0, 96)
+
+
+async def test_at_least_one_token_is_computed(machine: Machine) -> None:
+    await machine.store()
+    first, second = await machine.node(), await machine.node()
+    prompt = prompt_of(6 * BLOCK_SIZE)
+    here, there = await first.prefill(node_request(prompt)), await second.prefill(node_request(prompt))
+    assert there.token == here.token
+    assert there.store_hit_tokens == 5 * BLOCK_SIZE
+
+
+async def test_tenants_share_no_blocks(machine: Machine) -> None:
+    await machine.store()
+    node = await machine.node()
+    prompt = prompt_of(100)
+    await node.prefill(node_request(prompt, salt=b"one"))
+    other = await node.prefill(node_request(prompt, salt=b"two"))
+    assert (other.local_hit_tokens, other.store_hit_tokens) == (0, 0)
+    hashes = hash_blocks(salted(machine.layout.root(), b"one"), prompt, BLOCK_SIZE)
+    assert [len(slots) for slots in (await machine.directory.locate(hashes)).values()] == [6]
+
+
+async def test_first_token_may_be_the_last(machine: Machine) -> None:
+    node = await machine.node(store_dir="")
+    prompt = prompt_of(40)
+    token = machine.expected(prompt)[0]
+    length = await node.prefill(node_request(prompt, sampling=sampling(max_tokens=1)))
+    stop = await node.prefill(node_request(prompt, sampling=sampling(stop_token_ids=[token])))
+    longer = await node.prefill(node_request(prompt, sampling=sampling(stop_token_ids=[token], min_tokens=2)))
+    assert length.finish_reason == common_pb2.FINISH_REASON_LENGTH
+    assert (stop.finish_reason, stop.token.token_id) == (common_pb2.FINISH_REASON_STOP, token)
+    assert longer.finish_reason == common_pb2.FINISH_REASON_UNSPECIFIED
+
+
+async def test_goes_on_behind_tokens_of_an_earlier_node(machine: Machine) -> None:
+    node = await machine.node(store_dir="")
+    prompt = prompt_of(40)
+    params = sampling(temperature=1.0, presence_penalty=1.0)
+    outputs = machine.expected(prompt, params)
+    for done in (1, 5):
+        answer = await node.prefill(node_request(prompt + outputs[:done], len(prompt), sampling=params))
+        assert answer.token.token_id == outputs[done]
+
+
+async def test_logprobs_come_with_the_token(machine: Machine) -> None:
+    node = await machine.node(store_dir="")
+    plain = await node.prefill(node_request(prompt_of(20)))
+    asked = await node.prefill(node_request(prompt_of(20), sampling=sampling(logprobs=3)))
+    assert not plain.token.HasField("logprobs")
+    top = asked.token.logprobs.top
+    assert [entry.logprob for entry in top] == sorted((entry.logprob for entry in top), reverse=True)
+    assert (len(top), top[0].token_id) == (3, asked.token.token_id)
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "field", "limit"),
+    [
+        ({"request_id": "x" * 129}, "request_id", "128"),
+        ({"salt": b"x" * 257}, "salt", "256"),
+        ({"token_ids": prompt_of(512)}, "token_ids", "511"),
+        ({"token_ids": [3, 258]}, "prompt", "258"),
+        ({"num_prompt_tokens": 33}, "num_prompt_tokens", "32"),
+        ({"sampling": sampling(temperature=-1.0)}, "sampling.temperature", "[0, 2]"),
+        ({"sampling": sampling(temperature=float("nan"))}, "sampling.temperature", "[0, 2]"),
+        ({"sampling": sampling(max_tokens=0)}, "sampling.max_tokens", "at least 1"),
+        ({"sampling": sampling(min_tokens=13)}, "sampling.min_tokens", "12"),
+        ({"sampling": sampling(logprobs=21)}, "sampling.logprobs", "20"),
+        ({"sampling": sampling(stop_token_ids=range(17))}, "sampling.stop_token_ids", "16"),
+    ],
+)
+async def test_bad_input_names_field_and_limit(
+    machine: Machine, request_fields: dict[str, Any], field: str, limit: str
+) -> None:
+    node = await machine.node(store_dir="")
+    message = node_request(prompt_of(32))
+    for name, value in request_fields.items():
+        message.ClearField(name)
+        message.MergeFrom(node_pb2.NodeRequest(**{name: value}))
+    if "token_ids" in request_fields:
+        message.num_prompt_tokens = len(message.token_ids)
+    code, details = await status_of(node.prefill(message))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert details.startswith(f"{field}: ") and limit in details
+
+
+async def test_what_a_router_must_set_is_asked_for(machine: Machine) -> None:
+    node = await machine.node(store_dir="")
+    for name, field in [("token_ids", "token_ids"), ("num_prompt_tokens", "num_prompt_tokens")]:
+        message = node_request(prompt_of(8))
+        message.ClearField(name)
+        code, details = await status_of(node.prefill(message))
+        assert (code, details.split(":")[0]) == (grpc.StatusCode.INVALID_ARGUMENT, field)
+    for name in ("seed", "max_tokens"):
+        message = node_request(prompt_of(8))
+        message.sampling.ClearField(name)
+        code, details = await status_of(node.prefill(message))
+        assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, f"sampling.{name}: must be set")
+    outputs_end_it = node_request(prompt_of(32), 20)
+    code, details = await status_of(node.prefill(outputs_end_it))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and "sampling.max_tokens = 12" in details
+
+
+async def test_message_over_the_limit_is_refused_and_harms_nobody(machine: Machine) -> None:
+    node = await machine.node(store_dir="", max_message_bytes=2**16)
+    code, _ = await status_of(node.prefill(node_request(list(range(250)) * 300)))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await node.prefill(node_request(prompt_of(20)))).token is not None
+
+
+async def test_waits_for_room_in_turn(machine: Machine) -> None:
+    node = await machine.node(store_dir="", engine={"num_blocks": 32})
+    holder = await node.admit(node_request(prompt_of(400)))
+    first = asyncio.create_task(node.prefill(node_request(prompt_of(300, seed=1))))
+    await eventually(lambda: _queued(node, 300))
+    second = asyncio.create_task(node.prefill(node_request(prompt_of(20, seed=2))))  # would fit, but came later
+    await eventually(lambda: _queued(node, 320))
+    refused, _ = await status_of(node.admit(node_request(prompt_of(20, seed=3))))  # nobody overtakes those who queue
+    assert refused is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert not first.done() and not second.done()
+    holder.cancel()
+    answers = [(await task).token.token_id for task in (first, second)]
+    assert answers == [machine.expected(prompt_of(300, seed=1))[0], machine.expected(prompt_of(20, seed=2))[0]]
+
+
+async def _queued(node: Any, num_tokens: int) -> bool:
+    """The holder's 400 tokens count as well: nobody has computed them."""
+    return (await node.load()).queued_prefill_tokens == 400 + num_tokens
+
+
+async def test_refuses_when_room_does_not_come_or_the_queue_is_full(machine: Machine) -> None:
+    node = await machine.node(store_dir="", engine={"num_blocks": 32}, room_wait_s=0.5, max_queued_requests=1)
+    holder = await node.admit(node_request(prompt_of(500)))
+    waiting = asyncio.create_task(node.prefill(node_request(prompt_of(100, seed=1))))
+    await eventually(lambda: _waiting(node, 2))
+    code, details = await status_of(node.prefill(node_request(prompt_of(100, seed=2))))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "no more may" in details
+    code, details = await status_of(waiting)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "within 0.5 s" in details
+    holder.cancel()
+
+
+async def _waiting(node: Any, num_requests: int) -> bool:
+    return (await node.load()).num_waiting == num_requests
+
+
+@pytest.mark.parametrize("ends", ["cancel", "deadline"])
+async def test_caller_that_is_gone_leaves_nothing(machine: Machine, ends: str) -> None:
+    await machine.store()
+    node = await machine.node(engine={"num_blocks": 32})
+    holder = await node.admit(node_request(prompt_of(400)))
+    waiting = asyncio.create_task(
+        node.prefill(node_request(prompt_of(300, seed=1)), timeout=60 if ends == "cancel" else 0.5)
+    )
+    running = asyncio.create_task(node.prefill(node_request(prompt_of(90, seed=2))))
+    await eventually(lambda: _waiting(node, 3))
+    if ends == "cancel":
+        waiting.cancel()
+        running.cancel()
+    else:
+        code, _ = await status_of(waiting)
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await asyncio.wait((waiting, running))
+    await eventually(lambda: _waiting(node, 1))
+    holder.cancel()
+    await eventually(node.is_clean)
+
+
+async def test_draining_refuses_new_requests_only(machine: Machine) -> None:
+    node = await machine.node(store_dir="")
+    await node.control.Drain(node_pb2.DrainRequest())
+    code, details = await status_of(node.prefill(node_request(prompt_of(20))))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION and "draining" in details
+    await node.control.Drain(node_pb2.DrainRequest(undo=True))
+    assert (await node.prefill(node_request(prompt_of(20)))).token is not None
+
+
+async def test_a_store_that_is_gone_costs_time_only(machine: Machine) -> None:
+    store, node = await machine.store(), await machine.node()
+    await node.prefill(node_request(prompt_of(100)))
+    await store.stop()
+    machine.stores.clear()
+    answer = await node.prefill(node_request(prompt_of(100, seed=1)))
+    assert answer.token.token_id == machine.expected(prompt_of(100, seed=1))[0]
+
+
+async def test_a_registry_that_is_gone_costs_time_only(
+    tiny_model_dir: Path, redis_process: RedisProcess, short_dir: Path
+) -> None:
+    async with running_machine(tiny_model_dir, redis_process.url, short_dir) as machine:
+        await machine.store()
+        node = await machine.node()
+        redis_process.kill()
+        answer = await node.prefill(node_request(prompt_of(100)))
+        assert answer.token.token_id == machine.expected(prompt_of(100))[0]
+        redis_process.start()
+        await eventually(machine.directory.nodes, what="the node is in the registry again")
