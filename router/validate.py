@@ -171,11 +171,13 @@ def _invalid_texts(body: bytes) -> Iterator[str]:
 
 def _not_utf8(message: Message) -> Iterator[str]:
     for field, value in message.ListFields():
+        choice = field.containing_oneof  # a prompt's field is called prompt.text, as everywhere here
+        name = f"{choice.name}.{field.name}" if choice and not choice.name.startswith("_") else field.name
         for item in value if field.is_repeated else (value,):
             if isinstance(item, Message):
-                yield from (f"{field.name}.{path}" for path in _not_utf8(item))
+                yield from (f"{name}.{path}" for path in _not_utf8(item))
             elif isinstance(item, bytes) and not _is_utf8(item):
-                yield field.name
+                yield name
 
 
 def _is_utf8(data: bytes) -> bool:
