@@ -89,8 +89,8 @@ class Leg:
     def _mapped(self, error: grpc.aio.AioRpcError, may_refuse: bool) -> Exception:
         code, details = error.code(), error.details() or ""
         if code == grpc.StatusCode.INVALID_ARGUMENT:
-            field, _, problem = details.partition(": ")
-            return InvalidRequest(field, problem)
+            field, separator, problem = details.partition(": ")
+            return InvalidRequest(field, problem) if separator else InvalidRequest("request", details)
         if may_refuse and code == grpc.StatusCode.RESOURCE_EXHAUSTED:
             return LegRefused(self.callee.node_id, details, self.kind, is_draining=False)
         if may_refuse and code == grpc.StatusCode.FAILED_PRECONDITION:
