@@ -68,7 +68,8 @@ class WindowDetokenizer:
         if text.endswith("\ufffd") and len(self._token_ids) - self._end < MAX_TOKENS_PER_CHARACTER:
             return ""
         if text:
-            self._start, self._end = self._end, len(self._token_ids)
+            self._start = self._end  # tokens without text are no context: the ones before them stay
+        self._end = len(self._token_ids)
         return text
 
     def flush(self) -> str:
