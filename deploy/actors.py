@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # each process imports its own kind's packages only: this is 
 
 logger = logging.getLogger(__name__)
 
-RESTART_WINDOW_S = 60.0
-FREE_RESTARTS = 2  # within the window, before the first wait
+STABLE_S = 60.0  # who lived longer than this did not crash at once
+FREE_RESTARTS = 2  # in a row, before the first wait
 MAX_BACKOFF_S = 30.0
 
 
@@ -60,11 +60,18 @@ class Started:
 
 
 def backoff_s(starts: Sequence[float], now: float) -> float:
-    """How long to wait before the next start, given the times of earlier ones: 0, 0, 0.5, 1, 2 ... 30 s."""
-    recent = sum(now - start < RESTART_WINDOW_S for start in starts)
-    if recent <= FREE_RESTARTS:
+    """How long to wait before the next start, given the times of earlier ones, oldest first: 0, 0, 0.5, 1, 2 ... 30 s.
+
+    Counts the starts that followed each other within `STABLE_S`, back from `now`.
+    """
+    in_a_row = 0
+    for start in reversed(starts):
+        if now - start > STABLE_S:
+            break
+        in_a_row, now = in_a_row + 1, start
+    if in_a_row <= FREE_RESTARTS:
         return 0.0
-    return min(MAX_BACKOFF_S, 0.5 * 2.0 ** (recent - FREE_RESTARTS - 1))
+    return min(MAX_BACKOFF_S, 0.5 * 2.0 ** (in_a_row - FREE_RESTARTS - 1))
 
 
 class StartLog:

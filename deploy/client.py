@@ -24,7 +24,7 @@ class Client:
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(address)
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Client:
         return self
@@ -35,9 +35,10 @@ class Client:
     def model(self) -> inference_pb2.GetModelResponse:
         """Raises `RequestFailed`."""
         try:
-            return self._stub.GetModel(inference_pb2.GetModelRequest(), timeout=10.0)
+            model: inference_pb2.GetModelResponse = self._stub.GetModel(inference_pb2.GetModelRequest(), timeout=10.0)
         except grpc.RpcError as error:
             raise _failed(error) from None
+        return model
 
     def is_serving(self) -> bool:
         """Whether the router answers and knows of a node."""

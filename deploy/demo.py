@@ -11,12 +11,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -29,27 +31,38 @@ from deploy.processes import is_running
 from router.tokenizer import Tokenizer
 
 POCKET = Path(__file__).resolve().parent.parent / "models" / "pocket"
-MAX_TOKENS = 64
+MAX_TOKENS = 96
 
 Turn = tuple[str, str]  # (role, content)
 
-LONG_PREFIX = (
-    "This module provides a simple interface to a cache that is shared between threads. A cache maps keys to values. "
-    "It has a maximum size, and when it is full the entry that was used least recently is removed. The functions in "
-    "this module are safe to call from more than one thread at a time. If a key is not found in the cache, a KeyError "
-    "exception is raised, unless a default value is given as the second argument. The following functions are "
-    "defined:\n\n"
-)
+LONG_PREFIX = """\
+:mod:`cache` --- A cache that is shared between threads
+========================================================
+
+This module provides a simple interface to a cache.  A cache maps keys to values.  It has a maximum size, and when it
+is full, the entry that was used least recently is removed.  The functions in this module are safe to call from more
+than one thread at a time.  If a key is not found in the cache, a :exc:`KeyError` exception is raised, unless a default
+value is given as the second argument.
+
+The module defines the following functions:
+
+"""
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One request to send. `prompt` is text, or the turns of a conversation."""
+    """One request to send. `prompt` is text, or the turns of a conversation. Without a `seed` it is greedy."""
 
     name: str
     prompt: str | tuple[Turn, ...]
-    temperature: float = 0.0
     seed: int = 0
+
+    @property
+    def sampling(self) -> dict[str, float | int]:
+        """By the names that the protocol and the engine share."""
+        if not self.seed:
+            return {"temperature": 0.0, "max_tokens": MAX_TOKENS}
+        return {"temperature": 0.7, "top_p": 0.9, "seed": self.seed, "max_tokens": MAX_TOKENS}
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ def send(client: Client, shot: Shot, terminal: Terminal, alone: bool) -> Outcome
 
 
 def request_of(shot: Shot) -> inference_pb2.GenerateRequest:
-    sampling = common_pb2.SamplingParams(temperature=shot.temperature, seed=shot.seed, max_tokens=MAX_TOKENS)
+    sampling = common_pb2.SamplingParams(**shot.sampling)  # type: ignore[arg-type]
     request = inference_pb2.GenerateRequest(request_id=shot.name.replace(" ", "-"), sampling=sampling)
     if isinstance(shot.prompt, str):
         request.text = shot.prompt
@@ -141,37 +154,34 @@ def play(client: Client, terminal: Terminal) -> list[Outcome]:
             return list(pool.map(lambda shot: send(client, shot, terminal, alone=False), shots))
 
     terminal.title("one prompt")
-    outcomes = [alone(Shot("plain", "The return value is a list of strings, one for each line of the"))]
+    outcomes = [alone(Shot("plain", "A list is a mutable sequence.  It can be changed with the methods", seed=7))]
     terminal.title("two turns of a conversation: the second finds the first in the cache")
-    question = ("user", "How to read a file and split every line of it into words")
-    outcomes.append(alone(Shot("turn 1", (question,))))
+    question = ("user", "What is a generator?")
+    outcomes.append(alone(Shot("turn 1", (question,), seed=1)))
     answer = ("assistant", outcomes[-1].text)
-    outcomes.append(alone(Shot("turn 2", (question, answer, ("user", "How to count the words")))))
+    outcomes.append(alone(Shot("turn 2", (question, answer, ("user", "When is it called?")), seed=2)))
     terminal.title("several prompts that share a long prefix: one alone, then four at once")
-    outcomes.append(alone(Shot("prefix 1", LONG_PREFIX + "get(key)\n")))
+    outcomes.append(alone(Shot("prefix 1", LONG_PREFIX + ".. function:: get(key, default=None)\n\n   Return ", seed=3)))
     names = ("put(key, value)", "remove(key)", "clear()", "size()")
-    outcomes += together([Shot(f"prefix {n}", f"{LONG_PREFIX}{name}\n") for n, name in enumerate(names, 2)])
-    terminal.title("unlike prompts at once, two of them sampled with a seed")
-    outcomes += together(
-        [
-            Shot("loop", "    for name in sorted(names):\n        if not name.startswith('_'):\n"),
-            Shot("import", '"""Test cases for the socket module."""\n\nimport os\nimport sys\n'),
-            Shot("sampled 1", "class Queue:\n    def __init__(self, maxsize=0):\n", temperature=0.8, seed=1),
-            Shot("sampled 2", "Changed in version 3.8: The ", temperature=0.8, seed=2),
-        ]
-    )
+    shots = [
+        Shot(f"prefix {n}", f"{LONG_PREFIX}.. function:: {name}\n\n   ", seed=n) for n, name in enumerate(names, 2)
+    ]
+    outcomes += together(shots)
+    terminal.title("unlike prompts at once, greedy and sampled")
+    unlike = {
+        "class": ".. class:: Queue(maxsize=0)\n\n   Constructor for a",
+        "changed": ".. versionchanged:: 3.8\n   The *timeout* argument",
+        "example": "For example, to read a file line by line::\n\n   >>> with open(",
+        "note": ".. note::\n\n   This function is not",
+    }
+    outcomes += together([Shot(name, prompt, seed=n % 2 * n) for n, (name, prompt) in enumerate(unlike.items())])
     return outcomes
 
 
 def differences(outcomes: Sequence[Outcome], tokenizer: Tokenizer, model_dir: Path) -> list[str]:
     """Runs every request on one engine alone; says where the cluster's tokens or text are others."""
-    questions = [
-        oracle.Question(
-            token_ids=prompt_ids(outcome.shot, tokenizer),
-            sampling={"temperature": outcome.shot.temperature, "seed": outcome.shot.seed, "max_tokens": MAX_TOKENS},
-        )
-        for outcome in outcomes
-    ]
+    shots = [outcome.shot for outcome in outcomes]
+    questions = [oracle.Question(prompt_ids(shot, tokenizer), shot.sampling) for shot in shots]
     found = []
     for outcome, token_ids in zip(outcomes, oracle.ask(model_dir, questions), strict=True):
         text = tokenizer.decode(token_ids)
@@ -187,14 +197,16 @@ def prompt_ids(shot: Shot, tokenizer: Tokenizer) -> list[int]:
 
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:
-    table = Table("request", "prefill on", "decode on", title="what ran where", title_justify="left")
-    for name in ("prompt", "local hit", "store hit", "fetched for decode", "output", "TTFT ms", "TPOT ms"):
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name in ("request", "prefill\non", "decode\non"):
+        table.add_column(name, no_wrap=True)
+    for name in ("prompt", "local\nhit", "store\nhit", "decode\nhit", "output", "TTFT\nms", "TPOT\nms"):
         table.add_column(name, justify="right")
     for outcome in outcomes:
         usage, timeline = outcome.usage, outcome.timeline
         table.add_row(
             outcome.shot.name,
-            timeline.prefill_node or "(decode node)",
+            timeline.prefill_node or "-",
             timeline.decode_node,
             *(str(tokens) for tokens in (usage.prompt_tokens, usage.local_hit_tokens, usage.store_hit_tokens)),
             *(str(tokens) for tokens in (timeline.decode_store_hit_tokens, usage.output_tokens)),
@@ -207,41 +219,56 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.demo", description="A whole cluster, shown and checked.")
     parser.add_argument("--model", type=Path, default=POCKET, help="a Hugging Face folder (default: the pocket model)")
-    console, interrupt = Console(), threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupt.set())
+    console = Console()
     try:
-        problems = run(parser.parse_args().model, console, interrupt)
+        problems = run(parser.parse_args().model, console)
     except DeployError as error:
         problems = [str(error)]
+    except KeyboardInterrupt:
+        problems = ["interrupted"]
     for problem in problems:
         console.print(f"DEMO FAILED: {problem}", style="bold red", markup=False, highlight=False)
     return 1 if problems else 0
 
 
-def run(model_dir: Path, console: Console, interrupt: threading.Event) -> list[str]:
+def run(model_dir: Path, console: Console) -> list[str]:
     """The demo from start to end; returns what went wrong, in words."""
-    begin = time.monotonic()
+    begin, interrupt = time.monotonic(), threading.Event()
     config = ClusterConfig(model_dir=model_dir, prefill=2, decode=2, dtype="float32")
     cluster = Cluster(config, lambda line: console.print(line, style="dim", highlight=False), interrupt)
+    _on_signals(lambda *_: interrupt.set())  # a start ends in order
     cluster.start()
+    pids: dict[str, int] = {}
     try:
-        console.print(f"ready at {cluster.routers[0]} after {time.monotonic() - begin:.1f} s", highlight=False)
+        _on_signals(signal.default_int_handler)  # requests just stop
         pids = cluster.pids
+        console.print(f"ready at {cluster.routers[0]} after {time.monotonic() - begin:.1f} s", highlight=False)
         with Client(cluster.routers[0]) as client:
             outcomes = play(client, Terminal(console))
         console.print(table_of(outcomes))
-        problems = differences(outcomes, Tokenizer(model_dir), model_dir)
-        if not any(outcome.timeline.prefill_node and outcome.timeline.decode_store_hit_tokens for outcome in outcomes):
-            problems.append("no request went from a prefill node through the store to a decode node")
+        problems = check(outcomes, model_dir)
         if not problems:
             console.print(f"all {len(outcomes)} texts are what one engine alone gives", style="green", highlight=False)
     finally:
+        _on_signals(signal.SIG_IGN)  # a stop is not stopped
         left = cluster.stop()
     left += [f"{name} (pid {pid})" for name, pid in pids.items() if is_running(pid)]
     if not left:
         console.print("all is stopped, nothing is left behind", style="green")
     return problems + [f"left behind: {thing}" for thing in left]
+
+
+def check(outcomes: Sequence[Outcome], model_dir: Path) -> list[str]:
+    """What is wrong with what came back."""
+    problems = differences(outcomes, Tokenizer(model_dir), model_dir)
+    if not any(outcome.timeline.prefill_node and outcome.timeline.decode_store_hit_tokens for outcome in outcomes):
+        problems.append("no request went from a prefill node through the store to a decode node")
+    return problems
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 if __name__ == "__main__":

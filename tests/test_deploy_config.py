@@ -158,6 +158,15 @@ def test_backoff_grows_and_is_forgotten() -> None:
     assert waits[FREE_RESTARTS + 1 : FREE_RESTARTS + 4] == [0.5, 1.0, 2.0]
     assert waits[-1] == MAX_BACKOFF_S
     assert backoff_s([100.0] * 12, 1000.0) == 0.0
+    assert backoff_s([100.0] * 12 + [990.0], 1000.0) == 0.0
+
+
+def test_endless_crash_loop_settles_at_the_longest_wait() -> None:
+    starts, now = [0.0], 1.0
+    for _ in range(40):
+        now += backoff_s(starts, now) + 1.0
+        starts.append(now)
+    assert backoff_s(starts, now + 1.0) == MAX_BACKOFF_S
 
 
 def test_start_log(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from conftest import REPOSITORY, eventually
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
 from deploy import oracle
 from deploy.config import ClusterConfig, ConfigError
-from deploy.launch import Cluster, Interrupted, StartFailed
+from deploy.launch import ROUTER_POLL_S, Cluster, Interrupted, StartFailed
 from deploy.processes import CLUSTER_VARIABLE, is_running, processes_of
 from kvstore.directory import Directory
 
@@ -101,8 +102,9 @@ def test_interrupted_start_leaves_nothing(tiny_model_dir: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_model_dir: Path) -> Iterator[Cluster]:
-    cluster = Cluster(small(tiny_model_dir))
+def cluster(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    model_dir = shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("launch") / "model")
+    cluster = Cluster(small(Path(model_dir)))
     cluster.start()
     pids = cluster.pids
     yield cluster
@@ -169,12 +171,41 @@ async def test_killed_node_comes_back(cluster: Cluster, alone: list[int], node_i
         return now.keys() == before.keys() and now[node_id] != before[node_id]
 
     await eventually(is_back, 60, f"a new {node_id}")
+    await asyncio.sleep(ROUTER_POLL_S)  # the router has to know of it before the next one is killed
     assert (await generate(cluster))[0] == alone
+
+
+async def test_node_that_fails_to_restart_tries_again_and_again(cluster: Cluster, alone: list[int]) -> None:
+    before = await incarnations(cluster)
+    starts = cluster.folders[1] / "prefill-0.starts"
+    num_starts = len(starts.read_text().splitlines())
+    config = cluster.config.model_dir / "config.json"
+    pid = cluster.pids["prefill-0"]
+    hidden = config.rename(config.with_suffix(".hidden"))
+    try:
+        os.kill(pid, signal.SIGKILL)
+        await eventually(lambda: len(starts.read_text().splitlines()) >= num_starts + 2, 60, "failing restarts")
+        assert (await generate(cluster))[0] == alone
+    finally:
+        hidden.rename(config)
+
+    async def is_back() -> bool:
+        now = await incarnations(cluster)
+        return now.keys() == before.keys() and now["prefill-0"] != before["prefill-0"]
+
+    await eventually(is_back, 60, "a new prefill-0")
 
 
 async def test_killed_router_comes_back_on_its_port(cluster: Cluster, alone: list[int]) -> None:
     os.kill(cluster.pids["router-0"], signal.SIGKILL)
-    assert (await generate(cluster))[0] == alone
+
+    async def answers() -> bool:
+        try:
+            return (await generate(cluster))[0] == alone
+        except grpc.aio.AioRpcError:
+            return False
+
+    await eventually(answers, 30, "the router at its old address")
 
 
 async def test_killed_store_comes_back_empty_and_is_used_again(cluster: Cluster) -> None:

@@ -16,7 +16,8 @@ import pytest
 import redis
 from conftest import eventually
 
-from deploy.redis import EmbeddedRedis, RedisFailed
+from deploy.redis import EmbeddedRedis, RedisFailed, check_given
+from kvstore.directory import Directory, NodeRecord
 
 HOSTS = ("", "127.0.0.1")
 
@@ -126,3 +127,29 @@ def test_port_taken_in_between_is_no_failure(folder: Path, monkeypatch: pytest.M
             assert answers(server.url)
         finally:
             server.stop()
+
+
+# --- a given Redis ---
+
+
+def a_node() -> NodeRecord:
+    texts = {field: "x" for field in ("incarnation", "role", "address", "model", "kv_root", "host")}
+    numbers = {field: 1 for field in ("block_size", "block_bytes", "vocab_size", "max_model_len")}
+    return NodeRecord(node_id="decode-7", **texts, **numbers)
+
+
+async def test_given_redis_has_another_cluster_of_that_name(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.redis.STALE_S", 0.3)
+    directory = Directory(redis_url, "taken")
+    await directory.heartbeat_node(a_node(), ttl_s=60.0)
+    await directory.close()
+    with pytest.raises(RedisFailed, match=r"'taken' has nodes in this Redis \(decode-7\)"):
+        await check_given(redis_url, "taken")
+    await check_given(redis_url, "free")
+
+
+async def test_given_redis_forgets_a_killed_cluster(redis_url: str) -> None:
+    directory = Directory(redis_url, "killed")
+    await directory.heartbeat_node(a_node(), ttl_s=0.5)
+    await directory.close()
+    await check_given(redis_url, "killed")
