@@ -200,7 +200,7 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for name in ("request", "prefill\non", "decode\non"):
         table.add_column(name, no_wrap=True)
-    for name in ("prompt", "local\nhit", "store\nhit", "decode\nhit", "output", "TTFT\nms", "TPOT\nms"):
+    for name in ("prompt", "local\nhit", "store\nhit", "decode\nhit", "out", "TTFT\nms", "TPOT\nms"):
         table.add_column(name, justify="right")
     for outcome in outcomes:
         usage, timeline = outcome.usage, outcome.timeline

@@ -43,7 +43,9 @@ def _run(model_dir: Path, questions: Sequence[Question]) -> list[list[int]]:
     from engine.engine import Engine
     from engine.request import SamplingParams
 
-    engine = Engine.from_pretrained(model_dir, EngineConfig(dtype="float32", enable_prefix_caching=False))
+    engine = Engine.from_pretrained(
+        model_dir, EngineConfig(dtype="float32", enable_prefix_caching=False, num_threads=1)
+    )
     return [engine.generate([q.token_ids], SamplingParams(**q.sampling))[0] for q in questions]
 
 
