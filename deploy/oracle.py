@@ -7,6 +7,7 @@ itself on a fresh fp32 engine, and turned back into text.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,11 @@ def ask(model_dir: Path, questions: Sequence[Question]) -> list[list[int]]:
     """Output tokens, one list a question, from an engine in a process of its own. Raises `DeployError`."""
     text = json.dumps({"model_dir": str(model_dir), "questions": [asdict(question) for question in questions]})
     command = [sys.executable, "-m", "deploy.oracle"]
-    result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    # On cores that others use too, torch's threads spend most of their time waiting for each other.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, input=text, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
     if result.returncode != 0:
         raise DeployError(f"the engine alone failed: {result.stderr.strip().splitlines()[-1:]}")
     answer: list[list[int]] = json.loads(result.stdout)
@@ -43,9 +48,7 @@ def _run(model_dir: Path, questions: Sequence[Question]) -> list[list[int]]:
     from engine.engine import Engine
     from engine.request import SamplingParams
 
-    engine = Engine.from_pretrained(
-        model_dir, EngineConfig(dtype="float32", enable_prefix_caching=False, num_threads=1)
-    )
+    engine = Engine.from_pretrained(model_dir, EngineConfig(dtype="float32", enable_prefix_caching=False))
     return [engine.generate([q.token_ids], SamplingParams(**q.sampling))[0] for q in questions]
 
 
