@@ -83,17 +83,17 @@ class NodeServer:
         load = await loop.call(Engine.load)
         publisher = Publisher(loop, store, load.total_blocks)
         stack.push_async_callback(publisher.flush)
-        self._admission = Admission(loop, config.max_queued_requests, config.room_wait_s)
+        self.admission = Admission(loop, config.max_queued_requests, config.room_wait_s)
         # 3. The server, and the heartbeat that tells where it is.
         server = self._server(
-            PrefillService(PrefillWorker(loop, store, publisher, self._admission), engine),
-            DecodeService(DecodeWorker(loop, store, publisher, self._admission), engine, config.start_wait_s),
+            PrefillService(PrefillWorker(loop, store, publisher, self.admission), engine),
+            DecodeService(DecodeWorker(loop, store, publisher, self.admission), engine, config.start_wait_s),
         )
         port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
         await server.start()
         stack.push_async_callback(server.stop, CANCEL_GRACE_S)
         record = self._record(engine, f"{config.advertise_host}:{port}")
-        self._heartbeat = Heartbeat(record, loop, self._admission, store, directory, self._health)
+        self._heartbeat = Heartbeat(record, loop, self.admission, store, directory, self._health)
         await self._beat()
         beating = asyncio.create_task(self._heartbeat.run(config.heartbeat_s, config.ttl_s, config.stall_s))
         stack.push_async_callback(self._heartbeat.leave, beating)
@@ -102,7 +102,7 @@ class NodeServer:
     def _server(self, prefill: PrefillService, decode: DecodeService) -> grpc.aio.Server:
         server = grpc.aio.server(options=self._server_options())
         config = self.config
-        control = NodeControlService(self._admission, config.node_id, self._incarnation, config.role)
+        control = NodeControlService(self.admission, config.node_id, self._incarnation, config.role)
         node_pb2_grpc.add_PrefillServicer_to_server(prefill, server)  # type: ignore[no-untyped-call]
         node_pb2_grpc.add_DecodeServicer_to_server(decode, server)  # type: ignore[no-untyped-call]
         node_pb2_grpc.add_NodeControlServicer_to_server(control, server)  # type: ignore[no-untyped-call]
@@ -144,13 +144,13 @@ class NodeServer:
         await self._heartbeat.beat(self.config.heartbeat_s, self.config.ttl_s, self.config.stall_s)
 
     async def _drain(self) -> None:
-        self._admission.is_draining = True
+        self.admission.is_draining = True
         await self._beat()  # so that routers stop at once
         try:
             async with asyncio.timeout(self.config.drain_s):
-                await self._admission.idle()
+                await self.admission.idle()
         except TimeoutError:
-            logger.warning("event=drain_cut_short requests=%d", self._admission.num_legs)
+            logger.warning("event=drain_cut_short requests=%d", len(self.admission.requests))
 
 
 def _die(error: BaseException) -> None:

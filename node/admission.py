@@ -6,14 +6,14 @@ A leg is one request's stay in the engine. However it ends (done, cancelled, dea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from engine.engine import Engine
 from engine.errors import NoRoom
 from engine.loop import EngineLoop, OutputStream
-from engine.request import EngineLoad, Request
+from engine.request import EngineLoad, Request, RequestStatus
 from node.errors import Busy, Draining
 
 POLL_S = 0.01
@@ -24,15 +24,14 @@ class Admission:
 
     def __init__(self, loop: EngineLoop, max_queued_requests: int = 256, room_wait_s: float = 10.0) -> None:
         self.is_draining = False
-        self.num_legs = 0
+        self.requests: set[Request] = set()  # one for each leg that is not over
         self._loop = loop
         self._max_queued_requests = max_queued_requests
         self._room_wait_s = room_wait_s
-        self._num_queued_requests = 0
-        self._num_queued_tokens = 0
+        self._queue: set[Request] = set()  # those of them that wait for room
         self._turn = asyncio.Lock()  # serves those who wait in the order in which they came
 
-    @contextmanager
+    @contextlib.contextmanager
     def leg(self, request: Request) -> Iterator[OutputStream]:
         """A stay in the engine: what it will put out. To hold and to release are up to the caller. Raises `Draining`.
 
@@ -41,11 +40,11 @@ class Admission:
         if self.is_draining:
             raise Draining("this node is draining")
         outputs = self._loop.subscribe(request.request_id)
-        self.num_legs += 1
+        self.requests.add(request)
         try:
             yield outputs
         finally:
-            self.num_legs -= 1
+            self.requests.discard(request)
             self._loop.abort(request.request_id)
             outputs.close()
 
@@ -54,8 +53,8 @@ class Admission:
 
         Nobody overtakes those who queue: they hold room on other nodes while they wait for this one.
         """
-        if self._num_queued_requests:
-            raise NoRoom(f"{self._num_queued_requests} requests wait for room here")
+        if self._queue:
+            raise NoRoom(f"{len(self._queue)} requests wait for room here")
         return await self._loop.call(lambda engine: _hold(engine, request))
 
     async def hold_in_turn(self, request: Request) -> int:
@@ -64,31 +63,39 @@ class Admission:
         The wait is bounded: two nodes that serve both legs could be full of decode legs whose prefill legs queue at
         the other one.
         """
-        if self._num_queued_requests >= self._max_queued_requests:
-            raise Busy(f"{self._num_queued_requests} requests wait for room here, and no more may")
-        self._num_queued_requests += 1
-        self._num_queued_tokens += request.num_tokens
+        if not self._queue:
+            with contextlib.suppress(NoRoom):
+                return await self.hold(request)
+        if len(self._queue) >= self._max_queued_requests:
+            raise Busy(f"{len(self._queue)} requests wait for room here, and no more may")
+        self._queue.add(request)
         try:
             async with asyncio.timeout(self._room_wait_s), self._turn:
                 return await self._hold_when_there_is_room(request)
         except TimeoutError:
             raise Busy(f"no room for {request.num_tokens} tokens within {self._room_wait_s} s") from None
         finally:
-            self._num_queued_requests -= 1
-            self._num_queued_tokens -= request.num_tokens
+            self._queue.discard(request)
 
     async def load(self) -> EngineLoad:
-        """The engine's load, and those who wait for room in front of it."""
+        """The engine's load, as a router needs it.
+
+        Those who wait for room count too. Prompts of held requests do not: nobody knows yet what the engine will have
+        to compute of them, and as a rule it is the tail alone.
+        """
         load = await self._loop.call(lambda engine: engine.load())
+        held = [request for request in self.requests if request.status is RequestStatus.HELD]
+        queued_tokens = sum(request.num_tokens for request in self._queue)
+        queued_tokens -= sum(max(0, request.num_prompt_tokens - request.num_computed_tokens) for request in held)
         return dataclasses.replace(
             load,
-            num_waiting=load.num_waiting + self._num_queued_requests,
-            queued_prefill_tokens=load.queued_prefill_tokens + self._num_queued_tokens,
+            num_waiting=load.num_waiting + len(self._queue),
+            queued_prefill_tokens=max(0, load.queued_prefill_tokens + queued_tokens),
         )
 
     async def idle(self) -> None:
         """Waits until every leg is over."""
-        while self.num_legs:
+        while self.requests:
             await asyncio.sleep(POLL_S)
 
     async def _hold_when_there_is_room(self, request: Request) -> int:

@@ -91,11 +91,8 @@ async def test_fetches_while_prefill_is_still_at_work(machine: Machine) -> None:
     first, second = await machine.node(engine={"max_num_batched_tokens": 16}), await machine.node()
     call = await second.admit(node_request(prompt_of(500), sampling=sampling(max_tokens=4)))
     await first.prefill(node_request(prompt_of(200)))
-
-    async def has_fetched() -> bool:
-        return (await second.load()).queued_prefill_tokens <= 500 - 192
-
-    await eventually(has_fetched, what="the blocks of the first 200 tokens arrive before Start")
+    (held,) = second.server.admission.requests
+    await eventually(lambda: held.num_store_hit_tokens == 192, what="the blocks of 200 tokens arrive before Start")
     answer = await first.prefill(node_request(prompt_of(500), sampling=sampling(max_tokens=4)))
     await start(call, [answer.token.token_id])
     decoded = await finish(call)
