@@ -208,26 +208,40 @@ async def _waiting(node: Any, num_requests: int) -> bool:
     return (await node.load()).num_waiting == num_requests
 
 
-@pytest.mark.parametrize("ends", ["cancel", "deadline"])
-async def test_caller_that_is_gone_leaves_nothing(machine: Machine, ends: str) -> None:
-    await machine.store()
+async def test_cancelled_in_the_queue_leaves_nothing(machine: Machine) -> None:
     node = await machine.node(engine={"num_blocks": 32})
     holder = await node.admit(node_request(prompt_of(400)))
-    waiting = asyncio.create_task(
-        node.prefill(node_request(prompt_of(300, seed=1)), timeout=60 if ends == "cancel" else 0.5)
-    )
-    running = asyncio.create_task(node.prefill(node_request(prompt_of(90, seed=2))))
+    first = asyncio.create_task(node.prefill(node_request(prompt_of(300, seed=1))))
+    await eventually(lambda: _waiting(node, 2))
+    second = asyncio.create_task(node.prefill(node_request(prompt_of(20, seed=2))))
     await eventually(lambda: _waiting(node, 3))
-    if ends == "cancel":
-        waiting.cancel()
-        running.cancel()
-    else:
-        code, _ = await status_of(waiting)
-        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    await asyncio.wait((waiting, running))
+    for task in (first, second):
+        task.cancel()
+        await asyncio.wait((task,))
     await eventually(lambda: _waiting(node, 1))
     holder.cancel()
+
+
+async def test_deadline_in_the_queue_leaves_nothing(machine: Machine) -> None:
+    node = await machine.node(engine={"num_blocks": 32})
+    holder = await node.admit(node_request(prompt_of(400)))
+    code, _ = await status_of(node.prefill(node_request(prompt_of(300, seed=1)), timeout=0.5))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await eventually(lambda: _waiting(node, 1))
+    holder.cancel()
+
+
+async def test_cancelled_between_two_chunks_leaves_nothing(machine: Machine) -> None:
+    await machine.store()
+    node = await machine.node(engine={"max_num_batched_tokens": 1})
+    call = asyncio.create_task(node.prefill(node_request(prompt_of(500))))
+    await eventually(lambda: any(request.num_computed_tokens > 16 for request in node.server.admission.requests))
+    call.cancel()
     await eventually(node.is_clean)
+    assert not node.server.admission.requests
+    # What was computed before is good for the next one.
+    again = await node.prefill(node_request(prompt_of(500)))
+    assert again.local_hit_tokens >= 16
 
 
 async def test_draining_refuses_new_requests_only(machine: Machine) -> None:
