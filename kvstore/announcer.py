@@ -71,7 +71,8 @@ class Announcer:
                 await asyncio.sleep(self._heartbeat_s)
             timeout_s = max(0.0, self._beat_at_s - time.monotonic())
             try:
-                await asyncio.wait_for(self._wake.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):  # wait_for can lose a cancellation, and `stop` would hang
+                    await self._wake.wait()
             except TimeoutError:
                 pass
 

@@ -94,7 +94,7 @@ class Directory:
             url,
             max_connections=16,
             timeout=timeout_s,
-            socket_timeout=timeout_s,
+            socket_timeout=None,  # `_bounded` limits the whole call; redis-py's own limit can lose a cancellation
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
         )
