@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Literal
 
 import grpc
@@ -11,6 +12,7 @@ from batonpb import node_pb2, node_pb2_grpc
 from decode_node.worker import DecodeLeg, DecodeWorker
 from engine.engine import Engine
 from engine.errors import InvalidRequest
+from engine.request import OutputToken
 from node.convert import FINISH_REASONS, started_with, statuses, to_request, to_token
 
 ADMIT_WAIT_S = 10.0
@@ -33,8 +35,7 @@ class DecodeService(node_pb2_grpc.DecodeServicer):
                 await context.write(_admitted(leg))
                 start = (await _read(context, "start", self._start_wait_s)).start
                 async for tokens in leg.run(started_with(start.tokens, request, self._engine)):
-                    message = node_pb2.Tokens(tokens=[to_token(token) for token in tokens])
-                    await context.write(node_pb2.DecodeResponse(tokens=message))
+                    await context.write(_tokens(leg, tokens))
                 await context.write(_finished(leg))
 
 
@@ -58,11 +59,16 @@ def _admitted(leg: DecodeLeg) -> node_pb2.DecodeResponse:
     return node_pb2.DecodeResponse(admitted=node_pb2.Admitted(free_blocks=leg.free_blocks))
 
 
-def _finished(leg: DecodeLeg) -> node_pb2.DecodeResponse:
-    assert leg.finish_reason is not None
-    finished = node_pb2.Finished(
-        finish_reason=FINISH_REASONS[leg.finish_reason],
+def _tokens(leg: DecodeLeg, tokens: Sequence[OutputToken]) -> node_pb2.DecodeResponse:
+    message = node_pb2.Tokens(
+        tokens=[to_token(token) for token in tokens],
         local_hit_tokens=leg.request.num_local_hit_tokens,
         store_hit_tokens=leg.request.num_store_hit_tokens,
     )
+    return node_pb2.DecodeResponse(tokens=message)
+
+
+def _finished(leg: DecodeLeg) -> node_pb2.DecodeResponse:
+    assert leg.finish_reason is not None
+    finished = node_pb2.Finished(finish_reason=FINISH_REASONS[leg.finish_reason])
     return node_pb2.DecodeResponse(finished=finished)

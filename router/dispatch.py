@@ -240,10 +240,10 @@ class Dispatcher:
                     return
             # 4) The others, from the decode node.
             while (reply := await decode.read()).WhichOneof("message") != "finished":
+                if is_first and first is None:
+                    timeline.hit(reply.tokens.local_hit_tokens, reply.tokens.store_hit_tokens)
+                timeline.decode_hit(reply.tokens.store_hit_tokens)
                 yield _take(journey, timeline, reply.tokens.tokens)
-            if is_first and first is None:
-                timeline.hit(reply.finished.local_hit_tokens, reply.finished.store_hit_tokens)
-            timeline.decode_hit(reply.finished.store_hit_tokens)
             yield Progress((), reply.finished.finish_reason)
 
     def _prefill_leg(self, plan: Plan) -> AbstractContextManager[PrefillLeg | None]:

@@ -53,6 +53,8 @@ class Decoded:
 
     token_ids: list[int] = field(default_factory=list)
     messages: list[node_pb2.DecodeResponse] = field(default_factory=list)
+    local_hit_tokens: int = 0
+    store_hit_tokens: int = 0
     finished: node_pb2.Finished | None = None
 
 
@@ -105,6 +107,9 @@ async def finish(call: grpc.aio.StreamStreamCall) -> Decoded:
     while (message := await call.read()) is not grpc.aio.EOF:
         decoded.messages.append(message)
         decoded.token_ids += ids(message.tokens.tokens)
+        if message.HasField("tokens"):
+            decoded.local_hit_tokens = message.tokens.local_hit_tokens
+            decoded.store_hit_tokens = message.tokens.store_hit_tokens
         if message.HasField("finished"):
             decoded.finished = message.finished
     return decoded

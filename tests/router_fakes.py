@@ -208,13 +208,14 @@ class FakeNode:
                 token_ids.append(token.token_id)
                 tokens.append(token)
                 if reason or len(tokens) == self.tokens_per_message:
-                    await context.write(node_pb2.DecodeResponse(tokens=node_pb2.Tokens(tokens=tokens)))
+                    local, store = self.hits
+                    message = node_pb2.Tokens(tokens=tokens, local_hit_tokens=local, store_hit_tokens=store)
+                    await context.write(node_pb2.DecodeResponse(tokens=message))
                     tokens = []
                 count += 1
                 await self._moment(f"token {count}", context)
             await self._moment("finished", context)
-            local, store = self.hits
-            finished = node_pb2.Finished(finish_reason=reason, local_hit_tokens=local, store_hit_tokens=store)
+            finished = node_pb2.Finished(finish_reason=reason)
             await context.write(node_pb2.DecodeResponse(finished=finished))
 
     def _next(self, request: node_pb2.NodeRequest, more: Sequence[int]) -> tuple[common_pb2.Token, int]:

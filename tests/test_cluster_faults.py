@@ -42,6 +42,14 @@ async def ask_all(cluster: ProcessCluster, on_message=None) -> list[Answer]:
     return await asyncio.gather(*(cluster.generate(prompt, on_message, **options) for prompt in PROMPTS))
 
 
+async def hits(cluster: ProcessCluster) -> bool:
+    """Whether blocks move again: of prompts that no engine has yet, for those are not fetched."""
+    prompts = [[*f"{random.random()} ".encode(), *LONG[:300]] for _ in range(2)]
+    answers = await asyncio.gather(*(cluster.generate(prompt, max_tokens=8) for prompt in prompts))
+    assert [answer.token_ids for answer in answers] == reference(POCKET, prompts, 8)
+    return sum(answer.timeline.decode_store_hit_tokens for answer in answers) > 0
+
+
 def after_tokens(count: int, act):
     """A message handler that runs `act(answer so far)` once, when the first stream has seen `count` tokens."""
     done = False
@@ -122,12 +130,7 @@ async def test_redis_killed_and_restarted_empty(
     redis_process.start()
     await cluster.wait_for_nodes(4)
 
-    async def hits_again() -> bool:
-        answers = await ask_all(cluster)
-        assert [answer.token_ids for answer in answers] == expected
-        return sum(answer.timeline.decode_store_hit_tokens for answer in answers) > 0
-
-    await eventually(hits_again, 20, "the arena announced what it holds")
+    await eventually(lambda: hits(cluster), 20, "the arena announces what it holds, and what comes")
     await cluster.assert_quiet()
 
 
@@ -138,12 +141,7 @@ async def test_store_killed_and_restarted(cluster: ProcessCluster, expected: lis
     await cluster.processes["store-0"].stop()
     await cluster.start_store(0)
 
-    async def hits_again() -> bool:
-        answers = await ask_all(cluster)
-        assert [answer.token_ids for answer in answers] == expected
-        return sum(answer.timeline.decode_store_hit_tokens for answer in answers) > 0
-
-    await eventually(hits_again, 30, "nodes map the new arena")
+    await eventually(lambda: hits(cluster), 30, "nodes map the new arena")
     await cluster.assert_quiet()
 
 

@@ -62,8 +62,8 @@ async def test_both_legs_give_the_tokens_of_one_engine_alone(
     tokens, decoded = await journey(first, second, node_request(prompt, sampling=message))
     assert tokens == machine.expected(prompt, message)
     assert decoded.finished.finish_reason == common_pb2.FINISH_REASON_LENGTH
-    assert decoded.finished.store_hit_tokens == (num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
-    assert decoded.finished.local_hit_tokens == 0
+    assert decoded.store_hit_tokens == (num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert decoded.local_hit_tokens == 0
 
 
 async def test_many_journeys_at_once(machine: Machine) -> None:
@@ -81,7 +81,7 @@ async def test_without_a_first_token_the_node_computes_the_prompt(machine: Machi
     node = await machine.node(store_dir="")
     decoded = await decode(node, node_request(prompt_of(100)))
     assert decoded.token_ids == machine.expected(prompt_of(100))
-    assert decoded.finished.store_hit_tokens == 0
+    assert decoded.store_hit_tokens == 0
     kinds = [message.WhichOneof("message") for message in decoded.messages]
     assert set(kinds[:-1]) == {"tokens"} and kinds[-1] == "finished"
 
@@ -97,7 +97,7 @@ async def test_fetches_while_prefill_is_still_at_work(machine: Machine) -> None:
     await start(call, [answer.token.token_id])
     decoded = await finish(call)
     assert [answer.token.token_id, *decoded.token_ids] == machine.expected(prompt_of(500), sampling(max_tokens=4))
-    assert decoded.finished.store_hit_tokens == 496
+    assert decoded.store_hit_tokens == 496
 
 
 async def test_goes_on_elsewhere_behind_the_tokens_so_far(machine: Machine) -> None:
@@ -291,7 +291,7 @@ async def test_a_store_that_dies_between_the_legs_costs_time_only(machine: Machi
     machine.stores.clear()
     decoded = await decode(second, node_request(prompt_of(100)), [answer.token.token_id])
     assert [answer.token.token_id, *decoded.token_ids] == machine.expected(prompt_of(100))
-    assert decoded.finished.store_hit_tokens == 0
+    assert decoded.store_hit_tokens == 0
     # A new store takes the old one's place, and is found.
     await machine.store()
     await journey(first, second, node_request(prompt_of(100, seed=1)))
@@ -309,7 +309,7 @@ async def test_nodes_of_two_machines_exchange_blocks_over_the_wire(
         second = await other.node(node_id="far")
         tokens, decoded = await journey(first, second, node_request(prompt_of(200)))
         assert tokens == machine.expected(prompt_of(200))
-        assert decoded.finished.store_hit_tokens == 192
+        assert decoded.store_hit_tokens == 192
 
 
 async def test_redis_killed_in_mid_stream(tiny_model_dir: Path, redis_process: RedisProcess, short_dir: Path) -> None:

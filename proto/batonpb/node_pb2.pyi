@@ -70,20 +70,20 @@ class Admitted(_message.Message):
     def __init__(self, free_blocks: _Optional[int] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("tokens",)
+    __slots__ = ("tokens", "local_hit_tokens", "store_hit_tokens")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
-    tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]
-    def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ...) -> None: ...
-
-class Finished(_message.Message):
-    __slots__ = ("finish_reason", "local_hit_tokens", "store_hit_tokens")
-    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     LOCAL_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    finish_reason: _common_pb2.FinishReason
+    tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]
     local_hit_tokens: int
     store_hit_tokens: int
-    def __init__(self, finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("finish_reason",)
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    finish_reason: _common_pb2.FinishReason
+    def __init__(self, finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("admitted", "tokens", "finished")
