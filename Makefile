@@ -26,7 +26,7 @@ proto: $(STAMP)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml requirements.lock
+$(STAMP): pyproject.toml requirements.lock $(wildcard engine/csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "Baton needs Python 3.11: install it, or name it with PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "baton: making the environment in $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)

@@ -7,6 +7,7 @@ supervisor starts it again, under a new incarnation, and routers take its reques
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -57,6 +58,8 @@ class NodeServer:
         async with AsyncExitStack() as stack:  # a failure half-way closes what is open already
             await self._open(stack)
             self._stack = stack.pop_all()
+        gc.collect()
+        gc.freeze()  # torch and the model stay: the collector need not walk over their objects between steps
         record = self._heartbeat.record
         logger.info("event=node_up node=%s role=%s address=%s", record.node_id, record.role, record.address)
         return record

@@ -1,16 +1,20 @@
 """Attention over paged KV: writes a step's keys and values to their slots, then lets each sequence attend to its own.
 
-Each sequence is computed by itself, so a row's result does not depend on its neighbours in the batch. Knows block
-tables and positions; knows neither requests nor the model around it.
+Single queries (decode steps) go to the compiled kernel where there is one, which reads blocks where they lie; longer
+spans (prompts) gather their blocks for torch's SDPA. Each sequence is computed by itself, so a row's result does not
+depend on its neighbours in the batch. Knows block tables and positions; knows neither requests nor the model around it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from engine.native import DecodeBatch, can_decode
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,24 @@ class AttentionPlan:
 
     write_blocks: Tensor  # int64 [N]
     write_offsets: Tensor  # int64 [N]
-    spans: tuple[_SpanPlan, ...]
+    spans: tuple[_SpanPlan, ...]  # for torch
+    decode: DecodeBatch | None  # for the compiled kernel
 
 
-def plan_attention(batch: ForwardBatch, block_size: int, sliding_window: int | None) -> AttentionPlan:
-    """`sliding_window` in tokens: a query at p sees the keys in (p - window, p]; None: all up to p."""
-    slots = batch.slot_mapping
+def plan_attention(batch: ForwardBatch, cache: Tensor, sliding_window: int | None) -> AttentionPlan:
+    """`sliding_window` in tokens: a query at p sees the keys in (p - window, p]; None: all up to p.
+
+    `cache` is that of all layers, `[num_blocks, num_layers, 2, block_size, Hkv, D]`.
+    """
+    slots, block_size = batch.slot_mapping, cache.shape[3]
+    is_compiled = can_decode(cache.shape[-1], cache.dtype, cache.device)
+    singles = [span for span in batch.spans if is_compiled and span.query_len == 1]
+    others = [span for span in batch.spans if not is_compiled or span.query_len > 1]
     return AttentionPlan(
         write_blocks=torch.div(slots, block_size, rounding_mode="floor"),
         write_offsets=slots % block_size,
-        spans=tuple(_plan_span(span, block_size, sliding_window) for span in batch.spans),
+        spans=tuple(_plan_span(span, block_size, sliding_window) for span in others),
+        decode=_plan_singles(singles, sliding_window) if singles else None,
     )
 
 
@@ -70,7 +82,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan) 
     """
     cache[:, 0].index_put_((plan.write_blocks, plan.write_offsets), k)
     cache[:, 1].index_put_((plan.write_blocks, plan.write_offsets), v)
-    outputs = []
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if plan.decode is not None:
+        plan.decode.attend(q, cache, out)
     for span in plan.spans:
         rows = slice(span.start, span.end)
         if span.blocks is None:
@@ -78,8 +92,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan) 
         else:
             keys = cache[:, 0].index_select(0, span.blocks).flatten(0, 1)[span.keys]
             values = cache[:, 1].index_select(0, span.blocks).flatten(0, 1)[span.keys]
-        outputs.append(_attend_one(q[rows], keys, values, span))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        out[rows] = _attend_one(q[rows], keys, values, span)
+    return out
+
+
+def _plan_singles(spans: Sequence[SequenceSpan], window: int | None) -> DecodeBatch:
+    rows, contexts = [span.query_start for span in spans], [span.context_len for span in spans]
+    return DecodeBatch(rows, contexts, [span.block_table for span in spans], window)
 
 
 def _plan_span(span: SequenceSpan, block_size: int, window: int | None) -> _SpanPlan:

@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         keys and values are written to it.
         """
         windows = self.config.sliding_windows
-        plans = {window: plan_attention(batch, cache.shape[3], window) for window in set(windows)}
+        plans = {window: plan_attention(batch, cache, window) for window in set(windows)}
         x = self.embed_tokens(batch.token_ids)  # [N, hidden]
         turn = rotation(batch.positions, self.frequencies, self.rope_scale, x.dtype)
         for index, layer in enumerate(self.layers):
