@@ -75,18 +75,28 @@ def backoff_s(starts: Sequence[float], now: float) -> float:
 
 
 class StartLog:
-    """When a server was started before, in a file: one time (seconds since the epoch) a line."""
+    """When a server was started before, in a file: one time (seconds since the epoch) a line.
+
+    Never fails: a full file system must not keep a server from coming back, only from waiting before it does.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
 
     def read(self) -> list[float]:
-        return [float(line) for line in self._file.read_text().splitlines()] if self._file.exists() else []
+        try:
+            return [float(line) for line in self._file.read_text().splitlines()] if self._file.exists() else []
+        except (OSError, ValueError) as error:
+            logger.warning("start times unreadable file=%s error=%s", self._file, error)
+            return []
 
     def add(self, now: float) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._file.open("a") as file:
-            file.write(f"{now}\n")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with self._file.open("a") as file:
+                file.write(f"{now}\n")
+        except OSError as error:
+            logger.warning("start time not kept file=%s error=%s", self._file, error)
 
 
 class ServerActor:
@@ -137,7 +147,7 @@ class ServerActor:
     def _keep_port(self, record: Mapping[str, Any]) -> None:
         """Clients know a router by its port, so the one that the kernel chose is asked for again after a restart."""
         if self._spec.kind == "router":
-            port_file(self._spec).write_text(str(record["address"]).rsplit(":", 1)[1])
+            write_port(port_file(self._spec), str(record["address"]).rsplit(":", 1)[1])
 
 
 def build(spec: ServerSpec) -> Server:
@@ -160,6 +170,17 @@ def build(spec: ServerSpec) -> Server:
 
 def port_file(spec: ServerSpec) -> Path:
     return spec.folder / f"{spec.name}.port"
+
+
+def write_port(file: Path, port: str) -> None:
+    """In one go, and only where it is news: half a file would keep each later start from succeeding."""
+    try:
+        if not file.exists() or file.read_text() != port:
+            part = file.with_suffix(".part")
+            part.write_text(port)
+            part.replace(file)
+    except OSError as error:
+        logger.warning("port not kept file=%s error=%s", file, error)
 
 
 def as_dict(record: Any) -> dict[str, Any]:

@@ -49,7 +49,10 @@ class Heartbeat:
     async def run(self, every_s: float, ttl_s: float, stall_s: float) -> None:
         """Beats until `leave`."""
         while not self._is_over.is_set():
-            await self.beat(every_s, ttl_s, stall_s)
+            try:
+                await self.beat(every_s, ttl_s, stall_s)
+            except Exception:  # without this task the node would be forgotten, however well it is
+                logger.exception("event=beat_failed node=%s", self.record.node_id)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(every_s):
                     await self._is_over.wait()

@@ -142,7 +142,7 @@ class EmbeddedRedis:
             logger.warning("redis died code=%s action=restart", code)
             try:
                 self._start_once()
-            except RedisFailed as error:
+            except (RedisFailed, OSError) as error:  # OSError: no process could be started, or it died at once
                 logger.warning("redis restart failed error=%s", error)
 
 

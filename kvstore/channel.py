@@ -35,15 +35,18 @@ class Channel:
     def __init__(self, context: zmq.asyncio.Context, address: str, max_payload_bytes: int = 0) -> None:
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
-        self._socket = context.socket(zmq.DEALER)
+        try:
+            self._socket = context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:  # no descriptor is left
+            raise ArenaUnavailable(f"{address}: {error}") from error
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max(MAX_FRAME_BYTES, max_payload_bytes))
         try:
             self._socket.connect(address)
+            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
         except zmq.ZMQError as error:
             self._socket.close()
             raise ArenaUnavailable(f"{address}: {error}") from error
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
         self.is_broken = False  # the other side went away; a new channel may find it again
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
@@ -67,7 +70,9 @@ class Channel:
             del self._waiting[request_id]
 
     def close(self) -> None:
-        """Closes the connection; questions under way fail with `ArenaUnavailable`."""
+        """Closes the connection; questions under way fail with `ArenaUnavailable`. Idempotent."""
+        if self._socket.closed:
+            return
         for task in self._tasks:
             task.cancel()
         self._break("the connection was given up")

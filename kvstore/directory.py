@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 import typing
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
@@ -243,17 +244,24 @@ class Directory:
 
 
 def parse_record(cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
-    """A record out of its JSON; None where a field is missing or of another type. Unknown fields are let pass."""
+    """A record out of its JSON; None where a field is missing, of another type, or a value that nobody can work with.
+
+    Unknown fields are let pass.
+    """
     try:
         data = json.loads(text or b"null")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(data, dict):
         return None
     values: dict[str, Any] = {}
     for name, expected in typing.get_type_hints(cls).items():
         if name in data:
-            value = float(data[name]) if expected is float and type(data[name]) is int else data[name]
+            value = data[name]
+            if not _is_usable(value):
+                return None
+            if expected is float and type(value) is int:
+                value = float(value)
             if type(value) is not expected:
                 return None
             values[name] = value
@@ -261,6 +269,13 @@ def parse_record(cls: type[RecordT], text: bytes | str | None) -> RecordT | None
         return cls(**values)
     except TypeError:  # a field without a default is missing
         return None
+
+
+def _is_usable(value: object) -> bool:
+    """JSON lets pass what breaks its reader later: NaN compares with nothing, half a surrogate pair has no bytes."""
+    if isinstance(value, int | float):
+        return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+    return not isinstance(value, str) or not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def parse_run(text: bytes) -> list[int | None]:

@@ -141,14 +141,18 @@ class LocalArena:
     """
 
     def __init__(self, paths: StorePaths, context: zmq.asyncio.Context, timeout_s: float) -> None:
-        """OSError or ValueError when there is no store."""
+        """OSError or ValueError when there is no store, `ArenaUnavailable` when it cannot be called."""
         description = Description.read(paths.description)
         self.arena_id = description.arena_id
         self.map = map_arena(paths.memory(self.arena_id), description)
         self._timeout_s = timeout_s
         self._writer_id = uuid.uuid4().hex
         self._lock: FileLock | None = FileLock.create(paths.writer(self._writer_id))
-        self._channel = Channel(context, f"ipc://{paths.control}")
+        try:
+            self._channel = Channel(context, f"ipc://{paths.control}")
+        except ArenaUnavailable:
+            self._lock.remove()
+            raise
         self._guard = threading.Lock()
         self._copies = 0
         self._is_retired = False

@@ -28,13 +28,14 @@ from router.timeline import Timeline
 logger = logging.getLogger(__name__)
 
 UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
+LASTING_TOKENS = 32  # so many new tokens between two failures, and the second one begins a new count
 
 
 @dataclass(frozen=True)
 class Persistence:
     """How long a request is carried on before it is given up."""
 
-    max_attempts: int = 8  # legs that failed
+    max_attempts: int = 8  # legs that failed, without `LASTING_TOKENS` in between
     node_wait_s: float = 20.0  # for a node that takes a request which has begun elsewhere
     retry_s: float = 0.25
 
@@ -70,6 +71,8 @@ class Journey:
     failed: set[str] = field(default_factory=set)  # node ids
     refused: dict[str, set[str]] = field(default_factory=lambda: {"prefill": set(), "decode": set()})
     stuck_since_s: float | None = None  # nobody takes it
+    pool: Pool | None = None  # whose nodes may run it
+    _failed_at_tokens: int = 0
     _root: BlockHash | None = None
     _hashes: list[BlockHash] = field(default_factory=list)
 
@@ -116,7 +119,17 @@ class Journey:
             self.refused[failure.leg].add(failure.node_id)
         else:
             self.failed.add(failure.node_id)
-            self.num_failures += isinstance(failure, LegFailed)
+        # A machine that dies takes many nodes along; calls that none of them took are no attempts.
+        if isinstance(failure, LegFailed) and not failure.is_unreached:
+            self._count_failure()
+
+    def _count_failure(self) -> None:
+        """Failures add up only while they keep the request from going on; and somebody had taken it until now."""
+        if len(self.output_ids) - self._failed_at_tokens >= LASTING_TOKENS:
+            self.num_failures = 0
+        self._failed_at_tokens = len(self.output_ids)
+        self.num_failures += 1
+        self.stuck_since_s = None
 
     def forgive(self) -> None:
         """Everybody may be asked again: what kept them may be over."""
@@ -176,8 +189,11 @@ class Dispatcher:
         while True:
             if self._remaining_s(journey) == 0.0:
                 raise DeadlinePassed("the deadline passed on the way")
+            if not journey.output_ids:  # from the first token on, other weights would go on with another text
+                journey.pool = self._registry.pool
             hit_blocks = await self._locate(journey)
-            plan = policy.plan(journey.view(hit_blocks), self._registry.snapshot(), self._rng, self._rates)
+            nodes = self._registry.snapshot(journey.pool)
+            plan = policy.plan(journey.view(hit_blocks), nodes, self._rng, self._rates)
             if isinstance(plan, Plan):
                 logger.info(
                     "request_id=%s event=plan tokens=%d hit_blocks=%d %s",
@@ -192,11 +208,14 @@ class Dispatcher:
             journey.forgive()
 
     def _check_patience(self, journey: Journey, reject: Reject) -> None:
-        """Raises the rejection, unless the request has begun, so that the client would see what it must not see."""
+        """Raises the rejection, unless the request has begun, so that the client would see what it must not see.
+
+        It has, once a leg of it failed: whoever failed may be back by now, under a new incarnation.
+        """
         now_s = self._clock()
         if journey.stuck_since_s is None:
             journey.stuck_since_s = now_s
-        has_begun = journey.output_ids or (journey.num_failures and reject is Reject.BUSY)
+        has_begun = journey.output_ids or journey.num_failures
         if not has_begun or now_s - journey.stuck_since_s >= self._persistence.node_wait_s:
             last = f" (last: {journey.last_failure})" if journey.last_failure else ""
             error = ClusterBusy if reject is Reject.BUSY else ClusterUnavailable
@@ -204,11 +223,10 @@ class Dispatcher:
 
     async def _locate(self, journey: Journey) -> dict[str, int]:
         """Arena id -> how many leading blocks it holds. Without Redis, nobody holds anything."""
-        pool = self._registry.pool
-        if pool is None:
+        if journey.pool is None:
             return {}
         try:
-            runs = await self._directory.locate(journey.hashes(pool))
+            runs = await self._directory.locate(journey.hashes(journey.pool))
         except DirectoryUnavailable as error:
             logger.debug("request_id=%s event=locate_failed %s", journey.request.request_id, error)
             return {}

@@ -40,13 +40,17 @@ class DeadlinePassed(RouterError):
 
 
 class LegFailed(RouterError):
-    """A leg ended before its time. `is_down`: the process does not answer at all, so nobody should call it."""
+    """A leg ended before its time. `is_down`: the process does not answer at all, so nobody should call it.
 
-    def __init__(self, node_id: str, incarnation: str, problem: str, is_down: bool) -> None:
+    `is_unreached`: it did not even take the call, so the request is not what broke it.
+    """
+
+    def __init__(self, node_id: str, incarnation: str, problem: str, is_down: bool, is_unreached: bool = False) -> None:
         super().__init__(f"{node_id}: {problem}")
         self.node_id = node_id
         self.incarnation = incarnation
         self.is_down = is_down
+        self.is_unreached = is_unreached
 
 
 class LegRefused(RouterError):

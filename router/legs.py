@@ -18,6 +18,9 @@ import grpc
 from batonpb import common_pb2, node_pb2
 from router.errors import InvalidRequest, LegFailed, LegRefused
 
+# What gRPC's core says where no connection could be made; where it says anything else, the call counts as taken.
+UNREACHED = "failed to connect to all addresses"
+
 
 @dataclass(frozen=True)
 class Callee:
@@ -95,10 +98,11 @@ class Leg:
             return LegRefused(self.callee.node_id, details, self.kind, is_draining=False)
         if may_refuse and code == grpc.StatusCode.FAILED_PRECONDITION:
             return LegRefused(self.callee.node_id, details, self.kind, is_draining=True)
-        return self._failed(f"{code.name}: {details}", is_down=code == grpc.StatusCode.UNAVAILABLE)
+        is_down = code == grpc.StatusCode.UNAVAILABLE
+        return self._failed(f"{code.name}: {details}", is_down, is_down and details.startswith(UNREACHED))
 
-    def _failed(self, problem: str, is_down: bool = False) -> LegFailed:
-        return LegFailed(self.callee.node_id, self.callee.incarnation, problem, is_down)
+    def _failed(self, problem: str, is_down: bool = False, is_unreached: bool = False) -> LegFailed:
+        return LegFailed(self.callee.node_id, self.callee.incarnation, problem, is_down, is_unreached)
 
 
 class PrefillLeg(Leg):

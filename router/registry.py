@@ -87,9 +87,9 @@ class Registry:
         """The nodes' common ground; the last one known while no node is alive, None before the first."""
         return self._pool
 
-    def snapshot(self) -> list[NodeView]:
-        """The pool's nodes that can be given work."""
-        pool = self._pool
+    def snapshot(self, pool: Pool | None = None) -> list[NodeView]:
+        """The nodes of `pool` (None: of the one that most nodes are in) that can be given work."""
+        pool = pool or self._pool
         nodes = [node for node in self._nodes.values() if node.down_since_s is None and not node.record.draining]
         return [node.view() for node in nodes if pool is not None and _ground(node.record) == (pool.model, pool.root)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import stat
 import subprocess
@@ -15,7 +16,7 @@ from conftest import POCKET
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.actors import FREE_RESTARTS, MAX_BACKOFF_S, StartLog, backoff_s
+from deploy.actors import FREE_RESTARTS, MAX_BACKOFF_S, ServerActor, ServerSpec, StartLog, backoff_s
 from deploy.config import ClusterConfig, ConfigError, DeployError, machine_dir, parse_bytes
 from deploy.placement import Machine, gpu_share, place
 from deploy.processes import command, end_all, is_running, processes_of
@@ -251,3 +252,30 @@ def test_processes_are_found_by_what_they_inherited() -> None:
         child.kill()
         child.wait()
     assert not is_running(child.pid)
+
+
+class Router:
+    """Starts, whatever it is given."""
+
+    async def start(self) -> dict[str, str]:
+        return {"address": "127.0.0.1:7"}
+
+    async def stop(self) -> None: ...
+
+
+async def test_a_full_disk_keeps_no_server_from_coming_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asks a restarted actor whether it is ready: one that failed here would stay there, without a server."""
+    config: Any = None
+    spec = ServerSpec("router", "router-0", config, tmp_path / "machine")
+    monkeypatch.setattr("deploy.actors.build", lambda spec: Router())
+    assert not (await ServerActor(spec).ready()).error
+
+    original = Path.open
+
+    def open_full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if mode[0] in "aw":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    assert (await ServerActor(spec).ready()).record == {"address": "127.0.0.1:7"}

@@ -70,6 +70,26 @@ async def test_is_back_on_the_same_address_after_a_kill(server: EmbeddedRedis) -
     assert server.url == url
 
 
+async def test_is_back_although_no_process_could_be_started_at_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = EmbeddedRedis(folder)
+    server.start()
+    original, failures = subprocess.Popen, [BlockingIOError(11, "fork")]
+
+    def start(*args: object, **options: object) -> subprocess.Popen:
+        if failures:
+            raise failures.pop()
+        return original(*args, **options)
+
+    try:
+        monkeypatch.setattr("deploy.redis.subprocess.Popen", start)
+        os.kill(server.pid, signal.SIGKILL)
+        await eventually(lambda: not failures and answers(server.url), 10, what="a new Redis")
+    finally:
+        server.stop()
+
+
 def test_keeps_nothing_on_disk(folder: Path) -> None:
     server = EmbeddedRedis(folder)
     server.start()

@@ -190,6 +190,39 @@ async def test_corrupted_slot_is_a_miss_over_the_wire(store: StoreServer, make_c
     assert await read(make_client(None), hashes) == 3
 
 
+async def test_store_restarts_during_a_copy_and_somebody_else_sees_it_first(
+    config: StoreConfig, make_client: MakeClient
+) -> None:
+    """A heartbeat maps the new arena while the old one is being written: the old one is given up twice."""
+    first = StoreServer(config)
+    await first.start()
+    client, hashes = make_client(config.dir), chain(0, 2)
+    copying, may_end = threading.Event(), threading.Event()
+
+    def write(indices: Sequence[int], views: Sequence[memoryview]) -> None:
+        copying.set()
+        may_end.wait(20)
+
+    publishing = asyncio.create_task(client.publish(hashes, write))
+    await eventually(copying.is_set)
+    await first.stop()
+    second = StoreServer(config)
+    await second.start()
+    assert client.local_arena_id == second.record().arena_id
+    may_end.set()
+    assert await publishing == 0
+    await second.stop()
+
+
+async def test_no_descriptor_is_left(store: StoreServer, make_client: MakeClient) -> None:
+    """No arena then, and no error; and no lock stays behind from the attempt."""
+    client = make_client(store.config.dir)
+    client._context.set(zmq.MAX_SOCKETS, 1)
+    assert client.local_arena_id == ""
+    assert list(Path(store.config.dir, "writers").iterdir()) == []
+    assert await client.publish(chain(0, 1), writer_of(chain(0, 1))) == 0
+
+
 # --- stores that do not do what a store does ---------------------------------------------------------------------
 
 Answer = Callable[[Get], list[bytes] | None]

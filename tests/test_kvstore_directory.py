@@ -217,6 +217,18 @@ def test_record_types() -> None:
         assert parse_record(NodeRecord, json.dumps({**data, **change}).encode()) is None
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, "[" * 100_000])
+def test_numbers_that_are_none(value: str) -> None:
+    for name in ("decode_step_s", "free_blocks"):
+        data = {key: item for key, item in asdict(NODE).items() if key != name}
+        assert parse_record(NodeRecord, f'{{"{name}": {value}, {json.dumps(data)[1:]}') is None
+
+
+def test_texts_that_are_none() -> None:
+    assert parse_record(NodeRecord, json.dumps({**asdict(NODE), "address": "\ud800:1"})) is None
+    assert parse_record(NodeRecord, json.dumps({**asdict(NODE), "host": "日本"})) == replace(NODE, host="日本")
+
+
 async def test_redis_killed_and_restarted(redis_process: RedisProcess) -> None:
     directory = Directory(redis_process.url, "test")
     await directory.heartbeat_node(NODE, TTL_S)

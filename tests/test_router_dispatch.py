@@ -13,6 +13,8 @@ from router_fakes import BLOCK, CLUSTER, ROOT, Answer, FakeCluster, FakeNode, ex
 from batonpb import common_pb2
 from kvstore.blocks import BlockHash, hash_blocks
 from kvstore.directory import ArenaRecord, Directory
+from router.dispatch import Journey, RoutedRequest
+from router.errors import LegFailed, LegRefused
 
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
 PROMPT = [256, *range(97, 197)]  # 101 tokens take 0.1 s at the fakes' speed: too long to skip the first leg
@@ -309,6 +311,18 @@ async def test_a_lost_prefill_role_too(small: FakeCluster) -> None:
     assert (answer.timeline.prefill_node, answer.timeline.decode_node) == ("", "decode0")
 
 
+async def test_more_nodes_are_dead_than_attempts_are_allowed(redis_url: str) -> None:
+    """A machine died, and its nodes were the better choice."""
+    async with running(FakeCluster(redis_url)) as cluster:
+        for n in range(10):
+            await cluster.add(f"both{n}")
+        await cluster.add("both10", decode_step_s=1.0)
+        await cluster.open()
+        for n in range(10):
+            await cluster.nodes[f"both{n}"].kill()
+        assert (await ask_and_check(cluster)).timeline.decode_node == "both10"
+
+
 async def test_nobody_is_alive(small: FakeCluster) -> None:
     for node in small.nodes.values():
         await node.kill()
@@ -339,6 +353,69 @@ async def test_a_stream_waits_for_a_node_to_come_back(small: FakeCluster) -> Non
     await tasks[0]
     assert answer.token_ids == expected(PROMPT, 12, 7)
     assert answer.timeline.decode_node == "decode0"
+
+
+async def test_a_request_that_lost_its_node_before_its_first_token_waits_too(redis_url: str) -> None:
+    async with running(FakeCluster(redis_url)) as cluster:
+        await cluster.add("both0")
+        await cluster.open()
+        tasks: list[asyncio.Task] = []
+        strike = restart(cluster, "both0", after_s=0.5)
+        cluster.nodes["both0"].faults["start"] = lambda: tasks.append(asyncio.create_task(strike))
+        cluster.nodes["both0"].step_s = 60.0
+        answer = await ask_and_check(cluster)
+        assert answer.timeline.migrations == 1
+
+
+async def test_a_node_that_failed_and_came_back_is_alive(redis_url: str) -> None:
+    """Both nodes die under a request without a token yet, the second one when the first is long back."""
+    async with running(FakeCluster(redis_url)) as cluster:
+        met: list[str] = []
+        tasks: list[asyncio.Task] = []
+
+        async def die(node_id: str) -> None:
+            if len(met) == 1:
+                await restart(cluster, node_id)
+            else:
+                await asyncio.sleep(0.5)
+                await cluster.nodes[node_id].kill()
+
+        def strike(node_id: str) -> None:
+            met.append(node_id)
+            tasks.append(asyncio.create_task(die(node_id)))
+
+        for node_id in ("both0", "both1"):
+            node = await cluster.add(node_id)
+            node.step_s = 60.0
+            node.faults["start"] = lambda node_id=node_id: strike(node_id)
+        await cluster.open()
+        answer = await ask_and_check(cluster)
+        assert answer.timeline.decode_node == met[0] and answer.timeline.migrations == 2
+
+
+async def restart(cluster: FakeCluster, node_id: str, after_s: float = 0.0) -> None:
+    """Kills a node; a new incarnation, without its faults, takes its place."""
+    old = cluster.nodes[node_id]
+    cluster.nodes[f"old {node_id}"] = old
+    await old.kill()
+    await asyncio.sleep(after_s)
+    await cluster.add(node_id)
+
+
+async def test_a_stream_goes_on_with_the_weights_that_began_it(redis_url: str) -> None:
+    """A new revision of the model comes up on more nodes than are left of the old one, and then a node dies."""
+    async with running(FakeCluster(redis_url)) as cluster:
+        for node_id in ("both0", "both1"):
+            (await cluster.add(node_id)).step_s = 0.1
+        await cluster.open()
+        asking = asyncio.create_task(ask_and_check(cluster, count=20))
+        await eventually(lambda: cluster.active, 5, "it began")
+        for node_id in ("both2", "both3", "both4"):
+            await cluster.add(node_id, lambda *_: ord("X"), kv_root=bytes(16).hex())
+        await asyncio.sleep(0.3)
+        await next(node for node in cluster.nodes.values() if node.seen.active).kill()
+        assert (await asking).timeline.decode_node in ("both0", "both1")
+        assert (await cluster.ask(PROMPT, max_tokens=3)).text == "XXX", "what comes now runs on the new revision"
 
 
 async def test_a_stream_is_given_up_when_nobody_comes(small: FakeCluster) -> None:
@@ -385,6 +462,28 @@ async def test_legs_that_keep_failing_are_given_up(cluster: FakeCluster) -> None
     assert error.value.code() == grpc.StatusCode.UNAVAILABLE
     assert "INTERNAL" in error.value.details()
     assert sum(len(node.seen.admits) for node in cluster.nodes.values()) <= 8
+
+
+async def test_a_long_stream_outlives_any_number_of_nodes(redis_url: str) -> None:
+    """Twelve legs fail under it, each of them after forty tokens."""
+    async with running(FakeCluster(redis_url)) as cluster:
+        for node_id in ("both0", "both1"):
+            node = await cluster.add(node_id)
+            node.faults["token 40"] = grpc.StatusCode.INTERNAL
+        await cluster.open()
+        answer = await ask_and_check(cluster, count=500)
+        assert answer.timeline.migrations == 12
+
+
+def test_a_wait_for_a_node_begins_anew_when_a_leg_has_run() -> None:
+    """Else a request that waited once has no patience left when its next node dies, however long that ran."""
+    journey = Journey(RoutedRequest("r", PROMPT, common_pb2.SamplingParams(max_tokens=9), frozenset()))
+    journey.stuck_since_s = 1.0
+    journey.note(LegRefused("decode0", "full", "decode", is_draining=False))
+    journey.note(LegFailed("decode0", "i", "connection refused", is_down=True, is_unreached=True))
+    assert journey.stuck_since_s == 1.0
+    journey.note(LegFailed("decode0", "i", "socket closed", is_down=True))
+    assert journey.stuck_since_s is None
 
 
 async def test_the_end_is_known_when_a_node_dies_before_it_says_so(redis_url: str) -> None:
