@@ -28,6 +28,8 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock $(wildcard engine/csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "Baton needs Python 3.11: install it, or name it with PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Baton needs Python's venv: on Debian, apt-get install python3.11-venv"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || echo "baton: no C++ compiler (on Debian: apt-get install g++); attention will run in plain torch, more slowly"
 	@echo "baton: making the environment in $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -c requirements.lock -e '.[dev]'
