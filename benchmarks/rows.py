@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,15 +29,22 @@ class Row:
         return {"min": min(values), "median": statistics.median(values), "max": max(values), "n": len(values)}
 
 
-def print_rows(benchmark: str, rows: Sequence[Row]) -> None:
-    """The table, then one JSON line for each row, on stdout."""
+def print_rows(
+    benchmark: str, rows: Sequence[Row], peer: str | None = None, peer_values: Sequence[Sequence[float]] = ()
+) -> None:
+    """The table, then one JSON line for each row, on stdout. `peer_values` are the peer's repeats, row by row."""
+    beside = [Row(row.name, row.unit, tuple(values)) for row, values in zip(rows, peer_values, strict=bool(peer))]
     table = Table("row", "unit", title=benchmark)
-    for name in ("min", "median", "max", "n"):
+    for name in ("min", "median", "max", "n", *([f"{peer} median", "ratio"] if peer else [])):
         table.add_column(name, justify="right")
-    for row in rows:
+    lines = []
+    for index, row in enumerate(rows):
         summary = row.summary()
-        table.add_row(row.name, row.unit, *(f"{summary[name]:.4g}" for name in ("min", "median", "max", "n")))
-    Console().print(table)
-    for row in rows:
-        line = {"benchmark": benchmark, "row": row.name, "unit": row.unit, "baton": row.summary()}
-        print(json.dumps(line | {"peer": None, "peer_value": None, "ratio": None}))
+        other = beside[index].summary() if peer else None
+        ratio = summary["median"] / other["median"] if other else None
+        cells = [f"{summary[name]:.4g}" for name in ("min", "median", "max", "n")]
+        table.add_row(row.name, row.unit, *cells, *([f"{other['median']:.4g}", f"{ratio:.2f}"] if other else []))
+        line = {"benchmark": benchmark, "row": row.name, "unit": row.unit, "baton": summary}
+        lines.append(json.dumps(line | {"peer": peer, "peer_value": other, "ratio": ratio}))
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    print("\n".join(lines))
