@@ -1,8 +1,9 @@
 """Attention over paged KV: writes a step's keys and values to their slots, then lets each sequence attend to its own.
 
-Single queries (decode steps) go to the compiled kernel where there is one, which reads blocks where they lie; longer
-spans (prompts) gather their blocks for torch's SDPA. Each sequence is computed by itself, so a row's result does not
-depend on its neighbours in the batch. Knows block tables and positions; knows neither requests nor the model around it.
+Compiled kernels do it where there are any, one for single queries (decode steps) and one for longer spans (prompts);
+they read blocks where they lie. Elsewhere blocks are gathered for torch's SDPA. Each sequence is computed by itself, so
+a row's result does not depend on its neighbours in the batch. Knows block tables and positions; knows neither requests
+nor the model around it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.native import DecodeBatch, can_decode
+from engine.native import AttentionBatch, can_attend
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class AttentionPlan:
 
     write_blocks: Tensor  # int64 [N]
     write_offsets: Tensor  # int64 [N]
+    compiled: tuple[AttentionBatch, ...]
     spans: tuple[_SpanPlan, ...]  # for torch
-    decode: DecodeBatch | None  # for the compiled kernel
 
 
 def plan_attention(batch: ForwardBatch, cache: Tensor, sliding_window: int | None) -> AttentionPlan:
@@ -64,14 +65,12 @@ def plan_attention(batch: ForwardBatch, cache: Tensor, sliding_window: int | Non
     `cache` is that of all layers, `[num_blocks, num_layers, 2, block_size, Hkv, D]`.
     """
     slots, block_size = batch.slot_mapping, cache.shape[3]
-    is_compiled = can_decode(cache.shape[-1], cache.dtype, cache.device)
-    singles = [span for span in batch.spans if is_compiled and span.query_len == 1]
-    others = [span for span in batch.spans if not is_compiled or span.query_len > 1]
+    is_compiled = can_attend(cache.shape[-1], cache.dtype, cache.device)
     return AttentionPlan(
         write_blocks=torch.div(slots, block_size, rounding_mode="floor"),
         write_offsets=slots % block_size,
-        spans=tuple(_plan_span(span, block_size, sliding_window) for span in others),
-        decode=_plan_singles(singles, sliding_window) if singles else None,
+        compiled=_plan_compiled(batch.spans, sliding_window) if is_compiled else (),
+        spans=() if is_compiled else tuple(_plan_span(span, block_size, sliding_window) for span in batch.spans),
     )
 
 
@@ -83,8 +82,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan) 
     cache[:, 0].index_put_((plan.write_blocks, plan.write_offsets), k)
     cache[:, 1].index_put_((plan.write_blocks, plan.write_offsets), v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if plan.decode is not None:
-        plan.decode.attend(q, cache, out)
+    for compiled in plan.compiled:
+        compiled.attend(q, cache, out)
     for span in plan.spans:
         rows = slice(span.start, span.end)
         if span.blocks is None:
@@ -96,9 +95,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan) 
     return out
 
 
-def _plan_singles(spans: Sequence[SequenceSpan], window: int | None) -> DecodeBatch:
-    rows, contexts = [span.query_start for span in spans], [span.context_len for span in spans]
-    return DecodeBatch(rows, contexts, [span.block_table for span in spans], window)
+def _plan_compiled(spans: Sequence[SequenceSpan], window: int | None) -> tuple[AttentionBatch, ...]:
+    singles, prompts = [span for span in spans if span.query_len == 1], [span for span in spans if span.query_len > 1]
+    return tuple(
+        AttentionBatch(
+            [(span.query_start, span.query_len, span.context_len) for span in group],
+            [span.block_table for span in group],
+            window,
+        )
+        for group in (singles, prompts)
+        if group
+    )
 
 
 def _plan_span(span: SequenceSpan, block_size: int, window: int | None) -> _SpanPlan:
