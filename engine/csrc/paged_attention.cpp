@@ -48,16 +48,18 @@ struct PromptItem {
   int tokens, kv_head;
 };
 
-// For each instruction set: the floats of one register, and whether it has dot products of bfloat16.
+// For each instruction set: the floats of one register, their numbers, and whether it has dot products of bfloat16.
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #define BFLOAT16_DOT
 namespace avx512_bf16 {
 constexpr int kWidth = 16;
+#define LANES 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #include "vectors.inc"
 #include "paged_attention.inc"
 #include "prompt_attention.inc"
+#undef LANES
 }
 #undef BFLOAT16_DOT
 #pragma GCC pop_options
@@ -65,26 +67,32 @@ constexpr int kWidth = 16;
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 namespace avx512 {
 constexpr int kWidth = 16;
+#define LANES 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #include "vectors.inc"
 #include "paged_attention.inc"
 #include "prompt_attention.inc"
+#undef LANES
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 constexpr int kWidth = 8;
+#define LANES 0, 1, 2, 3, 4, 5, 6, 7
 #include "vectors.inc"
 #include "paged_attention.inc"
 #include "prompt_attention.inc"
+#undef LANES
 }
 #pragma GCC pop_options
 #endif
 namespace portable {
 constexpr int kWidth = 4;
+#define LANES 0, 1, 2, 3
 #include "vectors.inc"
 #include "paged_attention.inc"
 #include "prompt_attention.inc"
+#undef LANES
 }
 
 template <class T>
