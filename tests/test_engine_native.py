@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engine import native
+from engine import attention, native
 from engine.native import AttentionBatch
 
 ISAS = [isa for isa in range(4) if isa <= native.isa()]
@@ -148,6 +149,33 @@ def test_a_prompt_in_chunks_gives_the_same_as_in_one_step(isa, dtype, window) ->
     for begin, end in ((0, 33), (33, 163), (163, 400)):
         chunk = Case(case.q, case.layer, [(1 + begin, end - begin, end)], case.tables, window)
         assert torch.equal(chunk.attend(isa)[1 + begin : 1 + end], whole[1 + begin : 1 + end])
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_step_of_prompts_and_decodes_with_and_without_kernels(monkeypatch, is_compiled, window) -> None:
+    if not is_compiled:
+        monkeypatch.setattr(attention, "can_attend", lambda *shape: False)
+    case = make_case([(1, 0), (1, 299), (300, 0), (70, 500)], block_size=16)
+    case.window = window
+    rows = torch.cat([torch.arange(start, start + length) for start, length, _ in case.spans])
+    slots = torch.cat(
+        [
+            torch.tensor([table[p // 16] * 16 + p % 16 for p in range(context - length, context)])
+            for (_, length, context), table in zip(case.spans, case.tables, strict=True)
+        ]
+    )
+    starts = itertools.accumulate((length for _, length, _ in case.spans), initial=0)
+    spans = [
+        attention.SequenceSpan(start, length, context, torch.tensor(table))
+        for start, (_, length, context), table in zip(starts, case.spans, case.tables, strict=False)
+    ]
+    batch = attention.ForwardBatch(slots, slots, slots, tuple(spans), slots)  # it looks at slots and spans alone
+    k, v = (case.layer[slots // 16, part, slots % 16] for part in (0, 1))
+    plan = attention.plan_attention(batch, case.layer[:, None], window)
+    out = torch.full(case.q.shape, 7.0)
+    out[rows] = attention.attend(case.q[rows], k, v, case.layer, plan)
+    case.check(out, 1e-5)
 
 
 def test_what_it_cannot_do_is_told() -> None:
