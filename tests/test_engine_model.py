@@ -108,6 +108,13 @@ def test_logits_equal_transformers_with_options(tmp_path: Path, case: str) -> No
     check_parity(make_pair(tmp_path, *OPTIONS[case]))
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_equal_transformers_without_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Plain torch, as where no compiler was at hand and on other devices: there attention gathers blocks."""
+    monkeypatch.setattr("engine.attention.can_attend", lambda *shape: False)
+    check_parity(make_pair(tmp_path, name, ARCHITECTURES[name]))
+
+
 def test_the_cases_differ_from_each_other(tmp_path: Path) -> None:
     """Or else the tests above would show nothing of the scalings and windows."""
     tokens = tokens_of(LENGTHS[-1])[None]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from engine_driver import (
     BLOCK,
     GREEDY,
@@ -171,6 +172,38 @@ def test_with_imported_blocks(case: Case, num_lost: int) -> None:
     imported = {(r.request_id, h) for r in moved for h in r.block_hashes[: r.num_store_hit_tokens // BLOCK]}
     assert imported.isdisjoint(run.published)
     assert_all_free(second)
+
+
+@pytest.mark.parametrize("way", ["in chunks", "hit", "preempted", "imported"])
+def test_logits_are_within_a_ten_thousandth(case: Case, way: str) -> None:
+    """Of each token's 20 most likely ones; as log probabilities, which is how logits leave an engine."""
+    params = replace(GREEDY, logprobs=20)
+    options = {"preempted": {"num_blocks": 8}, "in chunks": {"max_num_batched_tokens": 5}}.get(way, {})
+    engine, store = make_engine(case.folder, **options), Store()
+    if way == "hit":
+        drive(engine, requests(engine))
+    if way == "imported":
+        first = make_engine(case.folder)
+        drive(first, requests(first), store)
+    going = requests(engine, params)
+    for request in going if way == "imported" else ():
+        engine.add(request, hold=True)
+        engine.import_blocks(request.request_id, store.payloads(request.block_hashes))
+        engine.release(request.request_id)
+    run = drive(engine, () if way == "imported" else going)
+    if way in ("hit", "imported"):
+        cached = [request.num_local_hit_tokens + request.num_store_hit_tokens for request in going]
+        assert cached == [(length - 1) // BLOCK * BLOCK for length in LENGTHS]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32).eval()
+    for name, prompt in PROMPTS.items():
+        text = torch.tensor([[*prompt, *case.greedy[name]]])
+        with torch.no_grad():
+            expected = reference(text).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert run.ids(name) == case.greedy[name]
+        for row, token in zip(expected, run.tokens[name], strict=True):
+            ids, values = zip(*token.top, strict=True)
+            torch.testing.assert_close(torch.tensor(values), row[list(ids)], atol=1e-4, rtol=0)
+    assert_all_free(engine)
 
 
 @pytest.fixture(scope="module")
