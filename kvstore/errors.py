@@ -3,7 +3,7 @@
 KVStoreError
 ├── DirectoryUnavailable   Redis does not answer; callers go on as if nothing were cached
 ├── ArenaUnavailable       the store process does not answer
-├── ArenaFull              every slot is reserved or being read; nothing can be evicted
+├── ArenaFull              every slot is being written; nothing can be evicted
 └── BadFrame               a message that breaks the wire format or a limit; its sender is refused, nothing else happens
 """
 

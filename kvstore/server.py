@@ -281,7 +281,8 @@ def create_memory(path: Path, size: int) -> memoryview:
         return memoryview(mmap.mmap(fd, size))
     except OSError as error:
         path.unlink()
-        raise OSError(error.errno, f"memory_bytes: {size} bytes in {path.parent}: {error.strerror}") from error
+        problem = f"memory_bytes: {size} bytes in {path.parent}: {error.strerror}; ask for less, or for another folder"
+        raise OSError(error.errno, problem) from error
     finally:
         os.close(fd)
 

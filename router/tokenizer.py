@@ -123,12 +123,12 @@ def _find_template(folder: Path, config: dict[str, Any]) -> jinja2.Template | No
 
 
 def _eos_token_ids(folder: Path) -> frozenset[int]:
-    """End tokens of config.json and generation_config.json."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
+    """End tokens of generation_config.json, else of config.json: the engine's own rule, and it must be the same."""
+    for name in ("generation_config.json", "config.json"):
         ids = _read_json(folder / name).get("eos_token_id")
-        found.update(item for item in (ids if isinstance(ids, list) else [ids]) if isinstance(item, int))
-    return frozenset(found)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()
 
 
 def _is_byte_level(path: Path) -> bool:

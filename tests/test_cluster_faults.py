@@ -63,6 +63,32 @@ def after_tokens(count: int, act):
     return on_message
 
 
+async def test_sampled_text_goes_on_as_it_would_have(cluster: ProcessCluster) -> None:
+    """Temperature, filters, penalties and a seed survive a kill, and so does the search for a stop string."""
+    options = {
+        "temperature": 0.9,
+        "top_p": 0.95,
+        "top_k": 50,
+        "presence_penalty": 0.4,
+        "repetition_penalty": 1.1,
+        "seed": 5,
+    }
+    [alone] = reference(POCKET, PROMPTS[:1], NUM_TOKENS, **options)
+    victims = iter(("decode-0", "decode-1"))
+
+    def kill_next() -> None:
+        cluster.kill(next(victims))
+
+    answer = await cluster.generate(PROMPTS[0], after_tokens(9, kill_next), max_tokens=NUM_TOKENS, **options)
+    assert answer.token_ids == alone
+    needle = bytes(alone[25:29]).decode()
+    text = bytes(alone).decode()
+    stopped = await cluster.generate(
+        PROMPTS[0], after_tokens(5, kill_next), max_tokens=NUM_TOKENS, stop=[needle], **options
+    )
+    assert stopped.text == text[: text.index(needle)]
+
+
 @pytest.mark.parametrize("count", [1, 7, 25])
 async def test_decode_node_killed_mid_stream(cluster: ProcessCluster, expected: list[list[int]], count: int) -> None:
     answers = await ask_all(cluster, after_tokens(count, lambda: cluster.kill("decode-0")))

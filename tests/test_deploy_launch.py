@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -22,7 +22,7 @@ from conftest import REPOSITORY, eventually
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
 from deploy import oracle
 from deploy.config import ClusterConfig, ConfigError
-from deploy.launch import ROUTER_POLL_S, Cluster, Interrupted, StartFailed
+from deploy.launch import Cluster, Interrupted, StartFailed
 from deploy.processes import CLUSTER_VARIABLE, is_running, processes_of
 from kvstore.directory import Directory
 
@@ -171,8 +171,14 @@ async def test_killed_node_comes_back(cluster: Cluster, alone: list[int], node_i
         return now.keys() == before.keys() and now[node_id] != before[node_id]
 
     await eventually(is_back, 60, f"a new {node_id}")
-    await asyncio.sleep(ROUTER_POLL_S)  # the router has to know of it before the next one is killed
     assert (await generate(cluster))[0] == alone
+
+    async def works_again() -> bool:
+        prompt = [secrets.randbelow(250) for _ in range(600)]  # new to everyone, and too long to skip the first leg
+        timeline = (await generate(cluster, prompt))[1].timeline
+        return node_id in (timeline.prefill_node, timeline.decode_node)
+
+    await eventually(works_again, 30, f"{node_id} takes work again")
 
 
 async def test_node_that_fails_to_restart_tries_again_and_again(cluster: Cluster, alone: list[int]) -> None:

@@ -150,9 +150,14 @@ def test_a_folder_without_template_or_tokenizer(tmp_path: Path) -> None:
         tokenizer.render([("user", "x")])
 
 
-def test_end_tokens_come_from_both_configs(tmp_path: Path) -> None:
+def test_end_tokens_are_the_engines(tmp_path: Path) -> None:
+    """generation_config.json goes before config.json, as in `engine.config`: else a failover ends a text too early."""
     llama3_like(tmp_path)
     assert Tokenizer(tmp_path).eos_token_ids == {1, 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+    assert Tokenizer(tmp_path).eos_token_ids == {3}
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert Tokenizer(tmp_path).eos_token_ids == {1}
     assert Tokenizer(POCKET).eos_token_ids == {257}
 
 

@@ -1,10 +1,10 @@
 """Train the pocket model: a byte-level Llama of 4.8 million parameters that writes like the Python manual.
 
 The corpus is the reStructuredText source of the Python 3.11 documentation, as Debian's `python3.11-doc` ships it.
-Schedules run on elapsed time, not on steps, so that `--minutes 30` ends in 30 minutes on any machine.
+Schedules run on elapsed time, not on steps, so that `--minutes 40` ends in 40 minutes on any machine.
 
     apt-get install python3.11-doc
-    python models/pocket/train.py --minutes 30
+    python models/pocket/train.py --minutes 40
 
 Writes config.json, model.safetensors (bf16), the tokenizer, and loss.csv beside this file.
 """
