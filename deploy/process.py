@@ -39,14 +39,13 @@ def build(kind: str, text: str) -> Server:
         from deploy.node import NodeConfig, NodeServer
 
         return NodeServer(NodeConfig.from_json(text))
-    fields = json.loads(text)
     if kind == "store":
         from kvstore.server import StoreConfig, StoreServer
 
-        return StoreServer(StoreConfig(**fields))
+        return StoreServer(StoreConfig(**json.loads(text)))
     from router.server import RouterConfig, RouterServer
 
-    return RouterServer(RouterConfig(**fields))
+    return RouterServer(RouterConfig.from_json(text))
 
 
 async def serve(server: Server) -> int:
