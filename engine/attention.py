@@ -1,9 +1,8 @@
 """Attention over paged KV: writes a step's keys and values to their slots, then lets each sequence attend to its own.
 
-Compiled kernels do it where there are any, one for single queries (decode steps) and one for longer spans (prompts);
-they read blocks where they lie. Elsewhere blocks are gathered for torch's SDPA. Each sequence is computed by itself, so
-a row's result does not depend on its neighbours in the batch. Knows block tables and positions; knows neither requests
-nor the model around it.
+A compiled kernel does it where there is one: it reads blocks where they lie. Elsewhere blocks are gathered for torch's
+SDPA. Each sequence is computed by itself, so a row's result does not depend on its neighbours in the batch. Knows block
+tables and positions; knows neither requests nor the model around it.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class AttentionPlan:
 
     write_blocks: Tensor  # int64 [N]
     write_offsets: Tensor  # int64 [N]
-    compiled: tuple[AttentionBatch, ...]
+    compiled: AttentionBatch | None
     spans: tuple[_SpanPlan, ...]  # for torch
 
 
@@ -69,7 +68,7 @@ def plan_attention(batch: ForwardBatch, cache: Tensor, sliding_window: int | Non
     return AttentionPlan(
         write_blocks=torch.div(slots, block_size, rounding_mode="floor"),
         write_offsets=slots % block_size,
-        compiled=_plan_compiled(batch.spans, sliding_window) if is_compiled else (),
+        compiled=_plan_compiled(batch.spans, sliding_window) if is_compiled else None,
         spans=() if is_compiled else tuple(_plan_span(span, block_size, sliding_window) for span in batch.spans),
     )
 
@@ -82,8 +81,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan) 
     cache[:, 0].index_put_((plan.write_blocks, plan.write_offsets), k)
     cache[:, 1].index_put_((plan.write_blocks, plan.write_offsets), v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for compiled in plan.compiled:
-        compiled.attend(q, cache, out)
+    if plan.compiled is not None:
+        plan.compiled.attend(q, cache, out)
     for span in plan.spans:
         rows = slice(span.start, span.end)
         if span.blocks is None:
@@ -95,16 +94,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan) 
     return out
 
 
-def _plan_compiled(spans: Sequence[SequenceSpan], window: int | None) -> tuple[AttentionBatch, ...]:
-    singles, prompts = [span for span in spans if span.query_len == 1], [span for span in spans if span.query_len > 1]
-    return tuple(
-        AttentionBatch(
-            [(span.query_start, span.query_len, span.context_len) for span in group],
-            [span.block_table for span in group],
-            window,
-        )
-        for group in (singles, prompts)
-        if group
+def _plan_compiled(spans: Sequence[SequenceSpan], window: int | None) -> AttentionBatch:
+    return AttentionBatch(
+        [(span.query_start, span.query_len, span.context_len) for span in spans],
+        [span.block_table for span in spans],
+        window,
     )
 
 

@@ -17,7 +17,7 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from engine.errors import InvalidRequest, NoRoom, UnknownRequest
 from engine.kv_cache import TORCH_DTYPES, KVCache
-from engine.model import Transformer
+from engine.native_model import Model, fastest
 from engine.request import (
     EngineLoad,
     FinishReason,
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 class Engine:
     """One model, its KV cache and the requests that are being computed."""
 
-    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, model: Transformer) -> None:
+    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, model: Model) -> None:
         self.config = engine_config
         self.layout = kv_layout(model_config, engine_config)
         self.vocab_size = model_config.vocab_size
@@ -65,7 +65,7 @@ class Engine:
         model_config = ModelConfig.from_pretrained(folder)
         dtype = TORCH_DTYPES[kv_layout(model_config, engine_config).dtype]
         model = load_model(folder, model_config, dtype, torch.device(engine_config.device))
-        return cls(model_config, engine_config, model)
+        return cls(model_config, engine_config, fastest(model))
 
     # --- requests ---
 

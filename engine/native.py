@@ -26,8 +26,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISA_NAMES = ("portable code", "AVX2", "AVX-512", "AVX-512 BF16")
 
 
-class _AttentionArgs(ctypes.Structure):
-    """`AttentionArgs` of paged_attention.cpp, field by field."""
+class AttentionArgs(ctypes.Structure):
+    """As in csrc/native.cpp, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "cache", "out")),
@@ -41,29 +41,30 @@ class _AttentionArgs(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where the installation has none."""
     spec = importlib.util.find_spec("engine._native")
     if spec is None or spec.origin is None:
-        logger.warning("event=no_compiled_kernels attention runs in plain torch, which is slower")
+        logger.warning("event=no_compiled_kernels models run in plain torch, which is slower")
         return None
-    library = ctypes.CDLL(spec.origin)
-    for function in (library.baton_decode_attention, library.baton_prompt_attention):
-        function.argtypes = [ctypes.POINTER(_AttentionArgs), ctypes.c_int32, ctypes.c_int32]
+    kernels = ctypes.CDLL(spec.origin)
+    for function in (kernels.baton_attention, kernels.baton_step):
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
         function.restype = None
-    return library
+    return kernels
 
 
 @functools.cache
 def isa() -> int:
     """The instruction set that the kernels use here, an index of `ISA_NAMES`; -1 without kernels."""
-    library = _library()
-    return -1 if library is None else int(library.baton_isa())
+    kernels = library()
+    return -1 if kernels is None else int(kernels.baton_isa())
 
 
 def can_attend(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `AttentionBatch.attend` does this shape."""
     return (
-        _library() is not None
+        library() is not None
         and device.type == "cpu"
         and dtype in DTYPES
         and head_dim * dtype.itemsize % CHUNK_BYTES == 0
@@ -72,35 +73,35 @@ def can_attend(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class AttentionBatch:
-    """Sequences of a step that one kernel takes together; the same for all layers of one window."""
+    """The sequences of a step: their rows, and where their blocks lie. The same for all layers of one window."""
 
     def __init__(self, spans: Sequence[tuple[int, int, int]], tables: Sequence[Tensor], window: int | None) -> None:
-        """Of each sequence: its first row of q, its queries, its tokens in KV after this step; its blocks (int64).
-
-        Batches of single queries go to the kernel of decode steps, all others to that of prompts.
-        """
+        """Of each sequence: its first row of q, its queries, its tokens in KV after this step; its blocks (int64)."""
         starts = itertools.accumulate((len(table) for table in tables[:-1]), initial=0)
         ids = torch.tensor([*zip(*spans, strict=True), list(starts)], dtype=torch.int64)
         self._kept = ids, torch.cat(list(tables))  # the arguments point into them
-        self._is_decode = all(length == 1 for _, length, _ in spans)
-        self._args = args = _AttentionArgs()
+        self.args = args = AttentionArgs()
         args.query_starts, args.query_lens, args.context_lens, args.table_starts = (row.data_ptr() for row in ids)
         args.block_tables = self._kept[1].data_ptr()
         args.num_sequences = len(spans)
         args.window = MAX_INT64 if window is None else window
 
-    def attend(self, q: Tensor, cache: Tensor, out: Tensor, use_isa: int | None = None) -> None:
+    def point_to(self, layer: Tensor, num_heads: int) -> None:
+        """Fills in what follows from one layer of a cache, `[blocks, 2, block_size, Hkv, D]`, each block contiguous."""
+        args = self.args
+        args.cache = layer.data_ptr()
+        args.block_stride, args.value_offset, args.block_size = layer.stride(0), layer.stride(1), layer.shape[2]
+        args.num_heads, args.num_kv_heads, args.head_dim = num_heads, layer.shape[3], layer.shape[4]
+        args.num_threads, args.scale = torch.get_num_threads(), 1.0 / math.sqrt(layer.shape[4])
+
+    def attend(self, q: Tensor, layer: Tensor, out: Tensor, use_isa: int | None = None) -> None:
         """Fills this batch's rows of `out`. Scores are scaled by 1/sqrt(D).
 
-        q and out are `[N, H, D]` with rows contiguous; `cache` is one layer's, `[blocks, 2, block_size, Hkv, D]`, each
-        block contiguous, with this step's keys and values already in it. Only for what `can_attend`.
+        q and out are `[N, H, D]` with rows contiguous; `layer` is one layer of the cache, `[blocks, 2, block_size, Hkv,
+        D]`, with this step's keys and values already in it. Only for what `can_attend`.
         """
-        library, args = _library(), self._args
-        assert library is not None
-        args.q, args.cache, args.out = q.data_ptr(), cache.data_ptr(), out.data_ptr()
-        args.q_stride, args.out_stride = q.stride(0), out.stride(0)
-        args.block_stride, args.value_offset, args.block_size = cache.stride(0), cache.stride(1), cache.shape[2]
-        args.num_heads, args.num_kv_heads, args.head_dim = q.shape[1], cache.shape[3], q.shape[2]
-        args.num_threads, args.scale = torch.get_num_threads(), 1.0 / math.sqrt(q.shape[2])
-        function = library.baton_decode_attention if self._is_decode else library.baton_prompt_attention
-        function(ctypes.byref(args), DTYPES[q.dtype], isa() if use_isa is None else use_isa)
+        args, kernels = self.args, library()
+        assert kernels is not None
+        self.point_to(layer, q.shape[1])
+        args.q, args.out, args.q_stride, args.out_stride = q.data_ptr(), out.data_ptr(), q.stride(0), out.stride(0)
+        kernels.baton_attention(ctypes.byref(args), DTYPES[q.dtype], isa() if use_isa is None else use_isa)

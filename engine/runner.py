@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.attention import ForwardBatch, SequenceSpan
-from engine.model import Transformer
+from engine.native_model import Model
 from engine.request import OutputToken
 from engine.sampler import sample
 from engine.scheduler import Chunk
@@ -17,7 +17,7 @@ from engine.scheduler import Chunk
 class Runner:
     """A model and its cache, `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`."""
 
-    def __init__(self, model: Transformer, cache: Tensor, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, model: Model, cache: Tensor, eos_token_ids: Sequence[int]) -> None:
         self._model = model
         self._cache = cache
         self._eos_token_ids = tuple(eos_token_ids)

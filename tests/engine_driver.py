@@ -35,7 +35,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
     "bos_token_id": None,
     "eos_token_id": None,
     "initializer_range": 0.2,
@@ -59,7 +59,13 @@ def make_model(architecture: str, folder: Path) -> PreTrainedModel:
 
 
 def make_engine(folder: Path, **options: object) -> Engine:
-    defaults = {"dtype": "float32", "block_size": BLOCK, "num_blocks": 64, "max_num_batched_tokens": 64}
+    defaults = {
+        "dtype": "float32",
+        "block_size": BLOCK,
+        "num_blocks": 64,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 256,
+    }
     return Engine.from_pretrained(folder, EngineConfig(**{**defaults, **options}))  # type: ignore[arg-type]
 
 

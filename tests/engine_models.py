@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.attention import ForwardBatch, SequenceSpan
 from engine.config import ModelConfig
 from engine.model import Transformer
+from engine.native_model import NativeTransformer
 from engine.weights import load_model
 
 BLOCK = 16
@@ -81,7 +82,9 @@ def batch_of(parts: Sequence[tuple[Tensor, int, int, Tensor]]) -> ForwardBatch:
     return ForwardBatch(torch.cat(token_ids), torch.cat(positions), torch.cat(slots), tuple(spans), rows)
 
 
-def logits_in_chunks(model: Transformer, tokens: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+def logits_in_chunks(
+    model: Transformer | NativeTransformer, tokens: Tensor, sizes: Sequence[int], dtype: torch.dtype
+) -> Tensor:
     """Chunks of these sizes, over and over, until the end; `[tokens, vocab]`."""
     cache = empty_cache(model.config, dtype)
     table = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(3))
