@@ -1,20 +1,34 @@
 """Attention over paged KV: writes a step's keys and values to their slots, then lets each sequence attend to its own.
 
-A compiled kernel does it where there is one: it reads blocks where they lie. Elsewhere blocks are gathered for torch's
-SDPA. Each sequence is computed by itself, so a row's result does not depend on its neighbours in the batch. Knows block
-tables and positions; knows neither requests nor the model around it.
+A kernel does it where there is one, and reads blocks where they lie: a compiled one for CPUs, or one for GPUs, which
+comes with the batch (`engine.cuda_attention`). Elsewhere blocks are gathered for SDPA. There and in the compiled
+kernel each sequence is computed by itself, so a row's result does not depend on its neighbours in the batch. Knows
+block tables and positions; knows neither requests nor the model around it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from engine.native import AttentionBatch, can_attend
+
+
+class Kernel(Protocol):
+    """Attention for some sequences of a step, over one window; the same object serves all layers of that window."""
+
+    def attend(self, q: Tensor, cache: Tensor, out: Tensor) -> None:
+        """Fills its sequences' rows of `out`. Scores are scaled by 1/sqrt(D).
+
+        q and out are `[N, H, D]`; `cache` is one layer's, `[num_blocks, 2, block_size, Hkv, D]`, with this step's keys
+        and values already in it.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,7 @@ class ForwardBatch:
     slot_mapping: Tensor  # int64 [N], block_id * block_size + offset in the block
     spans: tuple[SequenceSpan, ...]
     logits_indices: Tensor  # int64 [R], the rows whose logits are wanted
+    kernels: Mapping[int | None, Kernel] = field(default_factory=dict)  # of each window, for all spans; may be empty
 
 
 @dataclass(frozen=True)
@@ -54,8 +69,8 @@ class AttentionPlan:
 
     write_blocks: Tensor  # int64 [N]
     write_offsets: Tensor  # int64 [N]
-    compiled: AttentionBatch | None
-    spans: tuple[_SpanPlan, ...]  # for torch
+    kernel: Kernel | None
+    spans: tuple[_SpanPlan, ...]  # for torch, where there is no kernel
 
 
 def plan_attention(batch: ForwardBatch, cache: Tensor, sliding_window: int | None) -> AttentionPlan:
@@ -64,12 +79,14 @@ def plan_attention(batch: ForwardBatch, cache: Tensor, sliding_window: int | Non
     `cache` is that of all layers, `[num_blocks, num_layers, 2, block_size, Hkv, D]`.
     """
     slots, block_size = batch.slot_mapping, cache.shape[3]
-    is_compiled = can_attend(cache.shape[-1], cache.dtype, cache.device)
+    kernel: Kernel | None = batch.kernels.get(sliding_window)
+    if kernel is None and can_attend(cache.shape[-1], cache.dtype, cache.device):
+        kernel = _plan_compiled(batch.spans, sliding_window)
     return AttentionPlan(
         write_blocks=torch.div(slots, block_size, rounding_mode="floor"),
         write_offsets=slots % block_size,
-        compiled=_plan_compiled(batch.spans, sliding_window) if is_compiled else None,
-        spans=() if is_compiled else tuple(_plan_span(span, block_size, sliding_window) for span in batch.spans),
+        kernel=kernel,
+        spans=() if kernel else tuple(_plan_span(span, block_size, sliding_window) for span in batch.spans),
     )
 
 
@@ -81,8 +98,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: AttentionPlan) 
     cache[:, 0].index_put_((plan.write_blocks, plan.write_offsets), k)
     cache[:, 1].index_put_((plan.write_blocks, plan.write_offsets), v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if plan.compiled is not None:
-        plan.compiled.attend(q, cache, out)
+    if plan.kernel is not None:
+        plan.kernel.attend(q, cache, out)
     for span in plan.spans:
         rows = slice(span.start, span.end)
         if span.blocks is None:

@@ -15,9 +15,11 @@ import torch
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig, ModelConfig, kv_layout
+from engine.cuda_graphs import on_device
 from engine.errors import InvalidRequest, NoRoom, UnknownRequest
 from engine.kv_cache import TORCH_DTYPES, KVCache
-from engine.native_model import Model, fastest
+from engine.model import Model
+from engine.native_model import fastest
 from engine.request import (
     EngineLoad,
     FinishReason,
@@ -55,7 +57,7 @@ class Engine:
             engine_config.enable_prefix_caching,
         )
         self._cache = KVCache(self.layout, num_blocks, torch.device(engine_config.device))
-        self._runner = Runner(model, self._cache.tensor, model_config.eos_token_ids)
+        self._runner = Runner(on_device(model, self._cache), self._cache.tensor, model_config.eos_token_ids)
         self._pins: Counter[int] = Counter()
         self._speed = SpeedMeter()
 

@@ -7,38 +7,49 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from engine.cuda_copies import BlockCopies
 from kvstore.blocks import KVLayout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class KVCache:
-    """`tensor` is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`, so a block is one run of bytes."""
+    """`tensor` is `[num_blocks + 1, num_layers, 2, block_size, num_kv_heads, head_dim]`: a block is one run of bytes.
+
+    The last block, `spare_block`, is no request's: rows that pad a step to a fixed shape write there.
+    """
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
-        shape = (num_blocks, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim)
+        shape = (num_blocks + 1, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim)
         self.tensor = torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype], device=device)
+        self.spare_block = num_blocks
         self.block_bytes = layout.block_bytes
-        self._bytes = self.tensor.view(torch.uint8).view(num_blocks, layout.block_bytes)
+        blocks = self.tensor.view(torch.uint8).view(num_blocks + 1, layout.block_bytes)
         # On the CPU the same memory as numpy sees it: its copies are plain, and they let other threads run.
-        self._host = self._bytes.numpy() if device.type == "cpu" else None
+        self._host = blocks.numpy() if device.type == "cpu" else None
+        self._copies = None if device.type == "cpu" else BlockCopies(blocks)
 
     def write(self, block_id: int, source: memoryview) -> bool:
-        """Copies a payload into a block. False: not a block's length, nothing was copied."""
+        """Copies a payload into a block. False: not a block's length, nothing was copied.
+
+        Nothing reads `source` after this. Steps that run from now on see the block; the thread that runs them calls.
+        """
         if source.nbytes != self.block_bytes:
             return False
         payload = np.frombuffer(source, np.uint8)
         if self._host is not None:
             np.copyto(self._host[block_id], payload)
-        else:
-            self._bytes[block_id].copy_(torch.from_numpy(payload.copy()))
+        elif self._copies is not None:
+            self._copies.write(block_id, payload)
         return True
 
     def read(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> None:
         """Copies blocks out, each to its destination of `block_bytes` bytes; `ValueError` when one has another size."""
+        targets = [np.frombuffer(destination, np.uint8) for destination in destinations]
+        if len(block_ids) != len(targets) or any(target.nbytes != self.block_bytes for target in targets):
+            raise ValueError(f"{len(block_ids)} blocks need as many destinations of {self.block_bytes} bytes each")
         if self._host is not None:
-            blocks = [self._host[block_id] for block_id in block_ids]
-        else:
-            blocks = list(self._bytes[torch.tensor(block_ids, device=self._bytes.device)].cpu().numpy())
-        for block, destination in zip(blocks, destinations, strict=True):
-            np.copyto(np.frombuffer(destination, np.uint8), block)
+            for block_id, target in zip(block_ids, targets, strict=True):
+                np.copyto(target, self._host[block_id])
+        elif self._copies is not None:
+            self._copies.read(block_ids, targets)

@@ -6,6 +6,8 @@ round where transformers rounds, so that half precision agrees with it too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,6 +15,8 @@ from torch.nn import functional
 from engine.attention import AttentionPlan, ForwardBatch, attend, plan_attention
 from engine.config import ModelConfig
 from engine.rope import inverse_frequencies, rotate, rotation
+
+Model = Callable[[ForwardBatch, Tensor], Tensor]  # as `Transformer.forward`
 
 
 class RMSNorm(nn.Module):

@@ -8,14 +8,13 @@ serve requests go on meanwhile. Rounds to bfloat16 where transformers does, but 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from engine.attention import ForwardBatch
 from engine.config import ModelConfig
-from engine.model import Layer, Transformer
+from engine.model import Layer, Model, Transformer
 from engine.native import DTYPES, MAX_INT64, AttentionArgs, AttentionBatch, can_attend, isa, library
 from engine.rope import rotation
 
@@ -57,9 +56,6 @@ def can_run(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bo
     """Whether `NativeTransformer` does this model here."""
     sizes = (config.hidden_size, config.intermediate_size)
     return can_attend(config.head_dim, dtype, device) and all(size % GATES == 0 for size in sizes)
-
-
-Model = Callable[[ForwardBatch, Tensor], Tensor]  # as `Transformer.forward`
 
 
 def fastest(model: Transformer) -> Model:

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from engine.attention import ForwardBatch, SequenceSpan
-from engine.native_model import Model
+from engine.model import Model
 from engine.request import OutputToken
-from engine.sampler import sample
+from engine.sampler import sample_all
 from engine.scheduler import Chunk
 
 
 class Runner:
-    """A model and its cache, `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`."""
+    """A model and its cache, `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+
+    Batches are built on the host; a model on another device moves them (`engine.cuda_graphs`).
+    """
 
     def __init__(self, model: Model, cache: Tensor, eos_token_ids: Sequence[int]) -> None:
         self._model = model
@@ -25,18 +28,18 @@ class Runner:
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> list[OutputToken | None]:
         """Computes the chunks' KV; a token for each chunk that samples, None for the others."""
-        batch = build_batch(chunks, self._cache.shape[3], self._cache.device)
-        logits = iter(self._model(batch, self._cache).cpu())
-        return [self._sample(next(logits), chunk) if chunk.samples else None for chunk in chunks]
+        batch = build_batch(chunks, self._cache.shape[3])
+        logits = self._model(batch, self._cache)
+        requests = [chunk.request for chunk in chunks if chunk.samples]
+        tokens = iter(sample_all(logits, requests, self._eos_token_ids))
+        if self._cache.is_cuda:
+            # Without a token to wait for, the step would end before it is computed: it could not be timed, and its
+            # blocks could not leave.
+            torch.cuda.current_stream(self._cache.device).synchronize()
+        return [next(tokens) if chunk.samples else None for chunk in chunks]
 
-    def _sample(self, logits: Tensor, chunk: Chunk) -> OutputToken:
-        request = chunk.request
-        prompt = request.token_ids[: request.num_prompt_tokens]
-        output = request.token_ids[request.num_prompt_tokens :]
-        return sample(logits, prompt, output, request.params, self._eos_token_ids)
 
-
-def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> ForwardBatch:
+def build_batch(chunks: Sequence[Chunk], block_size: int) -> ForwardBatch:
     """The chunks' tokens one behind the other, each with its position and its slot in the cache."""
     token_ids: list[int] = []
     positions: list[int] = []
@@ -44,7 +47,7 @@ def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device) 
     spans: list[SequenceSpan] = []
     for chunk in chunks:
         table, end = chunk.request.block_table, chunk.start + chunk.num_tokens
-        block_table = torch.tensor(table[: -(-end // block_size)], dtype=torch.int64, device=device)
+        block_table = torch.tensor(table[: -(-end // block_size)], dtype=torch.int64)
         spans.append(SequenceSpan(len(token_ids), chunk.num_tokens, end, block_table))
         token_ids += chunk.request.token_ids[chunk.start : end]
         positions += range(chunk.start, end)
@@ -53,9 +56,9 @@ def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device) 
         span.query_start + span.query_len - 1 for span, chunk in zip(spans, chunks, strict=True) if chunk.samples
     ]
     return ForwardBatch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64),
         spans=tuple(spans),
-        logits_indices=torch.tensor(last_rows, dtype=torch.int64, device=device),
+        logits_indices=torch.tensor(last_rows, dtype=torch.int64),
     )

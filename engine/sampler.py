@@ -15,11 +15,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.request import OutputToken, SamplingParams
+from engine.request import OutputToken, Request, SamplingParams
 
 MASK_64 = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 NUCLEUS_START = 1024  # tokens sorted at first; a nucleus is rarely larger
+
+
+def sample_all(logits: Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int]) -> list[OutputToken]:
+    """The next token of each request, as `sample` has it; `logits` is float32 `[len(requests), vocab]`, on any device.
+
+    The logits stay on their device, and plain greedy requests share one search for the largest.
+    """
+    is_plain = [_is_plain_greedy(request.params, request.num_output_tokens) for request in requests]
+    largest = _argmax(logits) if any(is_plain) else []
+    return [
+        OutputToken(largest[row]) if is_plain[row] else _sample_one(logits[row], request, eos_token_ids)
+        for row, request in enumerate(requests)
+    ]
+
+
+def _sample_one(logits: Tensor, request: Request, eos_token_ids: Sequence[int]) -> OutputToken:
+    prompt = request.token_ids[: request.num_prompt_tokens]
+    output = request.token_ids[request.num_prompt_tokens :]
+    return sample(logits, prompt, output, request.params, eos_token_ids)
+
+
+def _is_plain_greedy(params: SamplingParams, num_output_tokens: int) -> bool:
+    """Whether nothing but the largest logit matters."""
+    is_changed = _has_penalties(params) or num_output_tokens < params.min_tokens
+    return params.temperature == 0.0 and params.logprobs is None and not is_changed
+
+
+def _argmax(logits: Tensor) -> list[int]:
+    """Of each row; the lowest id of equal ones. On CPUs numpy's is ten times as fast as torch's."""
+    ids = logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(-1)
+    token_ids: list[int] = ids.tolist()
+    return token_ids
 
 
 def sample(

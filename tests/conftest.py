@@ -87,6 +87,17 @@ def redis_process() -> Iterator[RedisProcess]:
     server.close()
 
 
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that an engine may run on; tests of one that this machine lacks are skipped."""
+    import torch
+
+    name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return name
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers in fp32, vocabulary 258, with the pocket model's byte tokenizer."""

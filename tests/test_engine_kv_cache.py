@@ -2,46 +2,89 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
+from engine.cuda_copies import STAGED_BLOCKS, BlockCopies
 from engine.kv_cache import TORCH_DTYPES, KVCache
 from kvstore.blocks import KVLayout
 
+NUM_BLOCKS = 2 * STAGED_BLOCKS + 3
 
-def make_cache(dtype: str, on_host: bool) -> KVCache:
+
+@pytest.fixture(params=["host", "staged", "cuda"])
+def way(request: pytest.FixtureRequest) -> str:
+    """`staged`: a device's way in the host's memory."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    way: str = request.param
+    return way
+
+
+def make_cache(dtype: str, way: str) -> KVCache:
     layout = KVLayout(model="m", dtype=dtype, block_size=4, num_layers=3, num_kv_heads=2, head_dim=6)
-    cache = KVCache(layout, 5, torch.device("cpu"))
-    if not on_host:
-        cache._host = None  # what a device's memory looks like: only torch may touch it
+    cache = KVCache(layout, NUM_BLOCKS, torch.device("cuda" if way == "cuda" else "cpu"))
+    if way == "staged":
+        cache._host = None
+        cache._copies = BlockCopies(cache.tensor.view(torch.uint8).view(-1, cache.block_bytes))
     return cache
 
 
-@pytest.mark.parametrize("on_host", [True, False])
+def read(cache: KVCache, block_ids: list[int]) -> list[bytes]:
+    buffers = [bytearray(cache.block_bytes) for _ in block_ids]
+    cache.read(block_ids, [memoryview(buffer) for buffer in buffers])
+    return [bytes(buffer) for buffer in buffers]
+
+
 @pytest.mark.parametrize("dtype", sorted(TORCH_DTYPES))
-def test_blocks_go_out_and_in(dtype: str, on_host: bool) -> None:
-    source, target = make_cache(dtype, on_host), make_cache(dtype, on_host)
+def test_blocks_go_out_and_in(dtype: str, way: str) -> None:
+    source, target = make_cache(dtype, way), make_cache(dtype, way)
     source.tensor.copy_(torch.randn(source.tensor.shape))
-    buffers = [bytearray(source.block_bytes) for _ in range(2)]
-    source.read([4, 1], [memoryview(buffer) for buffer in buffers])
-    assert target.write(0, memoryview(bytes(buffers[0])))
-    assert target.write(2, memoryview(buffers[1]))
+    first, second = read(source, [4, 1])
+    assert target.write(0, memoryview(first))
+    assert target.write(2, memoryview(bytearray(second)))
     assert torch.equal(target.tensor[0], source.tensor[4])
     assert torch.equal(target.tensor[2], source.tensor[1])
-    assert not target.tensor[[1, 3, 4]].any()
+    assert not target.tensor[[1, *range(3, NUM_BLOCKS + 1)]].any()
 
 
-@pytest.mark.parametrize("on_host", [True, False])
-def test_bytes_are_row_major_layer_then_key_or_value_then_token(on_host: bool) -> None:
-    cache = make_cache("float32", on_host)
+def test_bytes_are_row_major_layer_then_key_or_value_then_token(way: str) -> None:
+    cache = make_cache("float32", way)
     block = torch.arange(3 * 2 * 4 * 2 * 6, dtype=torch.float32)
     assert cache.write(3, memoryview(block.numpy()).cast("B"))
-    assert torch.equal(cache.tensor[3], block.view(3, 2, 4, 2, 6))
+    assert torch.equal(cache.tensor[3].cpu(), block.view(3, 2, 4, 2, 6))
 
 
-@pytest.mark.parametrize("on_host", [True, False])
-def test_other_sizes_are_not_copied(on_host: bool) -> None:
-    cache = make_cache("float16", on_host)
+def test_more_blocks_than_are_on_their_way_at_once(way: str) -> None:
+    """Each payload's memory is used again at once, as a store's slots are."""
+    cache = make_cache("float32", way)
+    payload = bytearray(cache.block_bytes)
+    for block_id in range(NUM_BLOCKS):
+        payload[:] = bytes([block_id + 1]) * cache.block_bytes
+        assert cache.write(block_id, memoryview(payload))
+    payload[:] = bytes(cache.block_bytes)
+    order = [*range(NUM_BLOCKS)][::-1]
+    assert read(cache, order) == [bytes([block_id + 1]) * cache.block_bytes for block_id in order]
+    assert not cache.tensor[cache.spare_block].any()
+
+
+def test_threads_read_side_by_side(way: str) -> None:
+    cache = make_cache("float32", way)
+    for block_id in range(NUM_BLOCKS):
+        cache.write(block_id, memoryview(bytes([block_id]) * cache.block_bytes))
+
+    def is_right(shift: int) -> bool:
+        order = [(block_id + shift) % NUM_BLOCKS for block_id in range(NUM_BLOCKS)]
+        return read(cache, order) == [bytes([block_id]) * cache.block_bytes for block_id in order]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(is_right, range(40)))
+
+
+def test_other_sizes_are_not_copied(way: str) -> None:
+    cache = make_cache("float16", way)
     for size in (0, cache.block_bytes - 1, cache.block_bytes + 1):
         assert not cache.write(1, memoryview(b"\xff" * size))
         with pytest.raises(ValueError):

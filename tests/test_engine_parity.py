@@ -50,7 +50,11 @@ class Case:
     """A model, and what transformers and an engine that has nothing else to do make of the prompts."""
 
     folder: Path
+    device: str
     greedy: dict[str, list[int]]
+
+    def engine(self, **options: object) -> Engine:
+        return make_engine(self.folder, device=self.device, **options)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +66,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp(request.param)
     model = make_model(request.param, folder)
     greedy: dict[str, list[int]] = {}
@@ -76,7 +80,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         )
         greedy[name] = output[0, len(prompt) :].tolist()
     assert len({tuple(tokens) for tokens in greedy.values()}) == len(LENGTHS)
-    return Case(folder, greedy)
+    return Case(folder, device, greedy)
 
 
 def requests(engine: Engine, params: SamplingParams = GREEDY) -> list[Request]:
@@ -88,7 +92,7 @@ def outputs(run: Run) -> dict[str, list[int]]:
 
 
 def test_alone(case: Case) -> None:
-    engine = make_engine(case.folder, enable_prefix_caching=False)
+    engine = case.engine(enable_prefix_caching=False)
     for name, prompt in PROMPTS.items():
         run = drive(engine, [make_request(engine, name, prompt)])
         assert run.ids(name) == case.greedy[name]
@@ -97,20 +101,20 @@ def test_alone(case: Case) -> None:
 
 
 def test_in_a_mixed_batch(case: Case) -> None:
-    engine = make_engine(case.folder)
+    engine = case.engine()
     assert outputs(drive(engine, requests(engine))) == case.greedy
     assert_all_free(engine)
 
 
 @pytest.mark.parametrize("budget", [1, 5, BLOCK, 2 * BLOCK + 3])
 def test_in_chunks(case: Case, budget: int) -> None:
-    engine = make_engine(case.folder, max_num_batched_tokens=budget)
+    engine = case.engine(max_num_batched_tokens=budget)
     assert outputs(drive(engine, requests(engine))) == case.greedy
     assert_all_free(engine)
 
 
 def test_joined_and_left_at_any_step(case: Case) -> None:
-    engine = make_engine(case.folder, max_num_batched_tokens=11, max_num_requests=3)
+    engine = case.engine(max_num_batched_tokens=11, max_num_requests=3)
     late = requests(engine)
     run = Run()
     while late or engine.has_work():
@@ -125,7 +129,7 @@ def test_joined_and_left_at_any_step(case: Case) -> None:
 
 @pytest.mark.parametrize("budget", [5, 64])
 def test_with_a_prefix_hit(case: Case, budget: int) -> None:
-    engine = make_engine(case.folder, max_num_batched_tokens=budget)
+    engine = case.engine(max_num_batched_tokens=budget)
     drive(engine, requests(engine))
     warm = requests(engine)
     run = drive(engine, warm)
@@ -142,7 +146,7 @@ def test_with_a_prefix_hit(case: Case, budget: int) -> None:
 @pytest.mark.parametrize("caching", [False, True])
 def test_after_preemption(case: Case, caching: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", logger="engine.scheduler")
-    engine = make_engine(case.folder, num_blocks=8, enable_prefix_caching=caching)
+    engine = case.engine(num_blocks=8, enable_prefix_caching=caching)
     run = drive(engine, requests(engine))
     assert outputs(run) == case.greedy
     assert "event=preempt" in caplog.text
@@ -154,9 +158,9 @@ def test_after_preemption(case: Case, caching: bool, caplog: pytest.LogCaptureFi
 def test_with_imported_blocks(case: Case, num_lost: int) -> None:
     """What one engine published, another one imports; blocks that the store lost are computed."""
     store = Store()
-    first = make_engine(case.folder, max_num_batched_tokens=10)
+    first = case.engine(max_num_batched_tokens=10)
     drive(first, requests(first), store)
-    second = make_engine(case.folder, max_num_batched_tokens=10)
+    second = case.engine(max_num_batched_tokens=10)
     moved = requests(second)
     for request in moved:
         second.add(request, hold=True)
@@ -179,11 +183,11 @@ def test_logits_are_within_a_ten_thousandth(case: Case, way: str) -> None:
     """Of each token's 20 most likely ones; as log probabilities, which is how logits leave an engine."""
     params = replace(GREEDY, logprobs=20)
     options = {"preempted": {"num_blocks": 8}, "in chunks": {"max_num_batched_tokens": 5}}.get(way, {})
-    engine, store = make_engine(case.folder, **options), Store()
+    engine, store = case.engine(**options), Store()
     if way == "hit":
         drive(engine, requests(engine))
     if way == "imported":
-        first = make_engine(case.folder)
+        first = case.engine()
         drive(first, requests(first), store)
     going = requests(engine, params)
     for request in going if way == "imported" else ():
@@ -211,7 +215,7 @@ def sampled(case: Case) -> dict[str, dict[str, list[int]]]:
     """The text of each request when it is alone on a cold engine, for each kind of sampling."""
     texts: dict[str, dict[str, list[int]]] = {}
     for kind, params in SAMPLED.items():
-        engine = make_engine(case.folder, enable_prefix_caching=False)
+        engine = case.engine(enable_prefix_caching=False)
         texts[kind] = {name: drive(engine, requests(engine, params)[i : i + 1]).ids(name) for i, name in numbered()}
     assert texts["hot"] != texts["filtered"]
     assert any(len(tokens) < 14 for tokens in texts["penalised"].values()), "no stop token was ever drawn"
@@ -227,7 +231,7 @@ def numbered() -> list[tuple[int, str]]:
 def test_sampled_text_does_not_hang_on_the_batch(
     case: Case, sampled: dict[str, dict[str, list[int]]], kind: str, options: dict[str, int]
 ) -> None:
-    engine = make_engine(case.folder, **options)
+    engine = case.engine(**options)
     for _ in ("cold", "warm"):
         assert outputs(drive(engine, requests(engine, SAMPLED[kind]))) == sampled[kind]
     assert_all_free(engine)
@@ -243,7 +247,7 @@ def test_sampled_text_goes_on_over_engines(
     tokens = {name: list(prompt) for name, prompt in PROMPTS.items()}
     reasons = dict.fromkeys(tokens, FinishReason.HANDOFF)
     for handoff in (*handoffs, None):
-        engine = make_engine(case.folder, max_num_batched_tokens=20)
+        engine = case.engine(max_num_batched_tokens=20)
         going = [name for name, reason in reasons.items() if reason is FinishReason.HANDOFF]
         for name in going:
             request = make_request(engine, name, tokens[name], SAMPLED[kind], len(PROMPTS[name]), handoff)
@@ -262,9 +266,9 @@ def test_sampled_text_goes_on_over_engines(
 def test_a_decode_leg_takes_over_the_first_token(case: Case) -> None:
     """The journey of a request: held for its prompt, filled with the prefill leg's blocks, started with its token."""
     store, params = Store(), SAMPLED["filtered"]
-    whole = make_engine(case.folder)
+    whole = case.engine()
     expected = outputs(drive(whole, requests(whole, params)))
-    prefill, decode = make_engine(case.folder), make_engine(case.folder)
+    prefill, decode = case.engine(), case.engine()
     for request in requests(decode, params):
         decode.add(request, hold=True)
     first = drive(

@@ -19,8 +19,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.request import SamplingParams
-from engine.sampler import sample, uniform
+from engine.request import Request, SamplingParams
+from engine.sampler import sample, sample_all, uniform
+from kvstore.blocks import BlockHash
 
 VOCAB = 24
 EOS = (3,)
@@ -279,3 +280,34 @@ def test_logits_of_inference_mode():
     with torch.inference_mode():
         logits = torch.randn(VOCAB)
     sample(logits, [1], [1], SamplingParams(repetition_penalty=1.5, presence_penalty=1.0, min_tokens=3), EOS)
+
+
+# --- many requests ---
+
+
+def test_all_requests_of_a_step_get_what_each_gets_alone(device: str) -> None:
+    kinds = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.0, logprobs=3),
+        SamplingParams(temperature=0.0, min_tokens=5, stop_token_ids=(7,)),
+        SamplingParams(temperature=0.0, repetition_penalty=1.5),
+        SamplingParams(temperature=0.0, presence_penalty=1.0),
+        SamplingParams(temperature=1.0, top_k=20, top_p=0.9, seed=3),
+        SamplingParams(temperature=0.0, max_tokens=9),
+    ]
+    prompt, output = [1, 2, 3], [4, 5]
+    requests = [
+        Request(str(index), [*prompt, *output], len(prompt), params, BlockHash(b"root"), 16)
+        for index, params in enumerate(kinds)
+    ]
+    logits = torch.randn(len(kinds), 50, generator=torch.Generator().manual_seed(0))
+    logits[:, 7] = logits[:, 4] = logits[:, 30] = 9.0  # equal ones
+    logits[6, 3] = logits[6, 40] = math.nan  # more than all numbers, as torch has it
+    tokens = sample_all(logits.to(device), requests, [9])
+    for token, row, params in zip(tokens, logits, kinds, strict=True):
+        alone = sample(row, prompt, output, params, [9])
+        assert token.token_id == alone.token_id
+        assert token.logprob == pytest.approx(alone.logprob, abs=1e-5) and len(token.top) == len(alone.top)
+    assert [token.token_id for token in tokens][:5] == [4, 4, 4, 7, 7]
+    assert tokens[6].token_id == 3
+    assert sample_all(logits[:0].to(device), [], [9]) == []

@@ -1,0 +1,66 @@
+"""Blocks between a device and the host: through pinned memory, on streams of their own, beside what is being computed.
+Not yet run on a GPU; on a CPU, where streams do nothing, the tests run all of it.
+
+What leaves has been computed, for a step ends only when the device has done it (`engine.runner`). What comes in is
+there before anything that is launched after `write`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+STAGED_BLOCKS = 8  # on their way at once, in each direction
+
+
+class BlockCopies:
+    """`blocks` is uint8 `[num_blocks, block_bytes]` on a device. One thread writes; any may read."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        self._blocks = blocks
+        self._runtime: Any = torch.get_device_module(blocks.device)
+        self._incoming, self._outgoing = _Staging(blocks, self._runtime), _Staging(blocks, self._runtime)
+        self._next_slot = 0
+        self._lock = threading.Lock()  # of what is outgoing
+
+    def write(self, block_id: int, payload: NDArray[np.uint8]) -> None:
+        """The payload is copied when this returns; the device's copy of it goes on behind."""
+        staging, slot = self._incoming, self._next_slot
+        self._next_slot = (slot + 1) % STAGED_BLOCKS
+        staging.events[slot].synchronize()  # what was in this slot has left it
+        np.copyto(staging.host[slot], payload)
+        with self._runtime.stream(staging.stream):
+            self._blocks[block_id].copy_(staging.pinned[slot], non_blocking=True)
+        staging.events[slot].record(staging.stream)
+        self._runtime.current_stream(self._blocks.device).wait_event(staging.events[slot])
+
+    def read(self, block_ids: Sequence[int], destinations: Sequence[NDArray[np.uint8]]) -> None:
+        """Returns when all destinations are filled."""
+        staging = self._outgoing
+        with self._lock:
+            for first in range(0, len(block_ids), STAGED_BLOCKS):
+                part = slice(first, first + STAGED_BLOCKS)
+                for slot, block_id in enumerate(block_ids[part]):
+                    with self._runtime.stream(staging.stream):
+                        staging.pinned[slot].copy_(self._blocks[block_id], non_blocking=True)
+                    staging.events[slot].record(staging.stream)
+                for slot, destination in enumerate(destinations[part]):
+                    staging.events[slot].synchronize()  # lets other threads run
+                    np.copyto(destination, staging.host[slot])
+
+
+class _Staging:
+    """Slots of pinned memory for one direction; each event tells when the last copy to or from its slot is done."""
+
+    def __init__(self, blocks: Tensor, runtime: Any) -> None:
+        shape = (STAGED_BLOCKS, blocks.shape[1])
+        self.pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=blocks.is_cuda)
+        self.host = self.pinned.numpy()
+        self.stream = runtime.Stream(blocks.device)
+        self.events = [runtime.Event() for _ in range(STAGED_BLOCKS)]
