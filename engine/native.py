@@ -16,14 +16,36 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 64  # a head is a whole number of them
 MAX_HEAD_DIM = 256
+PANEL = 32  # outputs whose weights are packed together; kPanel in csrc/rows.inc
 MAX_INT64 = 2**63 - 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-ISA_NAMES = ("portable code", "AVX2", "AVX-512", "AVX-512 BF16")
+ISA_NAMES = ("portable code", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
+AMX = ISA_NAMES.index("AMX")
+ROWS_BEHIND = 31  # that matrix registers may read behind the last row of a linear layer's input
+
+
+class Linear(ctypes.Structure):
+    """As in csrc/native.cpp, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+    )
+
+
+class _LinearArgs(ctypes.Structure):
+    _fields_ = (
+        ("linear", Linear),
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+        ("rows", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
+    )
 
 
 class AttentionArgs(ctypes.Structure):
@@ -48,7 +70,7 @@ def library() -> ctypes.CDLL | None:
         logger.warning("event=no_compiled_kernels models run in plain torch, which is slower")
         return None
     kernels = ctypes.CDLL(spec.origin)
-    for function in (kernels.baton_attention, kernels.baton_step):
+    for function in (kernels.baton_attention, kernels.baton_linear, kernels.baton_step):
         function.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
         function.restype = None
     return kernels
@@ -58,7 +80,39 @@ def library() -> ctypes.CDLL | None:
 def isa() -> int:
     """The instruction set that the kernels use here, an index of `ISA_NAMES`; -1 without kernels."""
     kernels = library()
-    return -1 if kernels is None else int(kernels.baton_isa())
+    widest = -1 if kernels is None else int(kernels.baton_isa())
+    if widest == AMX and not _agrees(AMX, AMX - 1):
+        logger.warning("event=isa_refused isa=AMX its sums are not those of AVX-512")
+        return AMX - 1
+    return widest
+
+
+def _agrees(isa: int, with_isa: int) -> bool:
+    """Whether two instruction sets give one result, but for rounding: matrix registers must prove themselves."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(100, 96, generator=generator), torch.randn(72, 96, generator=generator)
+    mine, theirs = (linear(x.bfloat16(), packed(weight.bfloat16()), 72, use) for use in (isa, with_isa))
+    return bool(torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3))
+
+
+def packed(weight: Tensor) -> Tensor:
+    """`[outputs, inputs]` as the kernels read it: int32 `[panels, units, PANEL]`, outputs filled up with zeros.
+
+    A unit is 4 bytes of a row: one float32, or two bfloat16.
+    """
+    units = pad(weight, (0, 0, 0, -weight.shape[0] % PANEL)).view(torch.int32)
+    return units.view(-1, PANEL, units.shape[1]).transpose(1, 2).contiguous()
+
+
+def linear(x: Tensor, packed_weight: Tensor, outputs: int, use_isa: int | None = None) -> Tensor:
+    """`x . weight^T` in float32, `[N, outputs]`, of x `[N, inputs]`."""
+    kernels, room = library(), pad(x, (0, 0, 0, ROWS_BEHIND))
+    assert kernels is not None
+    y = torch.empty(len(x), outputs)
+    layer = Linear(packed_weight.data_ptr(), None, x.shape[1], outputs)
+    args = _LinearArgs(layer, room.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads())
+    kernels.baton_linear(ctypes.byref(args), DTYPES[x.dtype], isa() if use_isa is None else use_isa)
+    return y
 
 
 def can_attend(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:

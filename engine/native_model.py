@@ -15,25 +15,28 @@ from torch import Tensor, nn
 from engine.attention import ForwardBatch
 from engine.config import ModelConfig
 from engine.model import Layer, Model, Transformer
-from engine.native import DTYPES, MAX_INT64, AttentionArgs, AttentionBatch, can_attend, isa, library
+from engine.native import (
+    DTYPES,
+    MAX_INT64,
+    PANEL,
+    ROWS_BEHIND,
+    AttentionArgs,
+    AttentionBatch,
+    Linear,
+    can_attend,
+    isa,
+    library,
+    packed,
+)
 from engine.rope import rotation
 
-PANEL = 32  # outputs whose weights are packed together; kPanel in csrc/rows.inc
 GATES = PANEL // 2  # of an MLP's panel; the other half are what they let through
-UNIT_BYTES = 4  # inputs are read as units: one float32, or two bfloat16
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
-    )
 
 
 class _LayerArgs(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
-        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, Linear) for name in ("qkv", "o", "gate_up", "down")),
         ("window", ctypes.c_int64),
     )
 
@@ -44,7 +47,7 @@ class _StepArgs(ctypes.Structure):
     _fields_ = (
         ("attention", AttentionArgs),
         ("layers", ctypes.c_void_p),
-        ("head", _Linear),
+        ("head", Linear),
         *((name, ctypes.c_void_p) for name in ("embedding", "norm", "token_ids", "slots", "logits_rows")),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "workspace", "logits")),
         *((name, ctypes.c_int64) for name in ("num_layers", "num_tokens", "num_logits", "hidden", "layer_stride")),
@@ -84,7 +87,7 @@ class NativeTransformer:
         is_tied = model.lm_head.weight is model.embed_tokens.weight
         args.embedding = self._keep(packed(_taken(model.embed_tokens)))
         weight = args.embedding if is_tied else self._keep(packed(_taken(model.lm_head)))
-        args.head = _Linear(weight, None, config.hidden_size, config.vocab_size)
+        args.head = Linear(weight, None, config.hidden_size, config.vocab_size)
         self._workspace = torch.empty(0, dtype=self._dtype)
         first = self._layers[0]
         self._activations = 2 * config.hidden_size + first.qkv.outputs + first.o.inputs + config.intermediate_size
@@ -109,21 +112,22 @@ class NativeTransformer:
 
     def _room(self, num_tokens: int) -> int:
         """The address of a workspace for so many tokens; it is kept, for fresh memory costs more than its use."""
-        if len(self._workspace) < num_tokens * self._activations:
-            self._workspace = torch.empty(num_tokens * self._activations, dtype=self._dtype)
+        size = (num_tokens + ROWS_BEHIND) * self._activations
+        if len(self._workspace) < size:
+            self._workspace = torch.empty(size, dtype=self._dtype)
         return self._workspace.data_ptr()
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> _Linear:
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """`weight` is `[outputs, inputs]`."""
         outputs, inputs = weight.shape
         bias_at = None
         if bias is not None:
             bias_at = self._keep(nn.functional.pad(bias.float(), (0, -outputs % PANEL)))
-        return _Linear(self._keep(packed(weight)), bias_at, inputs, outputs)
+        return Linear(self._keep(packed(weight)), bias_at, inputs, outputs)
 
     def _take_layer(self, layer: Layer, args: _LayerArgs, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -137,12 +141,6 @@ class NativeTransformer:
         args.gate_up = self._linear(_dealt(_taken(mlp.gate_up_proj)), None if bias is None else _dealt(bias))
         args.down = self._linear(_taken(mlp.down_proj), mlp.down_proj.bias)
         args.window = MAX_INT64 if window is None else window
-
-
-def packed(weight: Tensor) -> Tensor:
-    """`[outputs, inputs]` as int32 `[panels, units of inputs, PANEL]`, outputs filled up with zeros."""
-    units = nn.functional.pad(weight, (0, 0, 0, -weight.shape[0] % PANEL)).view(torch.int32)
-    return units.view(-1, PANEL, units.shape[1]).transpose(1, 2).contiguous()
 
 
 def _dealt(gate_up: Tensor) -> Tensor:

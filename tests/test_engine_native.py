@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine import attention, native
 from engine.native import AttentionBatch
 
-ISAS = [isa for isa in range(4) if isa <= native.isa()]
+ISAS = [isa for isa in range(len(native.ISA_NAMES)) if isa <= native.isa()]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 

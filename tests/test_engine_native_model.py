@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from engine import native, native_model
 from engine.config import ModelConfig
-from engine.native_model import NativeTransformer, can_run, fastest, packed
+from engine.native import packed
+from engine.native_model import NativeTransformer, can_run, fastest
 from engine.rope_config import RopeConfig
 from engine.weights import load_model
 
-ISAS = [isa for isa in range(4) if isa <= native.isa()]
+ISAS = [isa for isa in range(len(native.ISA_NAMES)) if isa <= native.isa()]
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not ISAS, reason="this installation has no compiled kernels")
 
@@ -156,6 +157,24 @@ def test_what_it_cannot_do_is_left_to_torch(tmp_path: Path) -> None:
     model = load_model(pair.folder, pair.config, torch.float32, CPU)
     assert fastest(model) is model
     assert not can_run(pair.config, torch.float16, CPU)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=[native.ISA_NAMES[isa] for isa in ISAS])
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 80),
+    inputs=st.sampled_from([2, 16, 32, 64, 80, 96, 576]),
+    outputs=st.integers(1, 100),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_linear_layer_equals_torch(isa, rows, inputs, outputs, dtype, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, inputs, generator=generator).to(dtype) for n in (rows, outputs))
+    result = native.linear(x, packed(weight), outputs, isa)
+    torch.testing.assert_close(result.double(), x.double() @ weight.double().T, rtol=1e-4, atol=1e-4)
+    one = native.linear(x[-1:], packed(weight), outputs, isa)
+    assert torch.equal(one, result[-1:]), "a row's sums depend on its neighbours"
 
 
 def test_packed_weights_are_all_there() -> None:

@@ -9,7 +9,12 @@
 #include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -47,6 +52,14 @@ struct Linear {
   int64_t in, out;
 };
 
+struct LinearArgs {
+  Linear linear;
+  const void* x;
+  float* y;
+  int64_t rows;
+  int32_t num_threads;
+};
+
 struct LayerArgs {
   const void *input_norm, *post_norm;
   const void *q_norm, *k_norm;  // null where heads are not normalised
@@ -61,7 +74,8 @@ struct StepArgs {
   const void *embedding, *norm;  // the embedding is packed as a weight of [vocab][hidden]
   const int64_t *token_ids, *slots, *logits_rows;
   const void *cos, *sin;  // [tokens, head_dim]
-  void* workspace;        // for each token: two rows of hidden, one each of qkv, attention's output, intermediate
+  void* workspace;        // for each token: two rows of hidden, one each of qkv, attention's output, intermediate; and
+                          // room for 31 tokens more
   float* logits;          // [logits rows, vocab]
   int64_t num_layers, num_tokens, num_logits, hidden, layer_stride;
   float eps;
@@ -119,8 +133,22 @@ AttentionPlan plan_attention(const AttentionArgs& a) {
   return plan;
 }
 
-// For each instruction set: the floats of one register, their numbers, and whether it has dot products of bfloat16.
+// For each instruction set: the floats of one register, their numbers, whether it has dot products of bfloat16, and
+// whether it has registers that hold matrices of them.
 #if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
+#define BFLOAT16_DOT
+#define MATRIX_REGISTERS
+namespace amx {
+constexpr int kWidth = 16;
+#define LANES 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#include "all.inc"
+#undef LANES
+}
+#undef MATRIX_REGISTERS
+#undef BFLOAT16_DOT
+#pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #define BFLOAT16_DOT
@@ -161,7 +189,8 @@ constexpr int kWidth = 4;
 // Calls `function<T>(args)` of an instruction set.
 #if defined(__x86_64__)
 #define CALL(function, T, args, isa)                  \
-  (isa == 3   ? avx512_bf16::function<T>(args)        \
+  (isa == 4   ? amx::function<T>(args)                \
+   : isa == 3 ? avx512_bf16::function<T>(args)        \
    : isa == 2 ? avx512::function<T>(args)             \
    : isa == 1 ? avx2::function<T>(args)               \
               : portable::function<T>(args))
@@ -169,18 +198,31 @@ constexpr int kWidth = 4;
 #define CALL(function, T, args, isa) portable::function<T>(args)
 #endif
 
+// Whether there are matrix registers and Linux lets this process have them, which it must be asked for.
+bool may_use_matrix_registers() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 extern "C" {
 
-// The widest instruction set that this machine and this build both have: 3 AVX-512 with BF16, 2 AVX-512, 1 AVX2,
-// 0 portable code.
+// The widest instruction set that this machine and this build both have: 4 AVX-512 with AMX, 3 AVX-512 with BF16,
+// 2 AVX-512, 1 AVX2, 0 portable code.
 int32_t baton_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    return !__builtin_cpu_supports("avx512bf16") ? 2 : may_use_matrix_registers() ? 4 : 3;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
@@ -192,6 +234,13 @@ void baton_attention(const AttentionArgs* args, int32_t dtype, int32_t isa) {
     CALL(attend_all, float, *args, isa);
   else
     CALL(attend_all, bfloat16, *args, isa);
+}
+
+void baton_linear(const LinearArgs* args, int32_t dtype, int32_t isa) {
+  if (dtype == 0)
+    CALL(run_linear, float, *args, isa);
+  else
+    CALL(run_linear, bfloat16, *args, isa);
 }
 
 void baton_step(const StepArgs* args, int32_t dtype, int32_t isa) {
