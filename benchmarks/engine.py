@@ -5,12 +5,12 @@
         --peer-python /somewhere/vllm/bin/python --json docs/results/engine_135m_2.jsonl
 
 All load the same random bf16 weights in a published shape, made on the fly, on the same cores, and take turns at each
-row, in one run: one turn to warm up, then 5 that count (3 of transformers, which is slow). Prompts are random token
-ids, new for each turn, without prefix caching. `--peer none` leaves the peers out, `--quick` counts one turn at the
-short rows.
+row, in one run: one turn to warm up, then 5 that count. transformers is slow and has 3 that count, and one and no
+warm-up in rows of many prompt tokens. Prompts are random token ids, new for each turn, without prefix caching.
+`--peer none` leaves the peers out, `--quick` counts one turn at the short rows.
 
-TPOT is the mean time of the steps that give a token to each request of the batch, once all prompts are done. "First
-start" has no compiled code of any earlier start (vLLM compiles its model), "later starts" may find the first one's.
+TPOT is the mean time of the steps that give a token to each request of the batch, once all prompts are done. The
+"first" start has no compiled code of any earlier one (vLLM compiles its model), "later" ones may find what it left.
 The roofline (see benchmarks/roofline.py) is measured between the rows, while nothing else computes; its best counts.
 """
 
@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +38,8 @@ from benchmarks.roofline import Machine, Meter, Work, decode, prefill
 from benchmarks.rows import Peer, Row, lines, print_beside
 
 TURNS = 5
-SLOW_TURNS = {"transformers": 3}
+SLOW_TURNS = 3  # of transformers
+HEAVY_TOKENS = 8192  # in a turn's prompts
 PAUSE_S = 0.3  # until the last one's idle threads no longer spin
 CONTEXT = 1024
 DECODE_TOKENS = 65  # of each request in a TPOT row: the first ones come while others are still in prefill
@@ -119,30 +121,33 @@ class Bench:
             for row in rows:
                 self._measure(row, workers)
                 self._meter.measure()
-        self._keep("process start to first token, first start", "s", first)
-        self._keep("process start to first token, later starts", "s", self._start_again())
+        self._keep("process start to first token, first", "s", first)
+        self._keep("process start to first token, later", "s", self._start_again())
 
     def _measure(self, row: Measurement, workers: Mapping[str, Worker]) -> None:
         values: dict[str, list[float]] = {name: [] for name in workers}
         for turn in range(1 + self._turns):
-            for name in self._at_turn(turn):
-                value = row.turn(workers[name], self._rng, self._shape)
-                if turn:
-                    values[name].append(value)
+            for name, worker in workers.items():
+                if turn in self._turns_of(name, row.count * row.length >= HEAVY_TOKENS):
+                    value = row.turn(worker, self._rng, self._shape)
+                    values[name] += [value] if turn else []
         self._keep(row.name, row.unit, values)
 
     def _start_again(self) -> dict[str, list[float]]:
         values: dict[str, list[float]] = {name: [] for name in self._starts}
         for turn in range(1, 1 + self._turns):
-            for name in self._at_turn(turn):
-                worker = self._starts[name]()
-                values[name].append(worker.first_token_s)
-                worker.stop()
+            for name, start in self._starts.items():
+                if turn in self._turns_of(name):
+                    worker = start()
+                    values[name].append(worker.first_token_s)
+                    worker.stop()
         return values
 
-    def _at_turn(self, turn: int) -> list[str]:
-        """Turn 0 warms up."""
-        return [name for name in self._starts if turn <= SLOW_TURNS.get(name, self._turns)]
+    def _turns_of(self, name: str, is_heavy: bool = False) -> range:
+        """Which turns a worker takes part in; turn 0 warms up."""
+        if name != "transformers":
+            return range(1 + self._turns)
+        return range(1, 2) if is_heavy else range(1 + min(SLOW_TURNS, self._turns))
 
     def _keep(self, name: str, unit: str, values: dict[str, list[float]]) -> None:
         self.figures.append((name, unit, values))
@@ -224,6 +229,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-preload", default="search", help="vLLM's LD_PRELOAD; `search`: what its authors advise")
     parser.add_argument("--turns", type=int, default=TURNS, help="that count, after one to warm up")
     parser.add_argument("--quick", action="store_true", help="one turn at the short rows")
+    parser.add_argument("--rows", type=re.compile, default="", help="a regular expression: only rows with such names")
     parser.add_argument("--json", type=Path, help="append the lines to this file, behind one about the run")
     args = parser.parse_args()
     args.peer = [] if args.peer == "none" else args.peer.split(",")
@@ -246,7 +252,8 @@ def main() -> None:
     os.sched_setaffinity(0, cores)  # the workers inherit it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the workers and the model's folder go too
     shape = SHAPES[args.model]
-    rows, meter = measurements(shape, args.quick), Meter(args.threads)
+    rows = [row for row in measurements(shape, args.quick) if args.rows.search(row.name)]
+    meter = Meter(args.threads)
     with tempfile.TemporaryDirectory(prefix="baton-") as name:
         shape.write(Path(name) / "model")
         bench = Bench(shape, baton_and_peers(args, Path(name), cores), args.turns, meter)

@@ -14,8 +14,8 @@ def main() -> None:
     folder, begin_s = sys.argv[1], float(sys.argv[3])
     answers = take_stdout()
     import torch
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
     llm = LLM(
         model=folder,

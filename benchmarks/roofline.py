@@ -97,7 +97,7 @@ class Meter:
         torch.set_num_threads(threads)
         self._threads = threads
         self._buffer = np.ones(BUFFER_BYTES // 8, np.int64)
-        self._squares = [torch.ones(size, size, dtype=torch.bfloat16) for size in MATRIX_SIZES]
+        self._squares = [torch.randn(size, size).bfloat16() for size in MATRIX_SIZES]
         self.samples: list[Machine] = []
 
     def measure(self) -> None:
