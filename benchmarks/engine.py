@@ -7,7 +7,8 @@
 All load the same random bf16 weights in a published shape, made on the fly, on the same cores, and take turns at each
 row, in one run: one turn to warm up, then 5 that count. transformers is slow and has 3 that count, and one and no
 warm-up in rows of many prompt tokens. Prompts are random token ids, new for each turn, without prefix caching.
-`--peer none` leaves the peers out, `--quick` counts one turn at the short rows.
+`--peer none` leaves the peers out, `--quick` counts one turn at the short rows, and a single one has no warm-up in
+rows of many prompt tokens.
 
 TPOT is the mean time of the steps that give a token to each request of the batch, once all prompts are done. The
 "first" start has no compiled code of any earlier one (vLLM compiles its model), "later" ones may find what it left.
@@ -120,6 +121,7 @@ class Bench:
                 self.versions[name], first[name] = workers[name].version, [workers[name].first_token_s]
             for row in rows:
                 self._measure(row, workers)
+                time.sleep(PAUSE_S)
                 self._meter.measure()
         self._keep("process start to first token, first", "s", first)
         self._keep("process start to first token, later", "s", self._start_again())
@@ -145,9 +147,10 @@ class Bench:
 
     def _turns_of(self, name: str, is_heavy: bool = False) -> range:
         """Which turns a worker takes part in; turn 0 warms up."""
-        if name != "transformers":
-            return range(1 + self._turns)
-        return range(1, 2) if is_heavy else range(1 + min(SLOW_TURNS, self._turns))
+        is_slow = name == "transformers"
+        if is_heavy and (is_slow or self._turns == 1):
+            return range(1, 2)
+        return range(1 + (min(SLOW_TURNS, self._turns) if is_slow else self._turns))
 
     def _keep(self, name: str, unit: str, values: dict[str, list[float]]) -> None:
         self.figures.append((name, unit, values))
