@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -50,7 +51,11 @@ class Worker:
             env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"} | extra,
             start_new_session=True,  # so that its own children can be ended with it
         )
-        greeting = self._answer()
+        try:
+            greeting = self._answer()
+        except BaseException:
+            self._kill()
+            raise
         self.first_token_s = float(greeting["first_token_s"])
         self.version = str(greeting["version"])
 
@@ -66,9 +71,13 @@ class Worker:
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._kill()
         self._log.close()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):  # ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
