@@ -105,7 +105,7 @@ class NodeServer:
     def _server(self, prefill: PrefillService, decode: DecodeService) -> grpc.aio.Server:
         server = grpc.aio.server(options=self._server_options())
         config = self.config
-        control = NodeControlService(self.admission, config.node_id, self._incarnation, config.role)
+        control = NodeControlService(self.admission, self.loop.engine, config.node_id, self._incarnation, config.role)
         node_pb2_grpc.add_PrefillServicer_to_server(prefill, server)  # type: ignore[no-untyped-call]
         node_pb2_grpc.add_DecodeServicer_to_server(decode, server)  # type: ignore[no-untyped-call]
         node_pb2_grpc.add_NodeControlServicer_to_server(control, server)  # type: ignore[no-untyped-call]

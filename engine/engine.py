@@ -1,6 +1,6 @@
 """The engine: requests in, one step at a time, tokens and full blocks out. Knows no network, no clock but for speed.
 
-Not thread safe, but for `export_blocks`: one thread owns an engine (see `engine.loop`).
+Not thread safe, but for `export_blocks` and `timing`: one thread owns an engine (see `engine.loop`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from engine.request import (
 )
 from engine.runner import Runner
 from engine.scheduler import Chunk, Scheduler
-from engine.speed import SpeedMeter
+from engine.speed import SpeedMeter, StepTiming
 from engine.weights import load_model
 from kvstore.blocks import Payload
 
@@ -58,6 +58,7 @@ class Engine:
         self._runner = Runner(model, self._cache.tensor, model_config.eos_token_ids)
         self._pins: Counter[int] = Counter()
         self._speed = SpeedMeter()
+        self.timing = StepTiming()  # of all steps so far, added up; a new value for each step, so any thread may look
 
     @classmethod
     def from_pretrained(cls, folder: Path, engine_config: EngineConfig) -> Engine:
@@ -143,12 +144,17 @@ class Engine:
         Full blocks come pinned: whoever takes an output gives them back with `unpin`. Empty: nothing can run until the
         caller adds, releases, aborts or unpins something.
         """
+        begin = time.perf_counter()
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
-        started = time.perf_counter()
-        tokens = self._runner.run(chunks)
-        self._speed.observe(chunks, time.perf_counter() - started)
+        schedule_s = time.perf_counter() - begin
+        for chunk in chunks:
+            if chunk.request.started_s is None:
+                chunk.request.started_s = begin
+        tokens, run = self._runner.run(chunks)
+        self._speed.observe(chunks, run.total_s)
+        self.timing += StepTiming.of_step(chunks, schedule_s, run)
         return [self._advance(chunk, token) for chunk, token in zip(chunks, tokens, strict=True)]
 
     def _advance(self, chunk: Chunk, token: OutputToken | None) -> RequestOutput:

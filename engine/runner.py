@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from engine.model import Transformer
 from engine.request import OutputToken
 from engine.sampler import sample
 from engine.scheduler import Chunk
+from engine.speed import RunSeconds
 
 
 class Runner:
@@ -23,11 +25,17 @@ class Runner:
         self._eos_token_ids = tuple(eos_token_ids)
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk]) -> list[OutputToken | None]:
-        """Computes the chunks' KV; a token for each chunk that samples, None for the others."""
+    def run(self, chunks: Sequence[Chunk]) -> tuple[list[OutputToken | None], RunSeconds]:
+        """Computes the chunks' KV; a token for each chunk that samples, None for the others, and what it took."""
+        begin = time.perf_counter()
         batch = build_batch(chunks, self._cache.shape[3], self._cache.device)
-        logits = iter(self._model(batch, self._cache).cpu())
-        return [self._sample(next(logits), chunk) if chunk.samples else None for chunk in chunks]
+        built = time.perf_counter()
+        rows = self._model(batch, self._cache).cpu()  # waits for the device, so this is the forward pass's time
+        computed = time.perf_counter()
+        logits = iter(rows)
+        tokens = [self._sample(next(logits), chunk) if chunk.samples else None for chunk in chunks]
+        sampled = time.perf_counter()
+        return tokens, RunSeconds(built - begin, computed - built, sampled - computed)
 
     def _sample(self, logits: Tensor, chunk: Chunk) -> OutputToken:
         request = chunk.request

@@ -92,6 +92,16 @@ async def test_heartbeat_tells_the_load(machine: Machine) -> None:
     await eventually(speed_is_told)
 
 
+async def test_load_tells_where_the_time_of_steps_went(machine: Machine) -> None:
+    node = await machine.node(store_dir="")
+    before = (await node.load()).steps
+    assert before.num_steps == 0, "what comes before the node is up is not counted"
+    await decode(node, node_request(prompt_of(100), sampling=sampling(max_tokens=4)))
+    steps = (await node.load()).steps
+    assert (steps.num_prefill_tokens, steps.num_decode_tokens, steps.num_steps) == (100, 3, 5)
+    assert min(steps.schedule_s, steps.build_s, steps.forward_s, steps.sample_s) > 0.0
+
+
 async def test_each_start_is_a_new_incarnation_and_stop_leaves(machine: Machine) -> None:
     incarnations = set()
     for _ in range(2):

@@ -30,7 +30,7 @@ from engine.engine import Engine
 from engine.errors import InvalidRequest, NoRoom, UnknownRequest
 from engine.request import FinishReason, FullBlock, OutputToken, Request, RequestStatus, SamplingParams
 from engine.scheduler import Chunk
-from engine.speed import SpeedMeter
+from engine.speed import RunSeconds, SpeedMeter, StepTiming
 from kvstore.blocks import BlockHash
 
 
@@ -478,6 +478,44 @@ def test_speeds_are_those_of_the_steps() -> None:
         meter.observe([decode, prefill], 0.25)
     assert meter.prefill_tokens_per_s == pytest.approx(2000, rel=0.01)
     assert meter.decode_step_s == pytest.approx(0.25, rel=0.01)
+
+
+def test_timing_of_a_step_counts_its_work() -> None:
+    request = Request("r", [1], 1, GREEDY, BlockHash(bytes(16)), BLOCK)
+    chunks = [Chunk(request, 30, 1, True), Chunk(request, 7, 1, True), Chunk(request, 16, 20, False)]
+    one = StepTiming.of_step(chunks, 0.5, RunSeconds(build_s=1.0, forward_s=2.0, sample_s=4.0))
+    assert one == StepTiming(1, 0.5, 1.0, 2.0, 4.0, 20, 16, 2, 37)
+    assert StepTiming() + one == one
+    assert one + one == StepTiming(2, 1.0, 2.0, 4.0, 8.0, 40, 32, 4, 74)
+
+
+def test_timing_adds_up_over_steps(folder: Path) -> None:
+    engine = make_engine(folder)
+    assert engine.timing == StepTiming()
+    run = drive(engine, [make_request(engine, "r", make_prompt(100))])  # 64 + 36, then a token a step
+    timing = engine.timing
+    assert timing.num_steps == run.num_steps == 2 + GREEDY.max_tokens - 1
+    assert (timing.num_prefill_tokens, timing.num_prefill_context_tokens) == (100, 64)
+    assert timing.num_decode_tokens == GREEDY.max_tokens - 1
+    assert timing.num_decode_context_tokens == sum(range(100, 100 + GREEDY.max_tokens - 1))
+    assert min(timing.schedule_s, timing.build_s, timing.forward_s, timing.sample_s) > 0.0
+    assert engine.step() == [] and engine.timing == timing, "an empty step is none"
+
+
+def test_a_request_starts_with_the_first_step_that_has_it(folder: Path) -> None:
+    engine = make_engine(folder)
+    first, second = (make_request(engine, name, make_prompt(100, seed)) for seed, name in enumerate(("a", "b")))
+    engine.add(first)
+    engine.add(second)
+    outputs = engine.step()  # the first one takes the whole budget
+    began = first.started_s
+    assert began is not None and second.started_s is None
+    outputs += engine.step()
+    assert second.started_s is not None and second.started_s > began
+    assert first.started_s == began
+    for output in outputs:
+        engine.unpin([block.block_id for block in output.full_blocks])
+    drive(engine)
 
 
 def test_generate_says_so_when_others_hold_the_blocks(folder: Path) -> None:
