@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -40,13 +40,17 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """One server to run. `folder` is its machine's own; it is made when it is not there."""
+    """One server to run. `folder` is its machine's own; it is made when it is not there.
+
+    `environment` is for the libraries that the server loads; what the machine itself has set goes before it.
+    """
 
     kind: Literal["store", "node", "router"]
     name: str
     config: StoreConfig | NodeConfig | RouterConfig
     folder: Path
     log_level: str = "warning"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,8 @@ class ServerActor:
 
 def build(spec: ServerSpec) -> Server:
     """The server that a config is for. Torch comes with a node, and with nothing else."""
+    for name, value in spec.environment.items():
+        os.environ.setdefault(name, value)
     config: Any = spec.config
     if spec.kind == "node":
         from deploy.node import NodeServer

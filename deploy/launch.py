@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from deploy.actors import ServerActor, Started
 from deploy.client import Client
 from deploy.config import ClusterConfig, DeployError, cluster_dir
+from deploy.cores import num_usable_cores
 from deploy.placement import Machine, Placement, place
 from deploy.processes import CLUSTER_VARIABLE, end_all, environment, processes_of, signals_kept
 from deploy.redis import EmbeddedRedis, check_given
@@ -125,6 +126,9 @@ class Cluster:
         placements = place(self.config, machines)
         self._start_redis(own)
         self._report(f"ray: {_count(len(machines), 'machine')}, redis: {'embedded' if self._redis else 'given'}")
+        if self.config.pin_cores:
+            for address, cores in sorted({(p.machine.address, p.machine.cores) for p in placements if p.is_crowded}):
+                self._report(f"{address}: more threads than its {_count(cores, 'core')}, so no node is pinned to any")
         specs = Specs(self.config, self.cluster_id, self.redis_url, self._layout(model, placements))
         self.folders.append(specs.folder(own))
         for placed in specs.all(machines, placements, own):
@@ -210,7 +214,7 @@ class Cluster:
 
     def _machine(self, node: Mapping[str, Any], own_id: str) -> Machine:
         resources = node["Resources"]
-        cores = len(os.sched_getaffinity(0)) if node["NodeID"] == own_id else int(resources.get("CPU", 1))
+        cores = num_usable_cores() if node["NodeID"] == own_id else int(resources.get("CPU", 1))
         return Machine(
             ray_node_id=node["NodeID"],
             address=node["NodeManagerAddress"] if self.config.ray_address else LOOPBACK,

@@ -7,11 +7,13 @@ supervisor starts it again, under a new incarnation, and routers take its reques
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import os
 import socket
 import uuid
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from batonpb import node_pb2, node_pb2_grpc
 from decode_node.service import DecodeService
 from decode_node.worker import DecodeWorker
+from deploy.cores import allowed_cores, hold_to, running_on, share
 from deploy.heartbeat import Heartbeat
 from deploy.node_config import NodeConfig
 from engine.engine import Engine
@@ -74,7 +77,8 @@ class NodeServer:
         # 1. The store's client.
         directory = Directory(config.redis_url, config.cluster)
         stack.push_async_callback(directory.close)
-        engine = await asyncio.to_thread(Engine.from_pretrained, Path(config.model_dir), config.engine)
+        cores = _cores(config)
+        engine = await asyncio.to_thread(_load, config, cores)
         local_dir = Path(config.store_dir) if config.store_dir else None
         store = KVClient(directory, engine.layout.block_bytes, local_dir)
         stack.push_async_callback(store.close)
@@ -82,6 +86,7 @@ class NodeServer:
         # 2. The engine's thread, and who may hand it what.
         self.loop = loop = EngineLoop(engine, _die)
         loop.start()
+        loop.post(lambda _: hold_to(cores))  # first of all: the OpenMP workers that this thread makes inherit it
         stack.push_async_callback(loop.stop)
         load = await loop.call(Engine.load)
         publisher = Publisher(loop, store, load.total_blocks)
@@ -154,6 +159,28 @@ class NodeServer:
                 await self.admission.idle()
         except TimeoutError:
             logger.warning("event=drain_cut_short requests=%d", len(self.admission.requests))
+
+
+def _cores(config: NodeConfig) -> tuple[int, ...]:
+    """Those that this node's threads compute on, the same at each start; () is any."""
+    if not config.num_core_shares:
+        return ()
+    cores = share(allowed_cores(), config.core_share, config.num_core_shares)
+    if len(cores) < max(1, config.engine.num_threads):
+        threads, shares = config.engine.num_threads, config.num_core_shares
+        logger.warning("event=not_pinned node=%s cores=%s threads=%d shares=%d", config.node_id, cores, threads, shares)
+        return ()
+    logger.info("event=pinned node=%s cores=%s", config.node_id, cores)
+    return cores
+
+
+def _load(config: NodeConfig, cores: Sequence[int]) -> Engine:
+    """On `cores` too, because memory is near the core that touches it first."""
+    num_threads = config.engine.num_threads or len(cores)
+    with running_on(cores):
+        return Engine.from_pretrained(
+            Path(config.model_dir), dataclasses.replace(config.engine, num_threads=num_threads)
+        )
 
 
 def _die(error: BaseException) -> None:

@@ -58,6 +58,7 @@ def test_every_option_arrives() -> None:
     assert (config.max_model_len, config.num_threads, config.model_name) == (512, 4, "m")
     assert (config.prefill_hosts, config.decode_hosts) == (("a", "b"), ("c",))
     assert (config.max_num_batched_tokens, config.max_num_requests) == (99, 7)
+    assert config.pin_cores and not config_from(parse("--no-pin-cores")).pin_cores
 
 
 # --- errors ---
