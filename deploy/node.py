@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -47,14 +47,16 @@ CANCEL_GRACE_S = 0.5  # for calls that are still there when the drain is over
 class NodeServer:
     """A node from `start` to `stop`. Its process is its own: a failure of the engine ends it."""
 
-    def __init__(self, config: NodeConfig) -> None:
+    def __init__(self, config: NodeConfig, report: Callable[[float], object] = lambda part: None) -> None:
+        """`report` gets the part of the start that is done, and may be called on another thread."""
         self.config = config
+        self._report = report
         self._incarnation = uuid.uuid4().hex
         self._health = health.aio.HealthServicer()
         self._stack = AsyncExitStack()
 
     async def start(self) -> NodeRecord:
-        """Loads the model, listens, joins the registry (once Redis is there). Returns what it registered.
+        """Loads the model, warms up, listens, joins the registry (once Redis is there). Returns what it registered.
 
         Raises `UnsupportedModel`, `OSError` where the model's files are missing, `RuntimeError` for a port in use.
         """
@@ -88,6 +90,7 @@ class NodeServer:
         loop.start()
         loop.post(lambda _: hold_to(cores))  # first of all: the OpenMP workers that this thread makes inherit it
         stack.push_async_callback(loop.stop)
+        await loop.call(lambda engine: engine.warm_up(self._on_warm_up))
         load = await loop.call(Engine.load)
         publisher = Publisher(loop, store, load.total_blocks)
         stack.push_async_callback(publisher.flush)
@@ -106,6 +109,11 @@ class NodeServer:
         beating = asyncio.create_task(self._heartbeat.run(config.heartbeat_s, config.ttl_s, config.stall_s))
         stack.push_async_callback(self._heartbeat.leave, beating)
         stack.push_async_callback(self._drain)
+
+    def _on_warm_up(self, done: int, total: int) -> None:
+        """Loading is over then, and counts as the first step of the start."""
+        logger.info("event=warm_up node=%s done=%d total=%d", self.config.node_id, done, total)
+        self._report((1 + done) / (1 + total))
 
     def _server(self, prefill: PrefillService, decode: DecodeService) -> grpc.aio.Server:
         server = grpc.aio.server(options=self._server_options())

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.config import ClusterConfig, DeployError, parse_bytes, temp_base
+from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
 from kvstore.directory import ArenaRecord, Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
@@ -131,7 +132,8 @@ def serve(args: argparse.Namespace) -> int:
 def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDir, begin: float) -> int:
     from deploy.launch import Cluster  # ray, which no other command needs
 
-    cluster = Cluster(config, say, interrupt)
+    bar = StartBar(len(config.roles))
+    cluster = Cluster(config, say, interrupt, bar.show)
     state = ServeState(
         pid=os.getpid(),
         start_ticks=start_ticks(os.getpid()),
@@ -142,7 +144,8 @@ def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDi
         bases=(str(temp_base()), str(config.store_base)),
     )
     state_dir.write(state)
-    cluster.start()
+    with bar:
+        cluster.start()
     try:
         state_dir.write(dataclasses.replace(state, redis_url=cluster.redis_url, routers=cluster.routers))
         nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"

@@ -298,7 +298,7 @@ async def test_a_full_disk_keeps_no_server_from_coming_back(tmp_path: Path, monk
     """Nobody asks a restarted actor whether it is ready: one that failed here would stay there, without a server."""
     config: Any = None
     spec = ServerSpec("router", "router-0", config, tmp_path / "machine")
-    monkeypatch.setattr("deploy.actors.build", lambda spec: Router())
+    monkeypatch.setattr("deploy.actors.build", lambda spec, report: Router())
     assert not (await ServerActor(spec).ready()).error
 
     original = Path.open

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -31,8 +32,9 @@ from node_harness import (
 )
 
 from batonpb import node_pb2
-from deploy.node import NodeConfig
+from deploy.node import NodeConfig, NodeServer
 from engine.config import EngineConfig
+from engine.engine import Engine, Progress
 from kvstore.directory import NodeRecord
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -71,6 +73,36 @@ async def test_registry_tells_what_a_router_needs(machine: Machine) -> None:
     assert (record.kv_root, record.block_bytes) == (machine.layout.root().hex(), machine.layout.block_bytes)
     assert (record.block_size, record.vocab_size, record.max_model_len) == (16, 258, 512)
     assert (record.arena_id, record.total_blocks, record.free_blocks) == (store.record().arena_id, 64, 64)
+
+
+async def test_a_node_is_told_of_when_it_is_warm(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up, may_end = Engine.warm_up, threading.Event()
+
+    def warm_up_late(engine: Engine, progress: Progress) -> None:
+        assert threading.current_thread().name == "engine", "thread pools belong to a thread"
+        may_end.wait(30)
+        warm_up(engine, progress)
+
+    monkeypatch.setattr(Engine, "warm_up", warm_up_late)
+    parts: list[float] = []
+    server = NodeServer(machine.node_config(store_dir=""), parts.append)
+    starting = asyncio.create_task(server.start())
+    await asyncio.sleep(0.3)
+    assert not starting.done() and not await machine.directory.nodes()
+    may_end.set()
+    machine.nodes.append(Node(server, await starting))
+    assert await record_of(machine, "node-0") is not None
+    assert parts == sorted(parts) and parts[-1] == 1.0
+
+
+async def test_a_node_that_cannot_warm_up_does_not_start(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(engine: Engine, progress: Progress) -> None:
+        raise MemoryError("no memory for the first step")
+
+    monkeypatch.setattr(Engine, "warm_up", fail)
+    with pytest.raises(MemoryError, match="first step"):
+        await machine.node(store_dir="")
+    assert not await machine.directory.nodes()
 
 
 async def test_heartbeat_tells_the_load(machine: Machine) -> None:

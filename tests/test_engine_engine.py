@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from engine.engine import Engine
 from engine.errors import InvalidRequest, NoRoom, UnknownRequest
 from engine.request import FinishReason, FullBlock, OutputToken, Request, RequestStatus, SamplingParams
+from engine.runner import Runner
 from engine.scheduler import Chunk
 from engine.speed import RunSeconds, SpeedMeter, StepTiming
 from kvstore.blocks import BlockHash
@@ -516,6 +518,45 @@ def test_a_request_starts_with_the_first_step_that_has_it(folder: Path) -> None:
     for output in outputs:
         engine.unpin([block.block_id for block in output.full_blocks])
     drive(engine)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 1}, {"max_num_batched_tokens": 1}, {"max_model_len": 1}])
+def test_warm_up_leaves_nothing_but_warmth(folder: Path, options: dict[str, int]) -> None:
+    engine, cold = make_engine(folder, **options), make_engine(folder, **options)
+    told: list[tuple[int, int]] = []
+    engine.warm_up(lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == list(range(told[-1][1] + 1)), "each step, and the end"
+    assert_all_free(engine)
+    assert engine.timing == StepTiming() and engine.load() == cold.load()
+
+
+def test_warm_up_runs_a_prefill_and_a_decode_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(folder)
+    sizes: list[list[int]] = []
+    run = Runner.run
+
+    def note(runner: Runner, chunks: Sequence[Chunk]) -> Any:
+        sizes.append([chunk.num_tokens for chunk in chunks])
+        return run(runner, chunks)
+
+    monkeypatch.setattr(Runner, "run", note)
+    engine.warm_up()
+    assert sizes == [[64], [1]]
+
+
+def test_nobody_hits_what_warm_up_computed(folder: Path) -> None:
+    engine = make_engine(folder)
+    engine.warm_up()
+    request = make_request(engine, "r", range(64))
+    drive(engine, [request])
+    assert request.num_local_hit_tokens == 0
+
+
+def test_warm_up_comes_before_the_first_request(folder: Path) -> None:
+    engine = make_engine(folder)
+    engine.add(make_request(engine, "r", make_prompt(5)))
+    with pytest.raises(ValueError, match="before its first request"):
+        engine.warm_up()
 
 
 def test_generate_says_so_when_others_hold_the_blocks(folder: Path) -> None:
