@@ -13,8 +13,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -40,13 +40,17 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """One server to run. `folder` is its machine's own; it is made when it is not there."""
+    """One server to run. `folder` is its machine's own; it is made when it is not there.
+
+    `environment` is for the libraries that the server loads; what the machine itself has set goes before it.
+    """
 
     kind: Literal["store", "node", "router"]
     name: str
     config: StoreConfig | NodeConfig | RouterConfig
     folder: Path
     log_level: str = "warning"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class ServerActor:
         logging.basicConfig(stream=sys.stderr, level=spec.log_level.upper(), format="%(levelname)s %(message)s")
         self._spec = spec
         self._server: Server | None = None
+        self._part = 0.0
         self._starts = StartLog(spec.folder / f"{spec.name}.starts")
         self._started = asyncio.get_running_loop().create_task(self._start())
 
@@ -116,6 +121,10 @@ class ServerActor:
 
     async def ready(self) -> Started:
         return await asyncio.shield(self._started)
+
+    async def part(self) -> float:
+        """Of the start, what is done; only a node tells. Answers late while the process imports its libraries."""
+        return self._part
 
     async def stop(self) -> None:
         """Drains and closes. Idempotent; the process is left to whoever made the actor."""
@@ -133,7 +142,7 @@ class ServerActor:
         self._starts.add(now)
         await asyncio.sleep(backoff_s(earlier, now))
         try:
-            self._server = build(self._spec)
+            self._server = build(self._spec, self._report)
             record = as_dict(await self._server.start())
         except Exception as error:
             if earlier:
@@ -144,19 +153,27 @@ class ServerActor:
         self._keep_port(record)
         return Started(self._spec.name, os.getpid(), record)
 
+    def _report(self, part: float) -> None:
+        self._part = part
+
     def _keep_port(self, record: Mapping[str, Any]) -> None:
         """Clients know a router by its port, so the one that the kernel chose is asked for again after a restart."""
         if self._spec.kind == "router":
             write_port(port_file(self._spec), str(record["address"]).rsplit(":", 1)[1])
 
 
-def build(spec: ServerSpec) -> Server:
-    """The server that a config is for. Torch comes with a node, and with nothing else."""
+def build(spec: ServerSpec, report: Callable[[float], object] = lambda part: None) -> Server:
+    """The server that a config is for. Torch comes with a node, and with nothing else.
+
+    A node tells `report` which part of its start is done.
+    """
+    for name, value in spec.environment.items():
+        os.environ.setdefault(name, value)
     config: Any = spec.config
     if spec.kind == "node":
         from deploy.node import NodeServer
 
-        return NodeServer(config)
+        return NodeServer(config, report)
     if spec.kind == "store":
         from kvstore.server import StoreServer
 

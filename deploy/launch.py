@@ -7,6 +7,7 @@ through it. Whatever `start` made, `stop` removes: actors, folders, Ray's sessio
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -24,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from deploy.actors import ServerActor, Started
 from deploy.client import Client
 from deploy.config import ClusterConfig, DeployError, cluster_dir
+from deploy.cores import num_usable_cores
 from deploy.placement import Machine, Placement, place
 from deploy.processes import CLUSTER_VARIABLE, end_all, environment, processes_of, signals_kept
 from deploy.redis import EmbeddedRedis, check_given
@@ -63,6 +65,7 @@ class _Member:
     placed: PlacedSpec
     actor: Any
     started: Started | None = None
+    asked_part: Any = None  # what part of its start is done; it has not answered yet
 
     @property
     def name(self) -> str:
@@ -74,8 +77,9 @@ class _Member:
 
 
 class Cluster:
-    """One cluster, from `start` to `stop`. `report` gets a line for each thing that came up; setting `interrupt`
-    (from a signal handler, say) makes a start under way end with `Interrupted`.
+    """One cluster, from `start` to `stop`. `report` gets a line for each thing that came up, `on_part` a node and
+    how much of its start is done, from 0 to 1. Setting `interrupt` (from a signal handler, say) makes a start under way
+    end with `Interrupted`.
 
     `start` and `stop` belong to the main thread: the kernel ends Redis and Ray with the thread that started them.
     """
@@ -85,12 +89,14 @@ class Cluster:
         config: ClusterConfig,
         report: Callable[[str], None] = logger.info,
         interrupt: threading.Event | None = None,
+        on_part: Callable[[str, float], None] = lambda name, part: None,
     ) -> None:
         self.config = config
         self.cluster_id = secrets.token_hex(4)
         self.redis_url = config.redis_url
         self.folders = [cluster_dir(self.cluster_id)]  # of this machine; `stop` removes them
         self._report = report
+        self._on_part = on_part
         self._interrupt = interrupt or threading.Event()
         self._redis: EmbeddedRedis | None = None
         self._members: list[_Member] = []
@@ -125,6 +131,9 @@ class Cluster:
         placements = place(self.config, machines)
         self._start_redis(own)
         self._report(f"ray: {_count(len(machines), 'machine')}, redis: {'embedded' if self._redis else 'given'}")
+        if self.config.pin_cores:
+            for address, cores in sorted({(p.machine.address, p.machine.cores) for p in placements if p.is_crowded}):
+                self._report(f"{address}: more threads than its {_count(cores, 'core')}, so no node is pinned to any")
         specs = Specs(self.config, self.cluster_id, self.redis_url, self._layout(model, placements))
         self.folders.append(specs.folder(own))
         for placed in specs.all(machines, placements, own):
@@ -210,7 +219,7 @@ class Cluster:
 
     def _machine(self, node: Mapping[str, Any], own_id: str) -> Machine:
         resources = node["Resources"]
-        cores = len(os.sched_getaffinity(0)) if node["NodeID"] == own_id else int(resources.get("CPU", 1))
+        cores = num_usable_cores() if node["NodeID"] == own_id else int(resources.get("CPU", 1))
         return Machine(
             ray_node_id=node["NodeID"],
             address=node["NodeManagerAddress"] if self.config.ray_address else LOOPBACK,
@@ -232,6 +241,9 @@ class Cluster:
             done, _ = ray.wait(list(waiting), timeout=POLL_S)
             for ref in done:
                 self._note(waiting.pop(ref), ref)
+            for member in waiting.values():
+                if member.kind == "node":
+                    self._ask_part(member)
             self._check_patience(deadline, (member.name for member in waiting.values()))
 
     def _wait_until_routed(self) -> None:
@@ -258,7 +270,18 @@ class Cluster:
         if started.error:
             raise StartFailed(f"{member.name}: {started.error}")
         member.started = started
+        if member.kind == "node":
+            self._on_part(member.name, 1.0)
         self._report(f"{member.name} is up on {member.placed.machine.address}, pid {started.pid}")
+
+    def _ask_part(self, member: _Member) -> None:
+        """Passes on how far a node's start is, when it has answered; waits for nothing, and asks once at a time."""
+        if member.asked_part is None:
+            member.asked_part = member.actor.part.remote()
+        elif ray.wait([member.asked_part], timeout=0)[0]:
+            with contextlib.suppress(ray.exceptions.RayError):  # if it died, its `ready` says so
+                self._on_part(member.name, ray.get(member.asked_part))
+            member.asked_part = None
 
     def _call(self, method: str, members: Sequence[_Member]) -> None:
         """Calls a method on all at once and waits for all, but never for long: what hangs is killed afterwards."""

@@ -7,11 +7,13 @@ supervisor starts it again, under a new incarnation, and routers take its reques
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import os
 import socket
 import uuid
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from batonpb import node_pb2, node_pb2_grpc
 from decode_node.service import DecodeService
 from decode_node.worker import DecodeWorker
+from deploy.cores import allowed_cores, hold_to, running_on, share
 from deploy.heartbeat import Heartbeat
 from deploy.node_config import NodeConfig
 from engine.engine import Engine
@@ -44,14 +47,16 @@ CANCEL_GRACE_S = 0.5  # for calls that are still there when the drain is over
 class NodeServer:
     """A node from `start` to `stop`. Its process is its own: a failure of the engine ends it."""
 
-    def __init__(self, config: NodeConfig) -> None:
+    def __init__(self, config: NodeConfig, report: Callable[[float], object] = lambda part: None) -> None:
+        """`report` gets the part of the start that is done, and may be called on another thread."""
         self.config = config
+        self._report = report
         self._incarnation = uuid.uuid4().hex
         self._health = health.aio.HealthServicer()
         self._stack = AsyncExitStack()
 
     async def start(self) -> NodeRecord:
-        """Loads the model, listens, joins the registry (once Redis is there). Returns what it registered.
+        """Loads the model, warms up, listens, joins the registry (once Redis is there). Returns what it registered.
 
         Raises `UnsupportedModel`, `OSError` where the model's files are missing, `RuntimeError` for a port in use.
         """
@@ -74,7 +79,8 @@ class NodeServer:
         # 1. The store's client.
         directory = Directory(config.redis_url, config.cluster)
         stack.push_async_callback(directory.close)
-        engine = await asyncio.to_thread(Engine.from_pretrained, Path(config.model_dir), config.engine)
+        cores = _cores(config)
+        engine = await asyncio.to_thread(_load, config, cores)
         local_dir = Path(config.store_dir) if config.store_dir else None
         store = KVClient(directory, engine.layout.block_bytes, local_dir)
         stack.push_async_callback(store.close)
@@ -82,7 +88,9 @@ class NodeServer:
         # 2. The engine's thread, and who may hand it what.
         self.loop = loop = EngineLoop(engine, _die)
         loop.start()
+        loop.post(lambda _: hold_to(cores))  # first of all: the OpenMP workers that this thread makes inherit it
         stack.push_async_callback(loop.stop)
+        await loop.call(lambda engine: engine.warm_up(self._on_warm_up))
         load = await loop.call(Engine.load)
         publisher = Publisher(loop, store, load.total_blocks)
         stack.push_async_callback(publisher.flush)
@@ -102,10 +110,15 @@ class NodeServer:
         stack.push_async_callback(self._heartbeat.leave, beating)
         stack.push_async_callback(self._drain)
 
+    def _on_warm_up(self, done: int, total: int) -> None:
+        """Loading is over then, and counts as the first step of the start."""
+        logger.info("event=warm_up node=%s done=%d total=%d", self.config.node_id, done, total)
+        self._report((1 + done) / (1 + total))
+
     def _server(self, prefill: PrefillService, decode: DecodeService) -> grpc.aio.Server:
         server = grpc.aio.server(options=self._server_options())
         config = self.config
-        control = NodeControlService(self.admission, config.node_id, self._incarnation, config.role)
+        control = NodeControlService(self.admission, self.loop.engine, config.node_id, self._incarnation, config.role)
         node_pb2_grpc.add_PrefillServicer_to_server(prefill, server)  # type: ignore[no-untyped-call]
         node_pb2_grpc.add_DecodeServicer_to_server(decode, server)  # type: ignore[no-untyped-call]
         node_pb2_grpc.add_NodeControlServicer_to_server(control, server)  # type: ignore[no-untyped-call]
@@ -154,6 +167,28 @@ class NodeServer:
                 await self.admission.idle()
         except TimeoutError:
             logger.warning("event=drain_cut_short requests=%d", len(self.admission.requests))
+
+
+def _cores(config: NodeConfig) -> tuple[int, ...]:
+    """Those that this node's threads compute on, the same at each start; () is any."""
+    if not config.num_core_shares:
+        return ()
+    cores = share(allowed_cores(), config.core_share, config.num_core_shares)
+    if len(cores) < max(1, config.engine.num_threads):
+        threads, shares = config.engine.num_threads, config.num_core_shares
+        logger.warning("event=not_pinned node=%s cores=%s threads=%d shares=%d", config.node_id, cores, threads, shares)
+        return ()
+    logger.info("event=pinned node=%s cores=%s", config.node_id, cores)
+    return cores
+
+
+def _load(config: NodeConfig, cores: Sequence[int]) -> Engine:
+    """On `cores` too, because memory is near the core that touches it first."""
+    num_threads = config.engine.num_threads or len(cores)
+    with running_on(cores):
+        return Engine.from_pretrained(
+            Path(config.model_dir), dataclasses.replace(config.engine, num_threads=num_threads)
+        )
 
 
 def _die(error: BaseException) -> None:

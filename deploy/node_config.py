@@ -26,6 +26,8 @@ class NodeConfig:
     role: str = "both"
     cluster: str = "default"
     engine: EngineConfig = field(default_factory=EngineConfig)
+    core_share: int = 0  # of so many even shares of the machine's cores, for the threads that compute
+    num_core_shares: int = 0  # 0: they run on any core
     store_dir: str = ""
     bind_host: str = "127.0.0.1"
     port: int = 0  # 0: the kernel chooses
@@ -43,6 +45,8 @@ class NodeConfig:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role: must be one of {', '.join(ROLES)}, got {self.role!r}")
+        if not 0 <= self.core_share < max(1, self.num_core_shares):
+            raise ValueError(f"core_share: must be below num_core_shares = {self.num_core_shares}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -1,4 +1,4 @@
-"""Which node goes to which machine, with how many threads and how much of a GPU. Pure: machines in, placements out."""
+"""Which node goes to which machine, with which share of its cores and GPUs. Pure: machines in, placements out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deploy.config import ClusterConfig, ConfigError
+from deploy.cores import share
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,17 @@ class Placement:
     machine: Machine
     num_threads: int
     num_gpus: float  # 0.0: the node runs on the CPU
+    core_share: int = 0  # of so many even shares of the machine's cores
+    num_core_shares: int = 0  # 0: it computes on any core
+    is_crowded: bool = False  # the machine's nodes have more threads than it has cores
 
 
 def place(config: ClusterConfig, machines: Sequence[Machine]) -> list[Placement]:
     """Spreads each role over the machines that it may use, always to the one with the fewest nodes for its size.
 
     Where any machine has GPUs, only those that have some get nodes. Raises `ConfigError` where a role has no machine.
+    Nodes of one machine get shares of its cores that do not overlap. Where these do not suffice for all their threads,
+    no share is kept: what is idle in one node is then another's.
     """
     nodes_on: Counter[str] = Counter()
     role_on: Counter[tuple[str, str]] = Counter()
@@ -50,16 +56,26 @@ def place(config: ClusterConfig, machines: Sequence[Machine]) -> list[Placement]
         chosen.append((f"{role}-{config.roles[:index].count(role)}", role, machine))
         nodes_on[machine.ray_node_id] += 1
         role_on[role, machine.ray_node_id] += 1
-    return [
-        Placement(
-            node_id=node_id,
-            role=role,
-            machine=machine,
-            num_threads=config.num_threads or max(1, machine.cores // nodes_on[machine.ray_node_id]),
-            num_gpus=gpu_share(nodes_on[machine.ray_node_id], machine.gpus),
+    placements: list[Placement] = []
+    placed_on: Counter[str] = Counter()
+    for node_id, role, machine in chosen:
+        index, nodes = placed_on[machine.ray_node_id], nodes_on[machine.ray_node_id]
+        placed_on[machine.ray_node_id] += 1
+        is_crowded = nodes * (config.num_threads or 1) > machine.cores
+        is_pinned = config.pin_cores and not is_crowded and not machine.gpus
+        placements.append(
+            Placement(
+                node_id=node_id,
+                role=role,
+                machine=machine,
+                num_threads=config.num_threads or max(1, len(share(range(machine.cores), index, nodes))),
+                num_gpus=gpu_share(nodes, machine.gpus),
+                core_share=index if is_pinned else 0,
+                num_core_shares=nodes if is_pinned else 0,
+                is_crowded=is_crowded,
+            )
         )
-        for node_id, role, machine in chosen
-    ]
+    return placements
 
 
 def gpu_share(nodes: int, gpus: int) -> float:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.config import ClusterConfig, DeployError, parse_bytes, temp_base
+from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
 from kvstore.directory import ArenaRecord, Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
@@ -44,6 +45,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-batched-tokens", type=int, default=512, metavar="TOKENS", help="in one step of a node (default 512)")
     add("--max-requests", type=int, default=64, metavar="N", help="at a time on one node (default 64)")
     add("--num-threads", type=int, default=0, metavar="N", help="of each node; default: cores / nodes of its machine")
+    add(
+        "--pin-cores",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="each node computes on cores of its own (default, where a machine has a core for each thread)",
+    )
     add("--served-model-name", default="", metavar="NAME", help="default: the folder's name")
     add = parser.add_argument_group("addresses").add_argument
     add("--host", default="127.0.0.1", help="that the router listens on (default 127.0.0.1)")
@@ -99,6 +106,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         max_num_batched_tokens=args.max_batched_tokens,
         max_num_requests=args.max_requests,
         num_threads=args.num_threads,
+        pin_cores=args.pin_cores,
         prefill_hosts=args.prefill_hosts,
         decode_hosts=args.decode_hosts,
         start_timeout_s=args.start_timeout,
@@ -124,7 +132,8 @@ def serve(args: argparse.Namespace) -> int:
 def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDir, begin: float) -> int:
     from deploy.launch import Cluster  # ray, which no other command needs
 
-    cluster = Cluster(config, say, interrupt)
+    bar = StartBar(len(config.roles))
+    cluster = Cluster(config, say, interrupt, bar.show)
     state = ServeState(
         pid=os.getpid(),
         start_ticks=start_ticks(os.getpid()),
@@ -135,7 +144,8 @@ def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDi
         bases=(str(temp_base()), str(config.store_base)),
     )
     state_dir.write(state)
-    cluster.start()
+    with bar:
+        cluster.start()
     try:
         state_dir.write(dataclasses.replace(state, redis_url=cluster.redis_url, routers=cluster.routers))
         nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"

@@ -15,6 +15,9 @@ from kvstore.blocks import KVLayout
 from kvstore.server import StoreConfig
 from router.server import RouterConfig
 
+# An OpenMP thread without work spins for a while in case there is more. Where threads outnumber cores, it keeps a core
+# from another node's thread that has some, and both are much slower for it; so it is to sleep there.
+CROWDED = {"OMP_WAIT_POLICY": "passive"}
 ANY_HOST = ("0.0.0.0", "::", "[::]")  # good to listen on, but no address to call
 
 
@@ -70,12 +73,15 @@ class Specs:
             role=placement.role,
             cluster=self.config.cluster,
             engine=self._engine(placement),
+            core_share=placement.core_share,
+            num_core_shares=placement.num_core_shares,
             store_dir=str(self.folder(machine)),
             bind_host=machine.address,
             advertise_host=machine.address,
             host=machine.label,
         )
-        return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level)
+        environment = CROWDED if placement.is_crowded else {}
+        return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level, environment)
 
     def _engine(self, placement: Placement) -> EngineConfig:
         return EngineConfig(

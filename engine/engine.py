@@ -1,6 +1,6 @@
 """The engine: requests in, one step at a time, tokens and full blocks out. Knows no network, no clock but for speed.
 
-Not thread safe, but for `export_blocks`: one thread owns an engine (see `engine.loop`).
+Not thread safe, but for `export_blocks` and `timing`: one thread owns an engine (see `engine.loop`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,11 +31,15 @@ from engine.request import (
 )
 from engine.runner import Runner
 from engine.scheduler import Chunk, Scheduler
-from engine.speed import SpeedMeter
+from engine.speed import SpeedMeter, StepTiming
 from engine.weights import load_model
-from kvstore.blocks import Payload
+from kvstore.blocks import BlockHash, Payload, salted
 
 logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], object]  # steps done, and of how many
+WARM_UP_TOKENS = 64  # enough to give each thread of a kernel something to do, and soon done on any machine
+WARM_UP_PARAMS = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=2, ignore_eos=True)  # one decode step
 
 
 class Engine:
@@ -60,6 +64,7 @@ class Engine:
         self._runner = Runner(on_device(model, self._cache), self._cache.tensor, model_config.eos_token_ids)
         self._pins: Counter[int] = Counter()
         self._speed = SpeedMeter()
+        self.timing = StepTiming()  # of all steps so far, added up; a new value for each step, so any thread may look
 
     @classmethod
     def from_pretrained(cls, folder: Path, engine_config: EngineConfig) -> Engine:
@@ -68,6 +73,29 @@ class Engine:
         dtype = TORCH_DTYPES[kv_layout(model_config, engine_config).dtype]
         model = load_model(folder, model_config, dtype, torch.device(engine_config.device))
         return cls(model_config, engine_config, fastest(model))
+
+    def warm_up(self, progress: Progress = lambda done, total: None) -> None:
+        """Does what is done only once before the first request comes: thread pools, libraries, whatever is built late.
+
+        On the thread that is going to run the steps. Leaves no request, no block, no cached prefix that anyone could
+        hit, and no measurement: the first steps say little about those to come.
+        """
+        if self._scheduler.requests:
+            raise ValueError("an engine is warmed up before its first request")
+        # A device that records its work for replay (CUDA graphs) adds a step here for each size of batch.
+        steps: list[Callable[[], object]] = [self._run_throw_away]
+        for done, step in enumerate(steps):
+            progress(done, len(steps))
+            step()
+        progress(len(steps), len(steps))
+        self._speed, self.timing = SpeedMeter(), StepTiming()
+
+    def _run_throw_away(self) -> None:
+        """A prefill step and a decode step, as far as they fit into this engine, under a root that no request has."""
+        num_tokens = min(WARM_UP_TOKENS, self.config.max_num_batched_tokens, self.max_model_len - 2)
+        if num_tokens > 0:
+            prompt = [index % self.vocab_size for index in range(num_tokens)]
+            self._run_alone([prompt], WARM_UP_PARAMS, salted(self.layout.root(), b"warm-up"))
 
     # --- requests ---
 
@@ -145,12 +173,17 @@ class Engine:
         Full blocks come pinned: whoever takes an output gives them back with `unpin`. Empty: nothing can run until the
         caller adds, releases, aborts or unpins something.
         """
+        begin = time.perf_counter()
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
-        started = time.perf_counter()
-        tokens = self._runner.run(chunks)
-        self._speed.observe(chunks, time.perf_counter() - started)
+        schedule_s = time.perf_counter() - begin
+        for chunk in chunks:
+            if chunk.request.started_s is None:
+                chunk.request.started_s = begin
+        tokens, run = self._runner.run(chunks)
+        self._speed.observe(chunks, run.total_s)
+        self.timing += StepTiming.of_step(chunks, schedule_s, run)
         return [self._advance(chunk, token) for chunk, token in zip(chunks, tokens, strict=True)]
 
     def _advance(self, chunk: Chunk, token: OutputToken | None) -> RequestOutput:
@@ -180,9 +213,11 @@ class Engine:
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
         """The output tokens of each prompt, run to their ends together. For tests and offline use."""
-        root, block_size = self.layout.root(), self.layout.block_size
+        return self._run_alone(prompts, params, self.layout.root())
+
+    def _run_alone(self, prompts: Sequence[Sequence[int]], params: SamplingParams, root: BlockHash) -> list[list[int]]:
         requests = [
-            Request(f"generate-{index}", list(prompt), len(prompt), params, root, block_size)
+            Request(f"generate-{index}", list(prompt), len(prompt), params, root, self.layout.block_size)
             for index, prompt in enumerate(prompts)
         ]
         for request in requests:

@@ -94,6 +94,7 @@ class Request:
     num_store_hit_tokens: int = 0
     num_new_tokens: int = 0  # sampled by this engine
     num_published_blocks: int = 0  # leading full blocks already reported in an output
+    started_s: float | None = None  # time.perf_counter() of the first step that it was in; None: it still waits
 
     def __post_init__(self) -> None:
         self._extend_hashes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from engine.model import Model
 from engine.request import OutputToken
 from engine.sampler import sample_all
 from engine.scheduler import Chunk
+from engine.speed import RunSeconds
 
 
 class Runner:
@@ -26,17 +28,20 @@ class Runner:
         self._eos_token_ids = tuple(eos_token_ids)
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk]) -> list[OutputToken | None]:
-        """Computes the chunks' KV; a token for each chunk that samples, None for the others."""
+    def run(self, chunks: Sequence[Chunk]) -> tuple[list[OutputToken | None], RunSeconds]:
+        """Computes the chunks' KV; a token for each chunk that samples, None for the others, and what it took."""
+        begin = time.perf_counter()
         batch = build_batch(chunks, self._cache.shape[3])
+        built = time.perf_counter()
         logits = self._model(batch, self._cache)
-        requests = [chunk.request for chunk in chunks if chunk.samples]
-        tokens = iter(sample_all(logits, requests, self._eos_token_ids))
         if self._cache.is_cuda:
-            # Without a token to wait for, the step would end before it is computed: it could not be timed, and its
-            # blocks could not leave.
+            # A step ends when it is computed, whether or not a token is wanted of it: only then may its blocks leave.
             torch.cuda.current_stream(self._cache.device).synchronize()
-        return [next(tokens) if chunk.samples else None for chunk in chunks]
+        computed = time.perf_counter()
+        requests = [chunk.request for chunk in chunks if chunk.samples]
+        sampled = iter(sample_all(logits, requests, self._eos_token_ids))
+        tokens = [next(sampled) if chunk.samples else None for chunk in chunks]
+        return tokens, RunSeconds(built - begin, computed - built, time.perf_counter() - computed)
 
 
 def build_batch(chunks: Sequence[Chunk], block_size: int) -> ForwardBatch:

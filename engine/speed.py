@@ -1,13 +1,67 @@
-"""How fast this engine has been lately, measured from its own steps. Pure: seconds are passed in."""
+"""How fast an engine is, measured from its own steps: lately, and since it began. Pure: seconds are passed in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engine.scheduler import Chunk
 
 PREFILL_HALF_LIFE_TOKENS = 4096
 DECODE_WEIGHT = 0.1  # of the newest step in the moving average
+
+
+@dataclass(frozen=True)
+class RunSeconds:
+    """What the runner's part of one step took."""
+
+    build_s: float
+    forward_s: float
+    sample_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.build_s + self.forward_s + self.sample_s
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """Where the seconds of steps went, and for how much work. Of one step, or, added up, of many: who looks at a sum
+    twice and subtracts has what a metric or a cost model needs.
+
+    A chunk of one token is a decode step, whatever token it is; all others are prefill. Context tokens are those in
+    the cache before a chunk: the step's attention reads them, but nobody computes them.
+    """
+
+    num_steps: int = 0
+    schedule_s: float = 0.0
+    build_s: float = 0.0
+    forward_s: float = 0.0  # up to the logits, the wait for the device included
+    sample_s: float = 0.0
+    num_prefill_tokens: int = 0
+    num_prefill_context_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_decode_context_tokens: int = 0
+
+    def __add__(self, other: StepTiming) -> StepTiming:
+        return StepTiming(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    @classmethod
+    def of_step(cls, chunks: Sequence[Chunk], schedule_s: float, run: RunSeconds) -> StepTiming:
+        """One step's; `chunks` before their requests' cursors move."""
+        prefill = [chunk for chunk in chunks if chunk.num_tokens > 1]
+        decode = [chunk for chunk in chunks if chunk.num_tokens == 1]
+        return cls(
+            num_steps=1,
+            schedule_s=schedule_s,
+            build_s=run.build_s,
+            forward_s=run.forward_s,
+            sample_s=run.sample_s,
+            num_prefill_tokens=sum(chunk.num_tokens for chunk in prefill),
+            num_prefill_context_tokens=sum(chunk.start for chunk in prefill),
+            num_decode_tokens=len(decode),
+            num_decode_context_tokens=sum(chunk.start for chunk in decode),
+        )
 
 
 class SpeedMeter:

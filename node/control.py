@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import grpc
 
 from batonpb import node_pb2, node_pb2_grpc
+from engine.engine import Engine
 from node.admission import Admission
 from node.convert import statuses
 
@@ -16,8 +18,9 @@ logger = logging.getLogger(__name__)
 class NodeControlService(node_pb2_grpc.NodeControlServicer):
     """One node's control calls. A drain lasts until it is undone; a new incarnation starts without."""
 
-    def __init__(self, admission: Admission, node_id: str, incarnation: str, role: str) -> None:
+    def __init__(self, admission: Admission, engine: Engine, node_id: str, incarnation: str, role: str) -> None:
         self._admission = admission
+        self._engine = engine
         self._node_id = node_id
         self._incarnation = incarnation
         self._role = role
@@ -46,4 +49,5 @@ class NodeControlService(node_pb2_grpc.NodeControlServicer):
             free_blocks=load.free_blocks,
             total_blocks=load.total_blocks,
             draining=self._admission.is_draining,
+            steps=node_pb2.StepTiming(**dataclasses.asdict(self._engine.timing)),
         )

@@ -24,7 +24,11 @@ FLUSH_WAIT_S = 2.0  # for the last blocks to reach the arena; after that the dec
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What a prefill leg leaves: its token, and how it came to it. Seconds; hits in tokens."""
+    """What a prefill leg leaves: its token, and how it came to it. Hits in tokens.
+
+    `queue_s` goes from receipt until the first step with this request: room, the store's blocks and the engine's queue
+    are waited for. `compute_s` goes from there to the token.
+    """
 
     token: OutputToken
     finish_reason: FinishReason
@@ -45,22 +49,22 @@ class PrefillWorker:
 
     async def prefill(self, request: Request) -> Prefilled:
         """One token for `request`, whose `handoff_after` is 1. Raises `Draining`, `Busy`, `InvalidRequest`."""
-        received = time.monotonic()
+        received = time.perf_counter()  # the engine's clock
         with self._admission.leg(request) as outputs:
             await self._admission.hold_in_turn(request)
             await Fetcher(self._loop, self._store, request).fetch()
-            started = time.monotonic()
             await self._loop.call(lambda engine: engine.release(request.request_id))
             token, finish_reason = await self._first_token(outputs)
-            computed = time.monotonic()
+            computed = time.perf_counter()
             await self._flush()
+        assert request.started_s is not None, "a token came from no step"
         return Prefilled(
             token=token,
             finish_reason=finish_reason,
             local_hit_tokens=request.num_local_hit_tokens,
             store_hit_tokens=request.num_store_hit_tokens,
-            queue_s=started - received,
-            compute_s=computed - started,
+            queue_s=request.started_s - received,
+            compute_s=computed - request.started_s,
         )
 
     async def _first_token(self, outputs: OutputStream) -> tuple[OutputToken, FinishReason]:

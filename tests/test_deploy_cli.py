@@ -15,11 +15,13 @@ from pathlib import Path
 import grpc
 import pytest
 from conftest import POCKET, REPOSITORY
+from rich.console import Console
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
 from deploy.cli import main
 from deploy.client import as_json
 from deploy.serve import add_serve_arguments, arena_table, changes, config_from, node_table
+from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, start_ticks
 from kvstore.directory import ArenaRecord, NodeRecord
 
@@ -58,6 +60,27 @@ def test_every_option_arrives() -> None:
     assert (config.max_model_len, config.num_threads, config.model_name) == (512, 4, "m")
     assert (config.prefill_hosts, config.decode_hosts) == (("a", "b"), ("c",))
     assert (config.max_num_batched_tokens, config.max_num_requests) == (99, 7)
+    assert config.pin_cores and not config_from(parse("--no-pin-cores")).pin_cores
+
+
+# --- the bar of a start ---
+
+
+def test_bar_tells_how_many_nodes_do_what() -> None:
+    bar = StartBar(3, Console(file=io.StringIO(), force_terminal=True))
+    assert bar.words == "3 starting"
+    bar.show("prefill-0", 0.0)
+    bar.show("decode-0", 0.5)
+    bar.show("decode-1", 1.0)
+    assert bar.words == "1 loading, 1 warming up, 1 up"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_bar_is_shown_on_a_terminal_only(is_terminal: bool) -> None:
+    out = io.StringIO()
+    with StartBar(2, Console(file=out, force_terminal=is_terminal)) as bar:
+        bar.show("both-0", 1.0)
+    assert ("1 starting, 1 up" in out.getvalue()) is is_terminal
 
 
 # --- errors ---

@@ -111,8 +111,39 @@ def test_one_of_each_goes_to_two_machines() -> None:
 
 def test_cores_are_shared_out() -> None:
     assert {p.num_threads for p in place(cluster_config(prefill=2, decode=2), machines(1, cores=2))} == {1}
-    assert {p.num_threads for p in place(cluster_config(prefill=1, decode=1), machines(1, cores=9))} == {4}
+    assert [p.num_threads for p in place(cluster_config(prefill=1, decode=1), machines(1, cores=9))] == [5, 4]
     assert {p.num_threads for p in place(cluster_config(num_threads=3), machines(1))} == {3}
+
+
+@pytest.mark.parametrize(
+    ("options", "cores", "shares", "is_crowded"),
+    [
+        ({}, 2, [(0, 2), (1, 2)], False),
+        ({"num_threads": 1}, 2, [(0, 2), (1, 2)], False),
+        ({"prefill": 2}, 8, [(0, 3), (1, 3), (2, 3)], False),
+        ({"prefill": 0, "decode": 0, "both": 1}, 4, [(0, 1)], False),
+        ({"num_threads": 2}, 2, [(0, 0), (0, 0)], True),
+        ({}, 1, [(0, 0), (0, 0)], True),
+        ({"pin_cores": False}, 8, [(0, 0), (0, 0)], False),
+    ],
+)
+def test_nodes_get_cores_of_their_own_where_these_suffice(
+    options: dict[str, Any], cores: int, shares: list[tuple[int, int]], is_crowded: bool
+) -> None:
+    placements = place(cluster_config(**options), machines(1, cores))
+    assert [(p.core_share, p.num_core_shares) for p in placements] == shares
+    assert {p.is_crowded for p in placements} == {is_crowded}
+
+
+def test_shares_of_cores_are_a_machine_s_own() -> None:
+    placements = place(cluster_config(prefill=2, decode=2), machines(2))
+    assert sorted((p.machine.name, p.core_share, p.num_core_shares) for p in placements) == [
+        ("host-0", 0, 2),
+        ("host-0", 1, 2),
+        ("host-1", 0, 2),
+        ("host-1", 1, 2),
+    ]
+    assert {p.num_core_shares for p in place(cluster_config(), machines(1, gpus=2))} == {0}, "a GPU does the work"
 
 
 @pytest.mark.parametrize("pin", ["10.0.0.2", "host-1"])
@@ -267,7 +298,7 @@ async def test_a_full_disk_keeps_no_server_from_coming_back(tmp_path: Path, monk
     """Nobody asks a restarted actor whether it is ready: one that failed here would stay there, without a server."""
     config: Any = None
     spec = ServerSpec("router", "router-0", config, tmp_path / "machine")
-    monkeypatch.setattr("deploy.actors.build", lambda spec: Router())
+    monkeypatch.setattr("deploy.actors.build", lambda spec, report: Router())
     assert not (await ServerActor(spec).ready()).error
 
     original = Path.open

@@ -105,8 +105,11 @@ def test_interrupted_start_leaves_nothing(tiny_model_dir: Path) -> None:
 @pytest.fixture(scope="module")
 def cluster(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     model_dir = shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("launch") / "model")
-    cluster = Cluster(small(Path(model_dir)))
+    parts: dict[str, list[float]] = {}
+    cluster = Cluster(small(Path(model_dir)), on_part=lambda name, part: parts.setdefault(name, []).append(part))
     cluster.start()
+    assert {name: told[-1] for name, told in parts.items()} == {"prefill-0": 1.0, "decode-0": 1.0}
+    assert all(told == sorted(told) for told in parts.values())
     pids = cluster.pids
     yield cluster
     assert cluster.stop() == []

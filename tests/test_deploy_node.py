@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -31,8 +32,9 @@ from node_harness import (
 )
 
 from batonpb import node_pb2
-from deploy.node import NodeConfig
+from deploy.node import NodeConfig, NodeServer
 from engine.config import EngineConfig
+from engine.engine import Engine, Progress
 from kvstore.directory import NodeRecord
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -73,6 +75,36 @@ async def test_registry_tells_what_a_router_needs(machine: Machine) -> None:
     assert (record.arena_id, record.total_blocks, record.free_blocks) == (store.record().arena_id, 64, 64)
 
 
+async def test_a_node_is_told_of_when_it_is_warm(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up, may_end = Engine.warm_up, threading.Event()
+
+    def warm_up_late(engine: Engine, progress: Progress) -> None:
+        assert threading.current_thread().name == "engine", "thread pools belong to a thread"
+        may_end.wait(30)
+        warm_up(engine, progress)
+
+    monkeypatch.setattr(Engine, "warm_up", warm_up_late)
+    parts: list[float] = []
+    server = NodeServer(machine.node_config(store_dir=""), parts.append)
+    starting = asyncio.create_task(server.start())
+    await asyncio.sleep(0.3)
+    assert not starting.done() and not await machine.directory.nodes()
+    may_end.set()
+    machine.nodes.append(Node(server, await starting))
+    assert await record_of(machine, "node-0") is not None
+    assert parts == sorted(parts) and parts[-1] == 1.0
+
+
+async def test_a_node_that_cannot_warm_up_does_not_start(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(engine: Engine, progress: Progress) -> None:
+        raise MemoryError("no memory for the first step")
+
+    monkeypatch.setattr(Engine, "warm_up", fail)
+    with pytest.raises(MemoryError, match="first step"):
+        await machine.node(store_dir="")
+    assert not await machine.directory.nodes()
+
+
 async def test_heartbeat_tells_the_load(machine: Machine) -> None:
     node = await machine.node(store_dir="")
     call = await node.admit(node_request(prompt_of(100)))
@@ -90,6 +122,16 @@ async def test_heartbeat_tells_the_load(machine: Machine) -> None:
         return record is not None and record.prefill_tokens_per_s > 0 and record.free_blocks == 64
 
     await eventually(speed_is_told)
+
+
+async def test_load_tells_where_the_time_of_steps_went(machine: Machine) -> None:
+    node = await machine.node(store_dir="")
+    before = (await node.load()).steps
+    assert before.num_steps == 0, "what comes before the node is up is not counted"
+    await decode(node, node_request(prompt_of(100), sampling=sampling(max_tokens=4)))
+    steps = (await node.load()).steps
+    assert (steps.num_prefill_tokens, steps.num_decode_tokens, steps.num_steps) == (100, 3, 5)
+    assert min(steps.schedule_s, steps.build_s, steps.forward_s, steps.sample_s) > 0.0
 
 
 async def test_each_start_is_a_new_incarnation_and_stop_leaves(machine: Machine) -> None:

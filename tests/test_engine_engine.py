@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from engine.engine import Engine
 from engine.errors import InvalidRequest, NoRoom, UnknownRequest
 from engine.request import FinishReason, FullBlock, OutputToken, Request, RequestStatus, SamplingParams
+from engine.runner import Runner
 from engine.scheduler import Chunk
-from engine.speed import SpeedMeter
+from engine.speed import RunSeconds, SpeedMeter, StepTiming
 from kvstore.blocks import BlockHash
 
 
@@ -478,6 +480,83 @@ def test_speeds_are_those_of_the_steps() -> None:
         meter.observe([decode, prefill], 0.25)
     assert meter.prefill_tokens_per_s == pytest.approx(2000, rel=0.01)
     assert meter.decode_step_s == pytest.approx(0.25, rel=0.01)
+
+
+def test_timing_of_a_step_counts_its_work() -> None:
+    request = Request("r", [1], 1, GREEDY, BlockHash(bytes(16)), BLOCK)
+    chunks = [Chunk(request, 30, 1, True), Chunk(request, 7, 1, True), Chunk(request, 16, 20, False)]
+    one = StepTiming.of_step(chunks, 0.5, RunSeconds(build_s=1.0, forward_s=2.0, sample_s=4.0))
+    assert one == StepTiming(1, 0.5, 1.0, 2.0, 4.0, 20, 16, 2, 37)
+    assert StepTiming() + one == one
+    assert one + one == StepTiming(2, 1.0, 2.0, 4.0, 8.0, 40, 32, 4, 74)
+
+
+def test_timing_adds_up_over_steps(folder: Path) -> None:
+    engine = make_engine(folder)
+    assert engine.timing == StepTiming()
+    run = drive(engine, [make_request(engine, "r", make_prompt(100))])  # 64 + 36, then a token a step
+    timing = engine.timing
+    assert timing.num_steps == run.num_steps == 2 + GREEDY.max_tokens - 1
+    assert (timing.num_prefill_tokens, timing.num_prefill_context_tokens) == (100, 64)
+    assert timing.num_decode_tokens == GREEDY.max_tokens - 1
+    assert timing.num_decode_context_tokens == sum(range(100, 100 + GREEDY.max_tokens - 1))
+    assert min(timing.schedule_s, timing.build_s, timing.forward_s, timing.sample_s) > 0.0
+    assert engine.step() == [] and engine.timing == timing, "an empty step is none"
+
+
+def test_a_request_starts_with_the_first_step_that_has_it(folder: Path) -> None:
+    engine = make_engine(folder)
+    first, second = (make_request(engine, name, make_prompt(100, seed)) for seed, name in enumerate(("a", "b")))
+    engine.add(first)
+    engine.add(second)
+    outputs = engine.step()  # the first one takes the whole budget
+    began = first.started_s
+    assert began is not None and second.started_s is None
+    outputs += engine.step()
+    assert second.started_s is not None and second.started_s > began
+    assert first.started_s == began
+    for output in outputs:
+        engine.unpin([block.block_id for block in output.full_blocks])
+    drive(engine)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 1}, {"max_num_batched_tokens": 1}, {"max_model_len": 1}])
+def test_warm_up_leaves_nothing_but_warmth(folder: Path, options: dict[str, int]) -> None:
+    engine, cold = make_engine(folder, **options), make_engine(folder, **options)
+    told: list[tuple[int, int]] = []
+    engine.warm_up(lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == list(range(told[-1][1] + 1)), "each step, and the end"
+    assert_all_free(engine)
+    assert engine.timing == StepTiming() and engine.load() == cold.load()
+
+
+def test_warm_up_runs_a_prefill_and_a_decode_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(folder)
+    sizes: list[list[int]] = []
+    run = Runner.run
+
+    def note(runner: Runner, chunks: Sequence[Chunk]) -> Any:
+        sizes.append([chunk.num_tokens for chunk in chunks])
+        return run(runner, chunks)
+
+    monkeypatch.setattr(Runner, "run", note)
+    engine.warm_up()
+    assert sizes == [[64], [1]]
+
+
+def test_nobody_hits_what_warm_up_computed(folder: Path) -> None:
+    engine = make_engine(folder)
+    engine.warm_up()
+    request = make_request(engine, "r", range(64))
+    drive(engine, [request])
+    assert request.num_local_hit_tokens == 0
+
+
+def test_warm_up_comes_before_the_first_request(folder: Path) -> None:
+    engine = make_engine(folder)
+    engine.add(make_request(engine, "r", make_prompt(5)))
+    with pytest.raises(ValueError, match="before its first request"):
+        engine.warm_up()
 
 
 def test_generate_says_so_when_others_hold_the_blocks(folder: Path) -> None:

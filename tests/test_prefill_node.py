@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,19 @@ async def test_first_token_is_that_of_one_engine_alone(machine: Machine, num_tok
     assert answer.finish_reason == common_pb2.FINISH_REASON_UNSPECIFIED
     assert (answer.local_hit_tokens, answer.store_hit_tokens) == (0, 0)
     assert answer.queue_s >= 0 and answer.compute_s > 0
+
+
+async def test_waiting_inside_the_engine_is_queueing(machine: Machine) -> None:
+    node = await machine.node(store_dir="")
+    engine = node.server.loop.engine
+    release, wait_s = engine.release, 0.3
+
+    def release_late(request_id: str, tokens: Sequence[int] = ()) -> None:
+        release(request_id, tokens)
+        time.sleep(wait_s)  # as a long step of others would be: it is released, and in no step yet
+
+    engine.release = release_late  # type: ignore[method-assign]
+    assert (await node.prefill(node_request(prompt_of(20)))).queue_s >= wait_s
 
 
 async def test_second_request_hits_the_engine_of_the_first(machine: Machine) -> None:

@@ -100,7 +100,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("node_id", "incarnation", "role", "num_running", "num_waiting", "queued_prefill_tokens", "free_blocks", "total_blocks", "draining")
+    __slots__ = ("node_id", "incarnation", "role", "num_running", "num_waiting", "queued_prefill_tokens", "free_blocks", "total_blocks", "draining", "steps")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class Load(_message.Message):
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     incarnation: str
     role: str
@@ -119,7 +120,30 @@ class Load(_message.Message):
     free_blocks: int
     total_blocks: int
     draining: bool
-    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    steps: StepTiming
+    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., steps: _Optional[_Union[StepTiming, _Mapping]] = ...) -> None: ...
+
+class StepTiming(_message.Message):
+    __slots__ = ("num_steps", "schedule_s", "build_s", "forward_s", "sample_s", "num_prefill_tokens", "num_prefill_context_tokens", "num_decode_tokens", "num_decode_context_tokens")
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_S_FIELD_NUMBER: _ClassVar[int]
+    BUILD_S_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_S_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    schedule_s: float
+    build_s: float
+    forward_s: float
+    sample_s: float
+    num_prefill_tokens: int
+    num_prefill_context_tokens: int
+    num_decode_tokens: int
+    num_decode_context_tokens: int
+    def __init__(self, num_steps: _Optional[int] = ..., schedule_s: _Optional[float] = ..., build_s: _Optional[float] = ..., forward_s: _Optional[float] = ..., sample_s: _Optional[float] = ..., num_prefill_tokens: _Optional[int] = ..., num_prefill_context_tokens: _Optional[int] = ..., num_decode_tokens: _Optional[int] = ..., num_decode_context_tokens: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("undo",)

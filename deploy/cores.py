@@ -1,0 +1,82 @@
+"""Which cores a node computes on: an even share of those that its machine allows, apart from its neighbours' shares.
+
+Only the threads that compute are held to it. Those that serve gRPC and ZeroMQ go wherever there is room: they need
+little, but at once, and beside a step that fills its core they would wait for the scheduler. Two clusters on one
+machine know nothing of each other, and choose the same cores.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+CPUS = Path("/sys/devices/system/cpu")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def allowed_cores() -> list[int]:
+    """Those that the calling thread may run on, neighbours first: a share has whole cores then, and near memory."""
+    return sorted(os.sched_getaffinity(0), key=_place)
+
+
+def num_usable_cores(cgroup: Path = CGROUP) -> int:
+    """How many threads can run at a time: the allowed cores, or what a container's quota of CPU time leaves of them."""
+    return max(1, int(min(len(os.sched_getaffinity(0)), _quota(cgroup))))
+
+
+def share(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
+    """The `index`-th of `count` shares, side by side; where they cannot be equal, the first ones have one more."""
+    small, larger = divmod(len(cores), count)
+    first = index * small + min(index, larger)
+    return tuple(cores[first : first + small + (index < larger)])
+
+
+@contextmanager
+def running_on(cores: Sequence[int]) -> Iterator[None]:
+    """Holds the calling thread, and those that it makes meanwhile, to `cores`; (): to none."""
+    before = os.sched_getaffinity(0)
+    hold_to(cores)
+    try:
+        yield
+    finally:
+        if cores:
+            hold_to(sorted(before))
+
+
+def hold_to(cores: Sequence[int]) -> None:
+    """Like `running_on`, for good. Cores that were taken from this process meanwhile are no reason to fail."""
+    if not cores:
+        return
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        logger.warning("event=not_pinned cores=%s error=%s", cores, error)
+
+
+def _place(cpu: int) -> tuple[int, int, int]:
+    """Package, core, and then which of the core's threads."""
+    return _number(cpu, "physical_package_id"), _number(cpu, "core_id"), cpu
+
+
+def _number(cpu: int, name: str) -> int:
+    try:
+        return int((CPUS / f"cpu{cpu}" / "topology" / name).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _quota(cgroup: Path) -> float:
+    """CPUs' worth of time in this container, of cgroup v2 or v1; infinite where nobody limits it."""
+    try:
+        if (cgroup / "cpu.max").exists():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(quota) / float(period) if float(quota) > 0 else float("inf")
+    except (OSError, ValueError):  # "max" is no number
+        return float("inf")
