@@ -41,7 +41,7 @@ from benchmarks.rows import Peer, Row, lines, print_beside
 TURNS = 5
 SLOW_TURNS = 3  # of transformers
 HEAVY_TOKENS = 8192  # in a turn's prompts
-PAUSE_S = 0.3  # until the last one's idle threads no longer spin
+PAUSE_S = 1.5  # until the last one's idle threads no longer spin: vLLM's do for a second
 CONTEXT = 1024
 DECODE_TOKENS = 65  # of each request in a TPOT row: the first ones come while others are still in prefill
 MIN_DECODE_STEPS = 16
@@ -110,7 +110,7 @@ class Bench:
         self._shape, self._starts, self._turns, self._meter = shape, starts, turns, meter
         self._rng = random.Random(0)
 
-    def run(self, rows: Sequence[Measurement]) -> None:
+    def run(self, rows: Sequence[Measurement], starts_again: bool) -> None:
         self._meter.measure()
         first: dict[str, list[float]] = {}
         with ExitStack() as stack:
@@ -124,7 +124,8 @@ class Bench:
                 time.sleep(PAUSE_S)
                 self._meter.measure()
         self._keep("process start to first token, first", "s", first)
-        self._keep("process start to first token, later", "s", self._start_again())
+        if starts_again:
+            self._keep("process start to first token, later", "s", self._start_again())
 
     def _measure(self, row: Measurement, workers: Mapping[str, Worker]) -> None:
         values: dict[str, list[float]] = {name: [] for name in workers}
@@ -232,7 +233,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-preload", default="search", help="vLLM's LD_PRELOAD; `search`: what its authors advise")
     parser.add_argument("--turns", type=int, default=TURNS, help="that count, after one to warm up")
     parser.add_argument("--quick", action="store_true", help="one turn at the short rows")
-    parser.add_argument("--rows", type=re.compile, default="", help="a regular expression: only rows with such names")
+    parser.add_argument(
+        "--rows", type=re.compile, default=re.compile(""), help="a regular expression: only rows with such names"
+    )
     parser.add_argument("--json", type=Path, help="append the lines to this file, behind one about the run")
     args = parser.parse_args()
     args.peer = [] if args.peer == "none" else args.peer.split(",")
@@ -260,7 +263,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="baton-") as name:
         shape.write(Path(name) / "model")
         bench = Bench(shape, baton_and_peers(args, Path(name), cores), args.turns, meter)
-        bench.run(rows)
+        bench.run(rows, bool(args.rows.search("process start to first token, later")))
     machine = meter.best()
     figures, peers = results(bench, rows, machine)
     title = f"engine, {shape.name}'s shape, bf16, {args.threads} thread{'s' if args.threads > 1 else ''}"
