@@ -234,7 +234,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=TURNS, help="that count, after one to warm up")
     parser.add_argument("--quick", action="store_true", help="one turn at the short rows")
     parser.add_argument(
-        "--rows", type=re.compile, default=re.compile(""), help="a regular expression: only rows with such names"
+        "--rows", type=re.compile, default="", help="a regular expression: only rows with such names"
     )
     parser.add_argument("--json", type=Path, help="append the lines to this file, behind one about the run")
     args = parser.parse_args()
