@@ -44,6 +44,8 @@ class Eviction(Protocol[K]):
         """
         ...
 
+    def __contains__(self, key: object) -> bool: ...
+
     def __iter__(self) -> Iterator[K]: ...
 
     def __len__(self) -> int: ...
@@ -72,6 +74,9 @@ class LRU(Generic[K]):
                     return key
                 self._keys[key] = None
         return None
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._keys)
@@ -153,6 +158,9 @@ class S3FIFO(Generic[K]):
         self._ghosts[key] = None
         if len(self._ghosts) > self._max_ghosts:
             self._ghosts.popitem(last=False)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._small or key in self._main
 
     def __iter__(self) -> Iterator[K]:
         return itertools.chain(self._small, self._main)
