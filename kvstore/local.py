@@ -30,6 +30,7 @@ from kvstore.blocks import BlockHash
 from kvstore.channel import Channel
 from kvstore.errors import ArenaFull, ArenaUnavailable
 from kvstore.frames import Commit, Committed, Reserve, Reserved, Status
+from kvstore.memory import touch_behind
 
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit for a unix socket
 
@@ -97,6 +98,7 @@ def map_arena(path: Path, description: Description) -> ArenaMap:
     """
     with path.open("r+b") as file:
         memory = mmap.mmap(file.fileno(), arena_bytes(description.num_slots, description.slot_bytes))
+    touch_behind(memory)
     return ArenaMap(memoryview(memory), description.num_slots, description.slot_bytes)
 
 
