@@ -108,8 +108,7 @@ class Cache:
             new.append(block)
         for block in reversed(new):
             self._policy.insert(block)
-            self._reuse.came()
-            self._reuse.saw(block)
+        self._reuse.came(new)
         self._held.update(new)
 
     def _evict(self, chain: set[int]) -> bool:

@@ -54,6 +54,8 @@ class ClusterConfig:
     store_bytes: int = 256 * 2**20
     store_base: Path = Path("/dev/shm")
     store_eviction: str = "s3fifo"
+    store_disk_bytes: int = 0  # of each machine; 0: no disk
+    store_disk_dir: Path | None = None  # kept when the cluster stops; each machine has a folder of its own in it
     max_model_len: int = 0
     max_num_batched_tokens: int = 512
     max_num_requests: int = 64
@@ -79,6 +81,8 @@ class ClusterConfig:
         check("--block-size", 1 <= self.block_size <= 1024, f"between 1 and 1024 tokens, got {self.block_size}")
         check("--kv-memory", self.kv_bytes >= 2**20, f"1M or more, got {self.kv_bytes} bytes")
         check("--store-memory", self.store_bytes >= 2**20, f"1M or more, got {self.store_bytes} bytes")
+        check("--store-disk-bytes", self.store_disk_bytes >= 0, f"0 or more, got {self.store_disk_bytes}")
+        check("--store-disk-dir", not self.store_disk_bytes or self.store_disk_dir is not None, "given with a disk")
         check("--max-model-len", self.max_model_len >= 0, f"0 or more, got {self.max_model_len}")
         check("--max-batched-tokens", self.max_num_batched_tokens >= 1, "1 or more")
         check("--max-requests", self.max_num_requests >= 1, "1 or more")

@@ -43,6 +43,10 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store-memory", type=_bytes, default="256M", metavar="BYTES", help="arena of each machine (default 256M)")
     add("--store-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="where arenas lie (default /dev/shm)")
     add("--store-eviction", choices=sorted(POLICIES), default="s3fifo", help="of arenas (default %(default)s)")
+    add(
+        "--store-disk-bytes", type=_bytes, default="0", metavar="BYTES", help="disk behind each arena (default 0: none)"
+    )
+    add("--store-disk-dir", type=Path, metavar="DIR", help="where blocks on disk lie, also after the cluster stops")
     add("--max-model-len", type=int, default=0, metavar="TOKENS", help="default: the model's")
     add("--max-batched-tokens", type=int, default=512, metavar="TOKENS", help="in one step of a node (default 512)")
     add("--max-requests", type=int, default=64, metavar="N", help="at a time on one node (default 64)")
@@ -105,6 +109,8 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         store_bytes=args.store_memory,
         store_base=args.store_dir,
         store_eviction=args.store_eviction,
+        store_disk_bytes=args.store_disk_bytes,
+        store_disk_dir=args.store_disk_dir,
         max_model_len=args.max_model_len,
         max_num_batched_tokens=args.max_batched_tokens,
         max_num_requests=args.max_requests,

@@ -52,6 +52,7 @@ class Specs:
             yield PlacedSpec(self._router(index, own), own)
 
     def _store(self, machine: Machine) -> ServerSpec:
+        disk = self.config.store_disk_dir
         config = StoreConfig(
             dir=str(self.folder(machine)),
             redis_url=self.redis_url,
@@ -59,6 +60,9 @@ class Specs:
             slot_bytes=self.layout.block_bytes,
             memory_bytes=self.config.store_bytes,
             eviction=self.config.store_eviction,
+            disk_bytes=self.config.store_disk_bytes,
+            disk_dir=str(disk.resolve() / machine.address) if disk is not None else "",
+            disk_root=self.layout.root().hex(),
             advertise_host=machine.address,
             host=machine.label,
         )

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from kvstore.arena import Arena
 from kvstore.blocks import BlockHash
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import DirectoryUnavailable
@@ -27,13 +26,13 @@ class Announcer:
     def __init__(
         self,
         directory: Directory,
-        arena: Arena,
+        inventory: Callable[[], list[tuple[BlockHash, int]]],
         record: Callable[[], ArenaRecord],
         heartbeat_s: float,
         ttl_s: float,
     ) -> None:
         self._directory = directory
-        self._arena = arena
+        self._inventory = inventory
         self._record = record
         self._heartbeat_s = heartbeat_s
         self._ttl_s = ttl_s
@@ -45,7 +44,7 @@ class Announcer:
         self._flushes: list[asyncio.Future[None]] = []
 
     def changed(self, added: Iterable[tuple[BlockHash, int]], gone: Iterable[BlockHash] = ()) -> None:
-        """Notes changes of the arena; blocks that went make room for those that came."""
+        """Notes changes of what the arena's store holds; blocks that went make room for those that came."""
         for block_hash in gone:
             self._changes[block_hash] = None
         for block_hash, slot in added:
@@ -102,7 +101,7 @@ class Announcer:
         while self._changes or not self._is_complete:
             if not self._is_complete:
                 self._changes.clear()
-                await self._directory.announce_all(arena_id, self._arena.blocks(), self._ttl_s)
+                await self._directory.announce_all(arena_id, self._inventory(), self._ttl_s)
                 self._is_complete = True
                 continue
             batch = dict(itertools.islice(self._changes.items(), _BATCH))

@@ -222,15 +222,22 @@ class Arena:
         self._reuse.saw(block_hash)
         return slot
 
-    def reserve(self, hashes: Sequence[BlockHash], writer_id: str) -> list[Reservation | None]:
+    def holds(self, block_hash: BlockHash) -> bool:
+        """Whether a block is ready or being written. Not a use."""
+        return block_hash in self._slots
+
+    def reserve(
+        self, hashes: Sequence[BlockHash], writer_id: str, beside: Sequence[BlockHash] = ()
+    ) -> list[Reservation | None]:
         """A slot for each block; None where it is present, is being written, or no slot is left.
 
-        `ArenaFull` when blocks are missing and there is no slot for any of them.
+        Neither these blocks nor those of `beside` are evicted for it. `ArenaFull` when blocks are missing and there
+        is no slot for any of them.
         """
         # Backwards, so that of a chain the tail is evicted first.
         for block_hash in reversed(hashes):
             self.find(block_hash)
-        chain = set(hashes)
+        chain = {*hashes, *beside}
         answer: list[Reservation | None] = []
         is_full = False
         for block_hash in hashes:
@@ -254,9 +261,8 @@ class Arena:
             self._map.finish(item.slot, pending.block_hash, item.checksum)
             self._ready[item.slot] = pending.block_hash
             self._eviction.insert(pending.block_hash)
-            self._reuse.came()
-            self._reuse.saw(pending.block_hash)
             done.append((pending.block_hash, item.slot))
+        self._reuse.came(block_hash for block_hash, _ in done)
         done.reverse()
         return done
 

@@ -21,7 +21,7 @@ import zmq.asyncio
 from kvstore.arena import Reservation, Written
 from kvstore.blocks import BlockHash, Payload
 from kvstore.channel import Answer, Channel
-from kvstore.directory import ArenaRecord, Cover, Directory
+from kvstore.directory import ON_DISK, ArenaRecord, Cover, Directory
 from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS, Get, Got
 from kvstore.local import LocalArena, StorePaths, to_end
@@ -126,7 +126,7 @@ class KVClient:
         remote: dict[str, list[int]] = {}
         local = self._mapped()
         for index, (arena_id, slot) in enumerate(match.places):
-            if local is None or arena_id != local.arena_id:
+            if local is None or arena_id != local.arena_id or slot == ON_DISK:
                 remote.setdefault(arena_id, []).append(index)
                 continue
             payload = local.map.read(slot, match.hashes[index], time.monotonic_ns())

@@ -29,6 +29,7 @@ from kvstore.errors import DirectoryUnavailable
 
 logger = logging.getLogger(__name__)
 
+ON_DISK = 2**32 - 1  # in place of a slot: the arena's store has the block, and brings it back when it is asked for it
 _MARKER = b"complete"  # no block has a name of eight bytes
 _PAUSE_S = 0.5  # after a time-out, look-ups fail at once for so long
 

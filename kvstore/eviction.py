@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -182,12 +182,15 @@ class SecondTouch(Generic[K]):
         self._num_arrivals = 0
         self._names: OrderedDict[K, int] = OrderedDict()  # arrivals when first seen, or _PROVEN
 
-    def came(self) -> None:
-        """A block came into the cache, whichever."""
-        self._num_arrivals += 1
+    def came(self, keys: Iterable[K]) -> None:
+        """These came into the cache together. For none of them does the time count that the others took."""
+        together = list(keys)
+        self._num_arrivals += len(together)
+        for key in together:
+            self.saw(key)
 
     def saw(self, key: K) -> None:
-        """Somebody asked for the block or brought it."""
+        """Somebody asked for the block."""
         first = self._names.setdefault(key, self._num_arrivals)
         if first != _PROVEN and self._num_arrivals - first >= self._gap:
             self._names[key] = _PROVEN

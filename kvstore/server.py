@@ -14,6 +14,7 @@ import socket
 import uuid
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import zmq.asyncio
 
 from kvstore.announcer import Announcer
 from kvstore.arena import Arena, ArenaMap, arena_bytes, slots_within
+from kvstore.blocks import BlockHash
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.eviction import POLICIES
@@ -29,6 +31,8 @@ from kvstore.frames import MAX_FRAME_BYTES, BlockInfo, Commit, Committed, Get, G
 from kvstore.frames import decode as decode_frame
 from kvstore.local import MAX_SOCKET_PATH, Description, FileLock, StorePaths
 from kvstore.memory import create_memory
+from kvstore.ssd import BlockFile
+from kvstore.tiers import DiskTier
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,9 @@ class StoreConfig:
     slot_bytes: int  # block_bytes of the model
     memory_bytes: int  # of the arena, taken whole at the start
     eviction: str = "s3fifo"  # or "lru"
+    disk_bytes: int = 0  # for blocks that the arena has no room for; 0: none
+    disk_dir: str = ""  # kept from one start to the next; no two stores may share it
+    disk_root: str = ""  # hex of KVLayout.root(): blocks of other models that lie there are not taken over
     cluster: str = "default"
     advertise_host: str = "127.0.0.1"  # where other machines find it
     bind_host: str = ""  # "": advertise_host
@@ -62,6 +69,7 @@ class StoreServer:
         self._num_slots = slots_within(config.memory_bytes, config.slot_bytes)
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory = Directory(config.redis_url, config.cluster)
+        self._disk: DiskTier | None = None
 
     async def start(self) -> ArenaRecord:
         """Makes the arena, opens the sockets, announces itself; works without Redis, and announces when it comes.
@@ -77,13 +85,19 @@ class StoreServer:
             self._map = ArenaMap(memory, self._num_slots, self.config.slot_bytes)
             self.arena = Arena(self._map, POLICIES[self.config.eviction](self._num_slots))
             self._announcer = Announcer(
-                self._directory, self.arena, self.record, self.config.heartbeat_s, self.config.ttl_s
+                self._directory, self._inventory, self.record, self.config.heartbeat_s, self.config.ttl_s
             )
+            if self.config.disk_bytes:
+                file = partial(BlockFile, Path(self.config.disk_dir), self.config.disk_bytes, self.config.slot_bytes)
+                root = bytes.fromhex(self.config.disk_root)
+                self._disk = await DiskTier.open(partial(file, root), self.arena, self._map, self._announcer.changed)
             self._open_sockets()
             Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
             await self._forget_predecessor()
             await self._announcer.round()
         except BaseException:
+            if self._disk is not None:
+                await self._disk.stop()
             self._leave_directory()
             raise
         for loop in (self._announcer.run(), self._serve_writers(), self._serve_readers(), self._reap()):
@@ -96,6 +110,8 @@ class StoreServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._disk is not None:
+            await self._disk.stop()
         try:
             await self._directory.remove_arena(self._arena_id)
         except DirectoryUnavailable as error:
@@ -180,6 +196,9 @@ class StoreServer:
             raise OSError(error.errno, f"{address}: {error}") from error
         return router
 
+    def _inventory(self) -> list[tuple[BlockHash, int]]:
+        return [*self.arena.blocks(), *(self._disk.inventory() if self._disk else ())]
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -204,13 +223,22 @@ class StoreServer:
             frames = await self._data.recv_multipart()
             try:
                 sender, question = decode_question(frames)
-                if isinstance(question, Get):
-                    answer, payloads = self._get(question)
-                    await self._data.send_multipart([sender, answer.encode(), *payloads], copy=False)
+                if isinstance(question, Get) and self._disk and self._disk.is_needed(question.hashes):
+                    self._spawn(self._answer_from(self._disk, sender, question))
+                elif isinstance(question, Get):
+                    await self._answer(sender, question)
             except BadFrame as error:
                 logger.warning("event=bad_frame socket=data error=%r", error)
             except Exception:
                 logger.exception("event=message_failed socket=data")
+
+    async def _answer_from(self, disk: DiskTier, sender: bytes, question: Get) -> None:
+        await disk.promote(question.hashes)
+        await self._answer(sender, question)
+
+    async def _answer(self, sender: bytes, question: Get) -> None:
+        answer, payloads = self._get(question)
+        await self._data.send_multipart([sender, answer.encode(), *payloads], copy=False)
 
     def _reserve(self, question: Reserve) -> Reserved:
         if question.arena_id != self._arena_id:
@@ -219,7 +247,11 @@ class StoreServer:
             reservations = self.arena.reserve(question.hashes, question.writer_id)
         except ArenaFull:
             return Reserved(question.request_id, Status.FULL)
-        self._announcer.changed((), [block.block_hash for block in self.arena.take_evicted()])
+        evicted = self.arena.take_evicted()
+        if self._disk is not None:
+            self._disk.demote(evicted)
+        else:
+            self._announcer.changed((), [block.block_hash for block in evicted])
         return Reserved(question.request_id, Status.OK, reservations)
 
     async def _commit(self, sender: bytes, question: Commit) -> None:
@@ -256,7 +288,7 @@ class StoreServer:
 
     def _dead_writers(self) -> list[str]:
         """Writers whose lock is gone. One that is merely stopped keeps its lock, and its slots."""
-        known = self.arena.writers()
+        known = self.arena.writers() - ({self._disk.writer_id} if self._disk else set())
         known.update(path.stem for path in self._paths.writers.glob("*.lock"))
         dead = []
         for writer_id in known:

@@ -60,6 +60,9 @@ def test_every_option_arrives() -> None:
     assert (config.max_model_len, config.num_threads, config.model_name) == (512, 4, "m")
     assert (config.prefill_hosts, config.decode_hosts) == (("a", "b"), ("c",))
     assert (config.max_num_batched_tokens, config.max_num_requests) == (99, 7)
+    config = config_from(parse("--store-eviction", "lru", "--store-disk-bytes", "3G", "--store-disk-dir", "/var/x"))
+    assert (config.store_eviction, config.store_disk_bytes) == ("lru", 3 << 30)
+    assert config.store_disk_dir == Path("/var/x")
     assert config.pin_cores and not config_from(parse("--no-pin-cores")).pin_cores
 
 

@@ -68,6 +68,8 @@ def test_parse_bytes_refuses(text: str) -> None:
         ({"block_size": 0}, "--block-size"),
         ({"kv_bytes": 5}, "--kv-memory"),
         ({"store_bytes": 5}, "--store-memory"),
+        ({"store_disk_bytes": 1 << 30}, "--store-disk-dir"),
+        ({"store_disk_bytes": -1}, "--store-disk-bytes"),
         ({"num_threads": -1}, "--num-threads"),
         ({"cluster": "a b"}, "--cluster"),
         ({"ray_address": "ray://a:10001"}, "--ray-address"),

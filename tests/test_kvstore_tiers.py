@@ -1,0 +1,199 @@
+"""A store with a disk: what is evicted comes back, also after a restart, and a disk that fails costs a miss."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import eventually
+from kvstore_support import SLOT_BYTES, chain, content, store_config, take, writer_of
+
+from kvstore.blocks import BlockHash
+from kvstore.client import KVClient
+from kvstore.directory import ON_DISK, Directory
+from kvstore.server import StoreConfig, StoreServer
+from kvstore.ssd import HEADER_BYTES, BlockFile, record_stride
+
+NUM_SLOTS, NUM_RECORDS = 16, 24
+OURS = chain(0, 4)
+KNOWN = [content(block_hash) for block_hash in OURS]
+
+
+@pytest.fixture
+def config(redis_url: str, short_dir: Path, tmp_path: Path) -> StoreConfig:
+    disk = {"disk_bytes": NUM_RECORDS * record_stride(SLOT_BYTES), "disk_dir": str(tmp_path), "disk_root": "ab" * 16}
+    return store_config(short_dir / "store", redis_url, NUM_SLOTS, **disk)
+
+
+@pytest.fixture
+async def directory(redis_url: str) -> AsyncIterator[Directory]:
+    directory = Directory(redis_url)
+    yield directory
+    await directory.close()
+
+
+class Here:
+    """A store, a client that maps its arena, and one that does not."""
+
+    def __init__(self, config: StoreConfig, directory: Directory) -> None:
+        self.store = StoreServer(config)
+        self.directory = directory
+        self.near = KVClient(directory, SLOT_BYTES, Path(config.dir))
+        self.far = KVClient(directory, SLOT_BYTES, None)
+        self._next = 1000
+
+    async def __aenter__(self) -> Here:
+        await self.store.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.near.close()
+        await self.far.close()
+        await self.store.stop()
+
+    async def publish(self, hashes: Sequence[BlockHash]) -> None:
+        await self.near.publish(hashes, writer_of(hashes))
+
+    async def crowd_out(self) -> None:
+        """Others need all slots."""
+        for _ in range(3):
+            await self.publish(chain(self._next, NUM_SLOTS))
+            self._next += 1000
+        assert not any(self.store.arena.holds(block_hash) for block_hash in OURS)
+
+    async def publish_twice(self) -> None:
+        """OURS is asked for again after a while, and then loses its slots."""
+        await self.publish(OURS)
+        await self.publish(chain(900, 2))
+        await self.publish(OURS)
+        await self.crowd_out()
+
+    async def tiers(self) -> list[int]:
+        found = await self.directory.locate(OURS)
+        return found.get(self.store.record().arena_id, [])
+
+    async def is_on_disk(self) -> bool:
+        return await self.tiers() == [ON_DISK] * len(OURS)
+
+
+async def read(client: KVClient) -> list[bytes]:
+    return take(await client.fetch(await client.match(OURS)))
+
+
+@pytest.mark.parametrize("is_near", [True, False])
+async def test_what_was_used_again_comes_back_from_disk(
+    config: StoreConfig, directory: Directory, is_near: bool
+) -> None:
+    async with Here(config, directory) as here:
+        await here.publish_twice()
+        await eventually(here.is_on_disk)
+        assert await read(here.near if is_near else here.far) == KNOWN
+        here.store.arena.check_integrity()
+        assert all(here.store.arena.holds(block_hash) for block_hash in OURS), "promoted"
+        await eventually(lambda: _has_slots(here))
+        assert await read(here.near) == KNOWN
+        await here.crowd_out()
+        await eventually(here.is_on_disk)
+        assert await read(here.far) == KNOWN
+        assert here.store.arena.writers() == set()
+
+
+async def _has_slots(here: Here) -> bool:
+    slots = await here.tiers()
+    return len(slots) == len(OURS) and ON_DISK not in slots
+
+
+async def test_what_was_used_once_is_not_written(config: StoreConfig, directory: Directory) -> None:
+    async with Here(config, directory) as here:
+        await here.publish(OURS)
+        assert len(await read(here.far)) == len(OURS), "the hand-off is no second use"
+        await here.crowd_out()
+        assert await here.tiers() == [] and here.store._inventory() == here.store.arena.blocks()
+
+
+async def test_blocks_survive_a_restart(config: StoreConfig, directory: Directory) -> None:
+    async with Here(config, directory) as here:
+        await here.publish_twice()
+        await eventually(here.is_on_disk)
+    assert await directory.locate(OURS) == {}
+    async with Here(config, directory) as here:
+        assert await here.is_on_disk(), "announced before anyone hears of the store"
+        assert await read(here.near) == KNOWN
+    async with Here(replace(config, disk_root="cd" * 16), directory) as here:
+        assert await here.tiers() == [], "of another model"
+
+
+async def test_a_damaged_block_ends_the_run_and_is_forgotten(
+    config: StoreConfig, directory: Directory, tmp_path: Path
+) -> None:
+    async with Here(config, directory) as here:
+        await here.publish_twice()
+        await eventually(here.is_on_disk)
+        disk = here.store._disk
+        assert disk is not None
+        record = disk._index.find(OURS[2])
+        assert record is not None
+        with (tmp_path / "blocks.kv").open("r+b") as file:
+            file.seek(record.number * record_stride(SLOT_BYTES) + HEADER_BYTES + 77)
+            file.write(b"?")
+        assert await read(here.near) == KNOWN[:2]
+        assert OURS[2] not in disk._index
+        disk._index.check_integrity()
+        await eventually(lambda: _length(here, 2))
+        await here.publish(OURS)
+        assert await read(here.near) == KNOWN, "computed again"
+
+
+async def _length(here: Here, length: int) -> bool:
+    return len(await here.tiers()) == length
+
+
+async def test_a_full_disk_is_a_miss_and_is_left_alone_for_a_while(
+    config: StoreConfig, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def write(self: BlockFile, number: int, *_: object) -> None:
+        calls.append(number)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(BlockFile, "write", write)
+    async with Here(config, directory) as here:
+        await here.publish_twice()
+        disk = here.store._disk
+        assert disk is not None
+        await eventually(lambda: not disk._tasks)
+        assert len(calls) == 1 and await here.tiers() == []
+        disk._index.check_integrity()
+        await here.publish(OURS)
+        assert await read(here.near) == KNOWN
+
+
+async def test_the_disk_keeps_to_its_bound(config: StoreConfig, directory: Directory, tmp_path: Path) -> None:
+    async with Here(config, directory) as here:
+        for number in range(5):
+            mine = chain(50_000 + 100 * number, 8)
+            await here.publish(mine)
+            await here.publish(chain(900 + 10 * number, 2))
+            await here.publish(mine)
+            await here.crowd_out()
+        disk = here.store._disk
+        assert disk is not None
+        await eventually(lambda: not disk._tasks)
+        assert len(disk._index) == NUM_RECORDS
+        disk._index.check_integrity()
+        inventory = dict(here.store._inventory())
+        assert len(inventory) == NUM_SLOTS + NUM_RECORDS
+    assert (tmp_path / "blocks.kv").stat().st_size <= config.disk_bytes
+
+
+async def test_a_disk_that_cannot_be_used_is_a_tier_less(
+    config: StoreConfig, directory: Directory, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    async with Here(replace(config, disk_dir=str(tmp_path / "file")), directory) as here:
+        await here.publish_twice()
+        assert here.store._disk is None and await here.tiers() == []
