@@ -223,8 +223,9 @@ class Arena:
         return slot
 
     def holds(self, block_hash: BlockHash) -> bool:
-        """Whether a block is ready or being written. Not a use."""
-        return block_hash in self._slots
+        """Whether a block is ready. Not a use, unlike `find`."""
+        slot = self._slots.get(block_hash)
+        return slot is not None and slot in self._ready
 
     def reserve(
         self, hashes: Sequence[BlockHash], writer_id: str, beside: Sequence[BlockHash] = ()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -197,3 +200,40 @@ async def test_a_disk_that_cannot_be_used_is_a_tier_less(
     async with Here(replace(config, disk_dir=str(tmp_path / "file")), directory) as here:
         await here.publish_twice()
         assert here.store._disk is None and await here.tiers() == []
+
+
+async def test_readers_and_writers_all_at_once(config: StoreConfig, directory: Directory) -> None:
+    """Blocks go to disk and come back under many readers and writers: what is valid is right, and the books balance."""
+    chains = [chain(1000 * number, 6) for number in range(8)]
+    async with Here(config, directory) as here:
+        deadline_s, num_read, num_on_disk = time.monotonic() + 2.0, 0, 0
+
+        async def work(seed: int) -> None:
+            nonlocal num_read, num_on_disk
+            generator = random.Random(seed)
+            while time.monotonic() < deadline_s:
+                client, hashes = generator.choice([here.near, here.far]), generator.choice(chains)
+                if generator.random() < 0.4:
+                    await client.publish(hashes, writer_of(hashes))
+                    continue
+                match = await client.match(hashes)
+                num_on_disk += sum(slot == ON_DISK for _, slot in match.places)
+                taken = take(await client.fetch(match))
+                assert taken == [content(block_hash) for block_hash in hashes[: len(taken)]]
+                num_read += len(taken)
+
+        await asyncio.gather(*(work(seed) for seed in range(6)))
+        disk = here.store._disk
+        assert disk is not None and num_read > 0 and num_on_disk > 0
+        await eventually(lambda: not disk._tasks)
+        disk._index.check_integrity()
+        here.store.arena.check_integrity()
+        assert here.store.arena.writers() == set() and disk._pending_bytes == 0
+        await eventually(lambda: _is_told(here, [block_hash for hashes in chains for block_hash in hashes]))
+
+
+async def _is_told(here: Here, hashes: Sequence[BlockHash]) -> bool:
+    """Whether the directory says of each block what the store would."""
+    inventory, arena_id = dict(here.store._inventory()), here.store.record().arena_id
+    told = [(await here.directory.locate([block_hash])).get(arena_id, [None])[0] for block_hash in hashes]
+    return told == [inventory.get(block_hash) for block_hash in hashes]
