@@ -18,6 +18,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")  // or an array of vectors stays in memory
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross the interface
 
