@@ -82,7 +82,7 @@ class NodeServer:
         cores = _cores(config)
         engine = await asyncio.to_thread(_load, config, cores)
         local_dir = Path(config.store_dir) if config.store_dir else None
-        store = KVClient(directory, engine.layout.block_bytes, local_dir)
+        store = KVClient(directory, engine.layout.block_bytes, local_dir, wire_key=config.wire_key)
         stack.push_async_callback(store.close)
         await store.open()
         # 2. The engine's thread, and who may hand it what.

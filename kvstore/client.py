@@ -21,6 +21,7 @@ import zmq.asyncio
 from kvstore.arena import Reservation, Written
 from kvstore.blocks import BlockHash, Payload
 from kvstore.channel import Answer, Channel
+from kvstore.curve import Curve
 from kvstore.directory import ArenaRecord, Cover, Directory
 from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS, Get, Got
@@ -70,13 +71,22 @@ class _Remote:
 class KVClient:
     """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; with None all
     goes over the wire and nothing is published. `timeout_s` bounds each wait for a store, plus what the bytes take.
+    With a `wire_key` it reads from stores that have the same one, without from those that have none.
     """
 
-    def __init__(self, directory: Directory, slot_bytes: int, local_dir: Path | None, timeout_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        slot_bytes: int,
+        local_dir: Path | None,
+        timeout_s: float = 2.0,
+        wire_key: str = "",
+    ) -> None:
         self._directory = directory
         self._slot_bytes = slot_bytes
         self._paths = None if local_dir is None else StorePaths(local_dir)
         self._timeout_s = timeout_s
+        self._curve = Curve(wire_key) if wire_key else None
         self._context = zmq.asyncio.Context()
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy")
         self._local: LocalArena | None = None
@@ -255,7 +265,7 @@ class KVClient:
                 remote.channel.close()
             for arena_id in [name for name, other in self._remotes.items() if other.used_at_s < now - _IDLE_S]:
                 self._remotes.pop(arena_id).channel.close()
-            remote = _Remote(Channel(self._context, record.address, self._slot_bytes), now)
+            remote = _Remote(Channel(self._context, record.address, self._slot_bytes, self._curve), now)
             self._remotes[record.arena_id] = remote
         remote.used_at_s = now
         return remote.channel
