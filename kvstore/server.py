@@ -14,6 +14,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ class StoreServer:
         """Makes the arena, opens the sockets, announces itself; works without Redis, and announces when it comes.
 
         ValueError for a config that cannot work, OSError when there is not enough memory or an address cannot be
-        bound, `ArenaUnavailable` when the directory belongs to another store that is alive.
+        bound, `ArenaUnavailable` when the directory belongs to another store that is alive, `OtherScheme` when the
+        cluster names blocks in another way.
         """
         self._check()
         self._take_directory()
@@ -85,6 +87,8 @@ class StoreServer:
             self._open_sockets()
             Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
             await self._forget_predecessor()
+            with suppress(DirectoryUnavailable):  # then it is told when it comes, and readers check each record
+                await self._directory.check_scheme()
             await self._announcer.round()
         except BaseException:
             self._leave_directory()
