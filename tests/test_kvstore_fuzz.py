@@ -181,7 +181,7 @@ def test_every_damaged_answer_ends_in_blocks_that_are_right() -> None:
 
 # Answers each line with what it holds, and what it has logged.
 FUZZED_STORE = """
-import asyncio, collections, gc, json, logging, sys
+import asyncio, collections, gc, json, logging, resource, sys
 from kvstore.server import StoreConfig, StoreServer
 tally = collections.Counter()
 class Tally(logging.Handler):
@@ -191,6 +191,8 @@ logging.basicConfig(level="WARNING", handlers=[Tally()])
 async def main():
     store = StoreServer(StoreConfig(**json.loads(sys.argv[1])))
     record = await store.start()
+    if len(sys.argv) > 2:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[2])))
     print(json.dumps([record.arena_id, record.address]), flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         gc.collect()
@@ -209,10 +211,11 @@ class FuzzedStore:
         self.wire_key = wire_key
 
     @classmethod
-    async def start(cls, folder: Path, redis_url: str, wire_key: str) -> FuzzedStore:
+    async def start(cls, folder: Path, redis_url: str, wire_key: str, max_descriptors: int = 0) -> FuzzedStore:
         config = store_config(folder, redis_url, num_slots=64, wire_key=wire_key)
         pipe = asyncio.subprocess.PIPE
         command = [sys.executable, "-c", FUZZED_STORE, json.dumps(asdict(config))]
+        command += [str(max_descriptors)] if max_descriptors else []
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, cwd=REPOSITORY)
         store = cls(process, config.dir, wire_key)
         store.arena_id, store.address = json.loads(await store._line())
@@ -331,3 +334,29 @@ async def test_a_store_under_attack_goes_on_and_leaks_nothing(store: FuzzedStore
 
 async def _is_quiet(store: FuzzedStore) -> bool:
     return (await store.books())["writers"] == 0
+
+
+async def test_a_store_without_descriptors_comes_back(short_dir: Path, redis_url: str) -> None:
+    """More strangers than it has descriptors for: those inside go on, and it is well when they are gone."""
+    key = new_wire_key()
+    store = await FuzzedStore.start(short_dir / "a", redis_url, key, max_descriptors=64)
+    host, port = store.address.removeprefix("tcp://").split(":")
+    strangers = []
+    try:
+        descriptors = store.num_descriptors()
+        await store.send("data", [])
+        for _ in range(100):
+            strangers.append(socket.create_connection((host, int(port)), 10))
+        await eventually(lambda: store.num_descriptors() >= 64, what="it has no more")
+        await asyncio.sleep(1.0)
+        await store.books()
+        for stranger in strangers:
+            stranger.close()
+        await store.send("data", [])
+        await store.send("control", [])
+        await eventually(lambda: store.num_descriptors() <= descriptors, what="descriptors come back")
+        await store.books()
+    finally:
+        for stranger in strangers:
+            stranger.close()
+        await store.stop()
