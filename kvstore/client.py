@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -130,8 +131,13 @@ class KVClient:
             self._troubles.discard("directory")
         return Match(tuple(hashes[: len(cover.places)]), cover.places, cover.arenas)
 
-    async def fetch(self, match: Match) -> list[Payload]:
-        """The leading run of `match` that could be had, in order. Never raises; failures shorten the run."""
+    async def fetch(self, match: Match, limit_s: float = math.inf) -> list[Payload]:
+        """The leading run of `match` that could be had, in order. Never raises; failures shorten the run.
+
+        What other machines have not sent within `limit_s` is a miss, and who was too slow is left alone for a while:
+        whoever can compute the blocks by then need not find out whether a wire that hangs will ever move again.
+        """
+        deadline_s = time.monotonic() + limit_s
         found: dict[int, Payload] = {}
         remote: dict[str, list[int]] = {}
         local = self._mapped()
@@ -143,7 +149,7 @@ class KVClient:
             if payload is None:
                 break  # the run ends here, whatever others hold of the rest
             found[index] = payload
-        runs = [self._fetch_from(match.arenas[arena_id], match, indices) for arena_id, indices in remote.items()]
+        runs = [self._fetch_from(match.arenas[name], match, indices, deadline_s) for name, indices in remote.items()]
         for got in await asyncio.gather(*runs):
             found.update(got)
         payloads: list[Payload] = []
@@ -237,7 +243,9 @@ class KVClient:
         if local is self._local:
             self._local = None
 
-    async def _fetch_from(self, record: ArenaRecord, match: Match, indices: Sequence[int]) -> dict[int, Payload]:
+    async def _fetch_from(
+        self, record: ArenaRecord, match: Match, indices: Sequence[int], deadline_s: float
+    ) -> dict[int, Payload]:
         """Blocks of one other arena, by index; the leading run of `indices` that could be had."""
         found: dict[int, Payload] = {}
         step = max(1, min(MAX_BLOCKS, _REQUEST_BYTES // self._slot_bytes))
@@ -245,6 +253,7 @@ class KVClient:
             part = indices[start : start + step]
             hashes = [match.hashes[index] for index in part]
             timeout_s = self._timeout_s + len(part) * self._slot_bytes / _MIN_BYTES_PER_S
+            timeout_s = min(timeout_s, deadline_s - time.monotonic())
             try:
                 answer = await self._remote(record).request(partial(Get, hashes=hashes), timeout_s)
                 payloads = check_blocks(answer, hashes, self._slot_bytes)

@@ -114,6 +114,20 @@ async def test_bytes_that_do_not_come(store: StoreServer, directory: Directory, 
     assert await fetch(store, directory, address) == len(HASHES)
 
 
+@pytest.mark.parametrize("at", [0, 70, 250_000])
+async def test_a_wire_that_hangs_costs_no_more_than_the_caller_allows(
+    store: StoreServer, directory: Directory, wire: Wire, at: int
+) -> None:
+    """The time-out of the client is longer than this test's; the limit is what computing would take."""
+    client = KVClient(directory, SLOT_BYTES, None, timeout_s=200.0, wire_key=store.config.wire_key)
+    match = through(await client.match(HASHES), await wire.start())
+    wire.answers = hang(at)
+    assert await asyncio.wait_for(client.fetch(match, limit_s=0.3), 30) == []
+    assert await asyncio.wait_for(client.fetch(match, limit_s=0.0), 30) == []
+    assert (await client.match(HASHES)).num_blocks == 0, "and is not paid again by the next request"
+    await client.close()
+
+
 async def test_a_slow_wire_is_not_a_broken_one(store: StoreServer, directory: Directory, wire: Wire) -> None:
     address = await wire.start()
     wire.passes.clear()
