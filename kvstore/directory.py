@@ -11,15 +11,11 @@ way, so nobody reads it.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import math
 import time
-import typing
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
 
 import redis.asyncio
 import redis.exceptions
@@ -29,49 +25,14 @@ from redis.backoff import NoBackoff
 from kvstore import scripts
 from kvstore.blocks import PROBE, BlockHash
 from kvstore.errors import DirectoryUnavailable, OtherScheme
+from kvstore.records import ArenaRecord, NodeRecord, RecordT, parse_record, parse_signed, sign
+
+__all__ = ["ArenaRecord", "Cover", "Directory", "NodeRecord"]
 
 logger = logging.getLogger(__name__)
 
 _MARKER = b"complete"  # no block has a name of eight bytes
 _PAUSE_S = 0.5  # after a time-out, look-ups fail at once for so long
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArenaRecord:
-    """One arena, as its heartbeat describes it. A store that starts again is another arena."""
-
-    arena_id: str  # 32 hex digits, new at each start
-    address: str  # "tcp://ip:port" that blocks are read from
-    host: str  # label of the machine; nodes with the same label map the arena
-    slot_bytes: int
-    num_slots: int
-    free_slots: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeRecord:
-    """One node, as its heartbeat describes it. `(node_id, incarnation)` is one process."""
-
-    node_id: str
-    incarnation: str
-    role: str  # "prefill", "decode" or "both"
-    address: str  # "ip:port" of its gRPC server
-    model: str  # served name
-    kv_root: str  # hex of KVLayout.root()
-    block_size: int  # tokens
-    block_bytes: int
-    vocab_size: int
-    max_model_len: int  # tokens
-    arena_id: str = ""  # of the arena it maps; "" is none
-    host: str = ""  # label of the machine
-    draining: bool = False
-    num_running: int = 0
-    num_waiting: int = 0
-    queued_prefill_tokens: int = 0
-    free_blocks: int = 0
-    total_blocks: int = 0
-    prefill_tokens_per_s: float = 0.0  # 0.0 before the first measurement
-    decode_step_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,9 +41,6 @@ class Cover:
 
     places: tuple[tuple[str, int], ...] = ()  # (arena id, slot)
     arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)  # those that occur in places
-
-
-RecordT = TypeVar("RecordT", ArenaRecord, NodeRecord)
 
 
 class Directory:
@@ -152,14 +110,14 @@ class Directory:
     async def heartbeat_arena(self, record: ArenaRecord, ttl_s: float) -> bool:
         """Keeps an arena alive for `ttl_s`. False: the inventory is lost, announce all."""
         key, inventory = self._record("arena", record.arena_id), self._inventory(record.arena_id)
-        args: list[str | int | bytes] = [record.arena_id, self._text_of(record), int(ttl_s * 1000), _MARKER]
+        args: list[str | int | bytes] = [record.arena_id, sign(record, self._probe), int(ttl_s * 1000), _MARKER]
         async with self._bounded():
             return bool(await self._beat(keys=[key, inventory, self._set("arena")], args=args))
 
     async def heartbeat_node(self, record: NodeRecord, ttl_s: float) -> None:
         """Keeps a node alive for `ttl_s`."""
         async with self._bounded(), self._redis.pipeline(transaction=True) as batch:
-            batch.set(self._record("node", record.node_id), self._text_of(record), px=int(ttl_s * 1000))
+            batch.set(self._record("node", record.node_id), sign(record, self._probe), px=int(ttl_s * 1000))
             batch.sadd(self._set("node"), record.node_id)
             await batch.execute()
 
@@ -217,19 +175,15 @@ class Directory:
     def _inventory(self, arena_id: str) -> str:
         return f"{self._prefix}arena:{arena_id}:blocks"
 
-    def _text_of(self, record: ArenaRecord | NodeRecord) -> str:
-        return json.dumps(asdict(record) | {"probe": self._probe})
-
     def _parse(self, cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
         """None for what is no record, and, with a word about it, for one of another scheme."""
-        data = _object(text)
-        record = _build(cls, data)
-        if record is None or data.get("probe") == self._probe:
+        record, probe = parse_signed(cls, text)
+        if record is None or probe == self._probe:
             return record
         record_id = record.arena_id if isinstance(record, ArenaRecord) else record.node_id
         if record_id not in self._strangers:
             self._strangers.add(record_id)
-            logger.warning("event=other_scheme id=%s probe=%r here=%s", record_id, data.get("probe"), self._probe)
+            logger.warning("event=other_scheme id=%s probe=%r here=%s", record_id, probe, self._probe)
         return None
 
     async def _has_strangers(self, kind: str, cls: type[RecordT]) -> bool:
@@ -278,48 +232,6 @@ class Directory:
             raise DirectoryUnavailable(f"Redis did not answer within {self._timeout_s} s") from error
         except (redis.exceptions.RedisError, OSError) as error:
             raise DirectoryUnavailable(f"Redis: {error}") from error
-
-
-def parse_record(cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
-    """A record out of its JSON; None where a field is missing, of another type, or a value that nobody can work with.
-
-    Unknown fields are let pass.
-    """
-    return _build(cls, _object(text))
-
-
-def _object(text: bytes | str | None) -> dict[str, Any]:
-    """Empty for what is no JSON object."""
-    try:
-        data = json.loads(text or b"null")
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _build(cls: type[RecordT], data: Mapping[str, Any]) -> RecordT | None:
-    values: dict[str, Any] = {}
-    for name, expected in typing.get_type_hints(cls).items():
-        if name in data:
-            value = data[name]
-            if not _is_usable(value):
-                return None
-            if expected is float and type(value) is int:
-                value = float(value)
-            if type(value) is not expected:
-                return None
-            values[name] = value
-    try:
-        return cls(**values)
-    except TypeError:  # a field without a default is missing
-        return None
-
-
-def _is_usable(value: object) -> bool:
-    """JSON lets pass what breaks its reader later: NaN compares with nothing, half a surrogate pair has no bytes."""
-    if isinstance(value, int | float):
-        return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
-    return not isinstance(value, str) or not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def parse_run(text: bytes) -> list[int | None]:
