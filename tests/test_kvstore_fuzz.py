@@ -293,7 +293,7 @@ def messages_of(rng: random.Random, arena_id: str, count: int) -> Iterator[list[
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 CURVE_GREETING = GREETING.replace(b"NULL\0", b"CURVE")
-READY = b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+READY = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
 HELLO = b"\x04\xc8\x05HELLO\x01\x00" + bytes(192)
 QUESTION = Get(1, chain(0, 1)).encode()
 STREAMS = [
