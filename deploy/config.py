@@ -53,6 +53,7 @@ class ClusterConfig:
     kv_bytes: int = 256 * 2**20
     store_bytes: int = 256 * 2**20
     store_base: Path = Path("/dev/shm")
+    store_encryption: bool = True  # between machines, blocks go to holders of this cluster's key alone, encrypted
     max_model_len: int = 0
     max_num_batched_tokens: int = 512
     max_num_requests: int = 64

@@ -14,7 +14,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -31,6 +31,7 @@ from engine.engine import Engine
 from engine.loop import EngineLoop
 from kvstore.client import KVClient
 from kvstore.directory import Directory, NodeRecord
+from kvstore.errors import DirectoryUnavailable
 from node.admission import Admission
 from node.control import NodeControlService
 from node.publisher import Publisher
@@ -58,7 +59,8 @@ class NodeServer:
     async def start(self) -> NodeRecord:
         """Loads the model, warms up, listens, joins the registry (once Redis is there). Returns what it registered.
 
-        Raises `UnsupportedModel`, `OSError` where the model's files are missing, `RuntimeError` for a port in use.
+        Raises `UnsupportedModel`, `OSError` where the model's files are missing, `RuntimeError` for a port in use,
+        `OtherScheme` where the cluster names blocks in another way.
         """
         async with AsyncExitStack() as stack:  # a failure half-way closes what is open already
             await self._open(stack)
@@ -79,10 +81,12 @@ class NodeServer:
         # 1. The store's client.
         directory = Directory(config.redis_url, config.cluster)
         stack.push_async_callback(directory.close)
+        with suppress(DirectoryUnavailable):  # readers of its record check that too
+            await directory.check_scheme()
         cores = _cores(config)
         engine = await asyncio.to_thread(_load, config, cores)
         local_dir = Path(config.store_dir) if config.store_dir else None
-        store = KVClient(directory, engine.layout.block_bytes, local_dir)
+        store = KVClient(directory, engine.layout.block_bytes, local_dir, wire_key=config.wire_key)
         stack.push_async_callback(store.close)
         await store.open()
         # 2. The engine's thread, and who may hand it what.

@@ -41,6 +41,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-memory", type=_bytes, default="256M", metavar="BYTES", help="KV cache of each node (default 256M)")
     add("--store-memory", type=_bytes, default="256M", metavar="BYTES", help="arena of each machine (default 256M)")
     add("--store-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="where arenas lie (default /dev/shm)")
+    add(
+        "--store-encryption",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="stores answer this cluster's nodes alone, and blocks go encrypted between machines (default); without,"
+        " whoever reaches a store's port reads blocks",
+    )
     add("--max-model-len", type=int, default=0, metavar="TOKENS", help="default: the model's")
     add("--max-batched-tokens", type=int, default=512, metavar="TOKENS", help="in one step of a node (default 512)")
     add("--max-requests", type=int, default=64, metavar="N", help="at a time on one node (default 64)")
@@ -102,6 +109,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         kv_bytes=args.kv_memory,
         store_bytes=args.store_memory,
         store_base=args.store_dir,
+        store_encryption=args.store_encryption,
         max_model_len=args.max_model_len,
         max_num_batched_tokens=args.max_batched_tokens,
         max_num_requests=args.max_requests,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ import zmq.asyncio
 from kvstore.arena import Reservation, Written
 from kvstore.blocks import BlockHash, Payload
 from kvstore.channel import Answer, Channel
+from kvstore.curve import Curve
 from kvstore.directory import ArenaRecord, Cover, Directory
 from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS, Get, Got
@@ -70,13 +72,22 @@ class _Remote:
 class KVClient:
     """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; with None all
     goes over the wire and nothing is published. `timeout_s` bounds each wait for a store, plus what the bytes take.
+    With a `wire_key` it reads from stores that have the same one, without from those that have none.
     """
 
-    def __init__(self, directory: Directory, slot_bytes: int, local_dir: Path | None, timeout_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        slot_bytes: int,
+        local_dir: Path | None,
+        timeout_s: float = 2.0,
+        wire_key: str = "",
+    ) -> None:
         self._directory = directory
         self._slot_bytes = slot_bytes
         self._paths = None if local_dir is None else StorePaths(local_dir)
         self._timeout_s = timeout_s
+        self._curve = Curve(wire_key) if wire_key else None
         self._context = zmq.asyncio.Context()
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy")
         self._local: LocalArena | None = None
@@ -120,8 +131,13 @@ class KVClient:
             self._troubles.discard("directory")
         return Match(tuple(hashes[: len(cover.places)]), cover.places, cover.arenas)
 
-    async def fetch(self, match: Match) -> list[Payload]:
-        """The leading run of `match` that could be had, in order. Never raises; failures shorten the run."""
+    async def fetch(self, match: Match, limit_s: float = math.inf) -> list[Payload]:
+        """The leading run of `match` that could be had, in order. Never raises; failures shorten the run.
+
+        What other machines have not sent within `limit_s` is a miss, and who was too slow is left alone for a while:
+        whoever can compute the blocks by then need not find out whether a wire that hangs will ever move again.
+        """
+        deadline_s = time.monotonic() + limit_s
         found: dict[int, Payload] = {}
         remote: dict[str, list[int]] = {}
         local = self._mapped()
@@ -133,7 +149,7 @@ class KVClient:
             if payload is None:
                 break  # the run ends here, whatever others hold of the rest
             found[index] = payload
-        runs = [self._fetch_from(match.arenas[arena_id], match, indices) for arena_id, indices in remote.items()]
+        runs = [self._fetch_from(match.arenas[name], match, indices, deadline_s) for name, indices in remote.items()]
         for got in await asyncio.gather(*runs):
             found.update(got)
         payloads: list[Payload] = []
@@ -227,7 +243,9 @@ class KVClient:
         if local is self._local:
             self._local = None
 
-    async def _fetch_from(self, record: ArenaRecord, match: Match, indices: Sequence[int]) -> dict[int, Payload]:
+    async def _fetch_from(
+        self, record: ArenaRecord, match: Match, indices: Sequence[int], deadline_s: float
+    ) -> dict[int, Payload]:
         """Blocks of one other arena, by index; the leading run of `indices` that could be had."""
         found: dict[int, Payload] = {}
         step = max(1, min(MAX_BLOCKS, _REQUEST_BYTES // self._slot_bytes))
@@ -235,6 +253,7 @@ class KVClient:
             part = indices[start : start + step]
             hashes = [match.hashes[index] for index in part]
             timeout_s = self._timeout_s + len(part) * self._slot_bytes / _MIN_BYTES_PER_S
+            timeout_s = min(timeout_s, deadline_s - time.monotonic())
             try:
                 answer = await self._remote(record).request(partial(Get, hashes=hashes), timeout_s)
                 payloads = check_blocks(answer, hashes, self._slot_bytes)
@@ -255,7 +274,7 @@ class KVClient:
                 remote.channel.close()
             for arena_id in [name for name, other in self._remotes.items() if other.used_at_s < now - _IDLE_S]:
                 self._remotes.pop(arena_id).channel.close()
-            remote = _Remote(Channel(self._context, record.address, self._slot_bytes), now)
+            remote = _Remote(Channel(self._context, record.address, self._slot_bytes, self._curve), now)
             self._remotes[record.arena_id] = remote
         remote.used_at_s = now
         return remote.channel
