@@ -54,6 +54,7 @@ class ClusterConfig:
     store_bytes: int = 256 * 2**20
     store_base: Path = Path("/dev/shm")
     store_encryption: bool = True  # between machines, blocks go to holders of this cluster's key alone, encrypted
+    store_eviction: str = "s3fifo"
     max_model_len: int = 0
     max_num_batched_tokens: int = 512
     max_num_requests: int = 64

@@ -24,6 +24,7 @@ from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
 from kvstore.directory import ArenaRecord, Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
+from kvstore.eviction import POLICIES
 
 WATCH_S = 1.0
 DOWN_TIMEOUT_S = 60.0
@@ -48,6 +49,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="stores answer this cluster's nodes alone, and blocks go encrypted between machines (default); without,"
         " whoever reaches a store's port reads blocks",
     )
+    add("--store-eviction", choices=sorted(POLICIES), default="s3fifo", help="of arenas (default %(default)s)")
     add("--max-model-len", type=int, default=0, metavar="TOKENS", help="default: the model's")
     add("--max-batched-tokens", type=int, default=512, metavar="TOKENS", help="in one step of a node (default 512)")
     add("--max-requests", type=int, default=64, metavar="N", help="at a time on one node (default 64)")
@@ -110,6 +112,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         store_bytes=args.store_memory,
         store_base=args.store_dir,
         store_encryption=args.store_encryption,
+        store_eviction=args.store_eviction,
         max_model_len=args.max_model_len,
         max_num_batched_tokens=args.max_batched_tokens,
         max_num_requests=args.max_requests,

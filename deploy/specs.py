@@ -59,6 +59,7 @@ class Specs:
             cluster=self.config.cluster,
             slot_bytes=self.layout.block_bytes,
             memory_bytes=self.config.store_bytes,
+            eviction=self.config.store_eviction,
             advertise_host=machine.address,
             host=machine.label,
             wire_key=self.wire_key,

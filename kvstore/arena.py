@@ -10,12 +10,12 @@ generation again, and knows whether it has the block that it asked for.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from kvstore.blocks import HASH_BYTES, BlockHash
 from kvstore.errors import ArenaFull
+from kvstore.eviction import LRU, Eviction, SecondTouch
 
 HEADER_BYTES = 64
 PAGE_BYTES = 4096
@@ -171,21 +171,35 @@ class _Pending:
     block_hash: BlockHash
 
 
+@dataclass(frozen=True)
+class Evicted:
+    """A block that lost its slot. Its bytes are still there until the slot's next writer hears of the slot."""
+
+    block_hash: BlockHash
+    slot: int
+    checksum: int
+    was_reused: bool  # asked for again after a while: such a block is worth keeping somewhere cheaper
+
+
 class Arena:
     """The books of an arena. Each slot is free, being written by one writer, or ready; only ready ones are evicted.
+
+    `eviction` says which; it knows all ready blocks and no others.
 
     The headers are what other processes see; the books never read anything back from them but the time of the last
     read, so a process that scribbles on a header harms blocks, not books.
     """
 
-    def __init__(self, arena_map: ArenaMap) -> None:
+    def __init__(self, arena_map: ArenaMap, eviction: Eviction[BlockHash] | None = None) -> None:
         self._map = arena_map
+        self._eviction: Eviction[BlockHash] = LRU() if eviction is None else eviction
+        self._reuse: SecondTouch[BlockHash] = SecondTouch(arena_map.num_slots)
         self._free = list(range(arena_map.num_slots - 1, -1, -1))
-        self._ready: OrderedDict[int, BlockHash] = OrderedDict()  # slot -> block, least lately used first
+        self._ready: dict[int, BlockHash] = {}  # by slot
         self._writing: dict[int, _Pending] = {}  # by slot
         self._slots: dict[BlockHash, int] = {}  # of ready blocks and of those being written
         self._stamps = [0] * arena_map.num_slots  # last access that eviction has seen
-        self._evicted: list[BlockHash] = []
+        self._evicted: list[Evicted] = []
 
     @property
     def num_free(self) -> int:
@@ -204,7 +218,8 @@ class Arena:
         slot = self._slots.get(block_hash)
         if slot is None or slot not in self._ready:
             return None
-        self._ready.move_to_end(slot)
+        self._eviction.touch(block_hash)
+        self._reuse.saw(block_hash)
         return slot
 
     def reserve(self, hashes: Sequence[BlockHash], writer_id: str) -> list[Reservation | None]:
@@ -238,6 +253,9 @@ class Arena:
             del self._writing[item.slot]
             self._map.finish(item.slot, pending.block_hash, item.checksum)
             self._ready[item.slot] = pending.block_hash
+            self._eviction.insert(pending.block_hash)
+            self._reuse.came()
+            self._reuse.saw(pending.block_hash)
             done.append((pending.block_hash, item.slot))
         done.reverse()
         return done
@@ -251,7 +269,7 @@ class Arena:
             self._free.append(slot)
         return len(slots)
 
-    def take_evicted(self) -> list[BlockHash]:
+    def take_evicted(self) -> list[Evicted]:
         """The blocks evicted since the last call."""
         evicted, self._evicted = self._evicted, []
         return evicted
@@ -263,25 +281,27 @@ class Arena:
         return reservation
 
     def _take_slot(self, chain: Set[BlockHash]) -> int | None:
-        """A free slot, else that of the least lately used block. One read since the last look gets a second chance.
+        """A free slot, else that of a block that is evicted for it.
 
         Blocks of `chain` stay: the head of a chain is worth more than its tail.
         """
         if self._free:
             return self._free.pop()
-        for is_last_sweep in (False, True):
-            for _ in range(len(self._ready)):
-                slot, block_hash = self._ready.popitem(last=False)
-                stamp = self._map.last_access(slot)
-                if block_hash not in chain and (is_last_sweep or stamp == self._stamps[slot]):
-                    return self._evict(slot, block_hash)
-                self._stamps[slot] = stamp
-                self._ready[slot] = block_hash
-        return None
+        block_hash = self._eviction.victim(chain, self._was_read)
+        return None if block_hash is None else self._evict(block_hash)
 
-    def _evict(self, slot: int, block_hash: BlockHash) -> int:
-        del self._slots[block_hash]
-        self._evicted.append(block_hash)
+    def _was_read(self, block_hash: BlockHash) -> bool:
+        """Whether a process read the block from its mapping since eviction last looked."""
+        slot = self._slots[block_hash]
+        stamp = self._map.last_access(slot)
+        is_new, self._stamps[slot] = stamp != self._stamps[slot], stamp
+        return is_new
+
+    def _evict(self, block_hash: BlockHash) -> int:
+        slot = self._slots.pop(block_hash)
+        del self._ready[slot]
+        checksum, was_reused = self._map.header(slot).checksum, self._reuse.admits(block_hash)
+        self._evicted.append(Evicted(block_hash, slot, checksum, was_reused))
         return slot
 
     def check_integrity(self) -> None:
@@ -290,6 +310,7 @@ class Arena:
         assert len(free) == len(self._free), "a slot is free twice"
         assert len(free) + len(ready) + len(writing) == self._map.num_slots, "a slot is lost or in two states"
         assert free | ready | writing == set(range(self._map.num_slots)), "a slot is in no state"
+        assert sorted(self._eviction) == sorted(self._ready.values()), "eviction knows other blocks than are ready"
         named = {slot: block_hash for block_hash, slot in self._slots.items()}
         for slot in range(self._map.num_slots):
             header = self._map.header(slot)

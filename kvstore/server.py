@@ -27,6 +27,7 @@ from kvstore.arena import Arena, ArenaMap, arena_bytes, slots_within
 from kvstore.curve import CURVE_BYTES, Curve, Doorkeeper, is_loopback
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
+from kvstore.eviction import POLICIES
 from kvstore.frames import MAX_FRAME_BYTES, BlockInfo, Commit, Committed, Get, Got, Message, Reserve, Reserved, Status
 from kvstore.frames import decode as decode_frame
 from kvstore.local import MAX_SOCKET_PATH, Description, FileLock, StorePaths
@@ -45,6 +46,7 @@ class StoreConfig:
     redis_url: str
     slot_bytes: int  # block_bytes of the model
     memory_bytes: int  # of the arena, taken whole at the start
+    eviction: str = "s3fifo"  # or "lru"
     cluster: str = "default"
     advertise_host: str = "127.0.0.1"  # where other machines find it
     bind_host: str = ""  # "": advertise_host
@@ -80,7 +82,7 @@ class StoreServer:
         try:
             memory = await asyncio.to_thread(create_memory, self._paths.memory(self._arena_id), self._arena_bytes)
             self._map = ArenaMap(memory, self._num_slots, self.config.slot_bytes)
-            self.arena = Arena(self._map)
+            self.arena = Arena(self._map, POLICIES[self.config.eviction](self._num_slots))
             self._announcer = Announcer(
                 self._directory, self.arena, self.record, self.config.heartbeat_s, self.config.ttl_s
             )
@@ -141,6 +143,9 @@ class StoreServer:
             )
         if self._num_slots < 1:
             raise ValueError(f"memory_bytes: {self.config.memory_bytes} hold no slot of {self.config.slot_bytes} bytes")
+
+        if self.config.eviction not in POLICIES:
+            raise ValueError(f"eviction: {self.config.eviction!r} is none of {', '.join(POLICIES)}")
 
     def _take_directory(self) -> None:
         """Takes the directory over, and removes what a store that was killed has left there."""
@@ -239,7 +244,7 @@ class StoreServer:
             reservations = self.arena.reserve(question.hashes, question.writer_id)
         except ArenaFull:
             return Reserved(question.request_id, Status.FULL)
-        self._announcer.changed((), self.arena.take_evicted())
+        self._announcer.changed((), [block.block_hash for block in self.arena.take_evicted()])
         return Reserved(question.request_id, Status.OK, reservations)
 
     async def _commit(self, sender: bytes, question: Commit) -> None:

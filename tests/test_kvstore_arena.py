@@ -24,6 +24,7 @@ from kvstore.arena import (
 )
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
+from kvstore.eviction import POLICIES
 
 SLOT_BYTES = 96
 
@@ -36,9 +37,13 @@ def content(block_hash: bytes) -> bytes:
     return (block_hash * 6)[:SLOT_BYTES]
 
 
-def new_arena(num_slots: int) -> tuple[Arena, ArenaMap]:
+def new_arena(num_slots: int, policy: str = "lru") -> tuple[Arena, ArenaMap]:
     arena_map = ArenaMap(memoryview(bytearray(arena_bytes(num_slots, SLOT_BYTES))), num_slots, SLOT_BYTES)
-    return Arena(arena_map), arena_map
+    return Arena(arena_map, POLICIES[policy](num_slots)), arena_map
+
+
+def evicted(arena: Arena) -> list[BlockHash]:
+    return [block.block_hash for block in arena.take_evicted()]
 
 
 def store(arena: Arena, arena_map: ArenaMap, *numbers: int, writer: str = "w") -> int:
@@ -95,7 +100,7 @@ def test_payload_is_invalid_once_its_slot_is_reserved_again() -> None:
     assert payload is not None
     store(arena, arena_map, 2)
     assert not payload.is_valid()
-    assert arena.take_evicted() == [name(1)] and arena.take_evicted() == []
+    assert evicted(arena) == [name(1)] and evicted(arena) == []
     store(arena, arena_map, 1)
     assert not payload.is_valid(), "the same block in the same slot, but not the same bytes all the time"
 
@@ -150,16 +155,16 @@ def test_least_lately_used_goes_first() -> None:
     store(arena, arena_map, 3)
     assert arena.find(name(1)) is not None
     store(arena, arena_map, 4)
-    assert arena.take_evicted() == [name(2)]
+    assert evicted(arena) == [name(2)]
 
 
 def test_tail_of_a_chain_goes_first() -> None:
     arena, arena_map = new_arena(3)
     store(arena, arena_map, 1, 2, 3)
     store(arena, arena_map, 4)
-    assert arena.take_evicted() == [name(3)]
+    assert evicted(arena) == [name(3)]
     assert store(arena, arena_map, 1, 2, 3, 5) == 1, "blocks of the chain itself are not evicted for its tail"
-    assert arena.take_evicted() == [name(4)]
+    assert evicted(arena) == [name(4)]
     with pytest.raises(ArenaFull):
         arena.reserve([name(1), name(2), name(3), name(5)], "w")
 
@@ -172,10 +177,10 @@ def test_block_read_in_another_process_gets_a_second_chance_not_a_third() -> Non
     assert arena.find(name(2)) is not None and slot is not None
     assert arena_map.read(slot, name(1), now=77) is not None
     store(arena, arena_map, 3)
-    assert arena.take_evicted() == [name(2)]
+    assert evicted(arena) == [name(2)]
     store(arena, arena_map, 4)
     store(arena, arena_map, 5)
-    assert name(1) in arena.take_evicted()
+    assert name(1) in evicted(arena)
 
 
 def test_eviction_ends_when_everything_was_just_read() -> None:
@@ -184,6 +189,28 @@ def test_eviction_ends_when_everything_was_just_read() -> None:
     for block_hash, slot in arena.blocks():
         assert arena_map.read(slot, block_hash, now=5) is not None
     assert store(arena, arena_map, 5, 6, 7, 8) == 4
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_any_policy_keeps_what_is_being_written_and_the_chain(policy: str) -> None:
+    arena, arena_map = new_arena(6, policy)
+    assert all(arena.reserve([name(1), name(2)], "slow"))
+    store(arena, arena_map, 3, 4, 5, 6)
+    assert store(arena, arena_map, 3, 4, 7, 8, 9) == 2, "for the last one no slot is left"
+    assert set(evicted(arena)) == {name(5), name(6)}
+    assert {block_hash for block_hash, _ in arena.blocks()} == {name(number) for number in (3, 4, 7, 8)}
+
+
+def test_evicted_says_what_the_slot_still_holds_and_whether_it_was_asked_for_again() -> None:
+    arena, arena_map = new_arena(2)
+    store(arena, arena_map, 1)
+    assert arena.find(name(1)) is not None, "at once: the hand-off"
+    store(arena, arena_map, 2)
+    assert arena.find(name(1)) is not None
+    store(arena, arena_map, 3, 4)
+    first, second = arena.take_evicted()
+    assert (first.block_hash, first.was_reused, first.checksum) == (name(2), False, 7)
+    assert (second.block_hash, second.was_reused, second.checksum) == (name(1), True, 7)
 
 
 def test_books_do_not_believe_headers() -> None:
@@ -202,10 +229,10 @@ class ArenaMachine(RuleBasedStateMachine):
     writers = st.sampled_from(["a", "b", "c"])
     some_hashes = st.lists(st.integers(0, 15).map(name), max_size=6)
 
-    @initialize(num_slots=st.integers(1, 6))
-    def start(self, num_slots: int) -> None:
+    @initialize(num_slots=st.integers(1, 6), policy=st.sampled_from(sorted(POLICIES)))
+    def start(self, num_slots: int, policy: str) -> None:
         self.num_slots = num_slots
-        self.arena, self.map = new_arena(num_slots)
+        self.arena, self.map = new_arena(num_slots, policy)
         self.held: dict[str, list[tuple[BlockHash, Reservation]]] = {"a": [], "b": [], "c": []}
         self.copies: list[tuple[BlockHash, MappedPayload]] = []
         self.now = 0
@@ -225,7 +252,7 @@ class ArenaMachine(RuleBasedStateMachine):
                 pending.add(block_hash)
                 self.held[writer].append((block_hash, item))
                 self.map.view(item.slot)[: SLOT_BYTES // 2] = content(block_hash)[: SLOT_BYTES // 2]
-        gone = self.arena.take_evicted()
+        gone = evicted(self.arena)
         assert before - {block_hash for block_hash, _ in self.arena.blocks()} == set(gone)
 
     @rule(writer=writers, data=st.data())

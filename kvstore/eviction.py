@@ -1,0 +1,201 @@
+"""Which block goes when room is needed, and which of those that go are worth a place on disk. Pure: no I/O, no clock.
+
+A policy keeps the names of all blocks that may go; whoever owns the bytes asks it for a victim. Every call takes
+constant time, amortised: a sweep passes over blocks that were touched since the last one, and each touch pays for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+MAX_USES = 3  # that S3-FIFO counts of a block: two bits, as in the paper
+_PROVEN = -1
+
+
+def _never(_: object) -> bool:
+    return False
+
+
+class Eviction(Protocol[K]):
+    """What the owner of the bytes tells a policy, and asks of it. A key is inserted at most once at a time."""
+
+    def insert(self, key: K) -> None:
+        """The block is there and may go."""
+        ...
+
+    def touch(self, key: K) -> None:
+        """The block, which is there, was used."""
+        ...
+
+    def remove(self, key: K) -> None:
+        """The block, which is there, is gone for a reason of its owner's."""
+        ...
+
+    def victim(self, kept: Collection[K] = (), was_read: Callable[[K], bool] = _never) -> K | None:
+        """Removes and returns the block that goes; None when there is none, or all are in `kept`.
+
+        `was_read` tells once of each use that nobody called `touch` for. Ends however often it says so.
+        """
+        ...
+
+    def __contains__(self, key: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[K]: ...
+
+    def __len__(self) -> int: ...
+
+
+class LRU(Generic[K]):
+    """The block that was not used for longest goes first. One read in secret is put at the end, once a sweep."""
+
+    def __init__(self, capacity: int = 0) -> None:
+        self._keys: OrderedDict[K, None] = OrderedDict()  # least lately used first
+
+    def insert(self, key: K) -> None:
+        self._keys[key] = None
+
+    def touch(self, key: K) -> None:
+        self._keys.move_to_end(key)
+
+    def remove(self, key: K) -> None:
+        del self._keys[key]
+
+    def victim(self, kept: Collection[K] = (), was_read: Callable[[K], bool] = _never) -> K | None:
+        for is_last_sweep in (False, True):
+            for _ in range(len(self._keys)):
+                key, _ = self._keys.popitem(last=False)
+                if key not in kept and (is_last_sweep or not was_read(key)):
+                    return key
+                self._keys[key] = None
+        return None
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+@dataclass(slots=True)
+class _Uses:
+    """How often a block was used since it came, or since S3-FIFO passed over it."""
+
+    counted_at: int  # arrivals until then
+    count: int = 0
+
+
+class S3FIFO(Generic[K]):
+    """S3-FIFO (Yang et al., SOSP 2023): a small queue for newcomers, a main one for those that proved themselves there.
+
+    Most blocks are never used again and leave through the small queue without having pushed anything out of the main
+    one. The names of those that left are remembered for a while: one that comes back goes to the main queue at once.
+
+    Two things differ from the paper. The small queue has half of `capacity` and not a tenth, and names of four times
+    as many blocks are remembered: a conversation's next turn takes minutes (docs/performance.md has the figures). And
+    a touch counts only when a twentieth of `capacity` has come since the last one: prefill and decode of one request
+    touch each block several times within seconds, which says nothing about the next request.
+    """
+
+    def __init__(self, capacity: int, small: float = 0.5, ghosts: float = 4.0, gap: float = 0.05) -> None:
+        self._small_size = max(1, int(capacity * small))
+        self._max_ghosts = int(capacity * ghosts)
+        self._gap = int(capacity * gap)
+        self._num_arrivals = 0
+        self._small: OrderedDict[K, _Uses] = OrderedDict()  # oldest first, as in both others
+        self._main: OrderedDict[K, _Uses] = OrderedDict()
+        self._ghosts: OrderedDict[K, None] = OrderedDict()
+
+    def insert(self, key: K) -> None:
+        self._num_arrivals += 1
+        queue = self._small
+        if key in self._ghosts:
+            del self._ghosts[key]
+            queue = self._main
+        queue[key] = _Uses(self._num_arrivals)
+
+    def touch(self, key: K) -> None:
+        uses = self._small.get(key) or self._main[key]
+        if self._num_arrivals - uses.counted_at >= self._gap:
+            uses.counted_at = self._num_arrivals
+            uses.count = min(uses.count + 1, MAX_USES)
+
+    def remove(self, key: K) -> None:
+        del (self._small if key in self._small else self._main)[key]
+
+    def victim(self, kept: Collection[K] = (), was_read: Callable[[K], bool] = _never) -> K | None:
+        for _ in range(len(self._small) + (MAX_USES + 2) * len(self)):
+            key = self._look(kept, was_read)
+            if key is not None:
+                return key
+        key = next((key for key in self if key not in kept), None)  # all of these are being read all the time
+        if key is not None:
+            self.remove(key)
+        return key
+
+    def _look(self, kept: Collection[K], was_read: Callable[[K], bool]) -> K | None:
+        """Looks at one block: it goes, or it is put at the end of the main queue."""
+        is_new = len(self._small) >= self._small_size or not self._main
+        key, uses = (self._small if is_new else self._main).popitem(last=False)
+        uses.count += was_read(key)
+        if key not in kept and uses.count <= is_new:  # the one use of a new block may be its hand-off
+            if is_new:
+                self._remember(key)
+            return key
+        uses.count = 0 if is_new else max(0, min(uses.count, MAX_USES) - 1)
+        self._main[key] = uses
+        return None
+
+    def _remember(self, key: K) -> None:
+        self._ghosts[key] = None
+        if len(self._ghosts) > self._max_ghosts:
+            self._ghosts.popitem(last=False)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._small or key in self._main
+
+    def __iter__(self) -> Iterator[K]:
+        return itertools.chain(self._small, self._main)
+
+    def __len__(self) -> int:
+        return len(self._small) + len(self._main)
+
+
+class SecondTouch(Generic[K]):
+    """Which blocks are worth writing to disk: those that were asked for again after a while.
+
+    Three of four blocks never are. A block that was evicted meanwhile counts as well, as long as its name is
+    remembered. What follows within a twentieth of `capacity` arrivals belongs to the same request (see `S3FIFO`).
+    """
+
+    def __init__(self, capacity: int, names: float = 8.0, gap: float = 0.05) -> None:
+        self._max_names = max(1, int(capacity * names))
+        self._gap = max(1, int(capacity * gap))
+        self._num_arrivals = 0
+        self._names: OrderedDict[K, int] = OrderedDict()  # arrivals when first seen, or _PROVEN
+
+    def came(self) -> None:
+        """A block came into the cache, whichever."""
+        self._num_arrivals += 1
+
+    def saw(self, key: K) -> None:
+        """Somebody asked for the block or brought it."""
+        first = self._names.setdefault(key, self._num_arrivals)
+        if first != _PROVEN and self._num_arrivals - first >= self._gap:
+            self._names[key] = _PROVEN
+        if len(self._names) > self._max_names:
+            self._names.popitem(last=False)
+
+    def admits(self, key: K) -> bool:
+        return self._names.get(key) == _PROVEN
+
+
+POLICIES: dict[str, Callable[[int], Eviction[Any]]] = {"lru": LRU, "s3fifo": S3FIFO}  # by name, made from a capacity
