@@ -42,7 +42,7 @@ class Match:
 
     hashes: tuple[BlockHash, ...] = ()
     places: tuple[tuple[str, int], ...] = ()  # (arena id, slot), one a hash
-    arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)
+    arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)  # where to call them; the mapped one may be missing
 
     @property
     def num_blocks(self) -> int:
@@ -107,18 +107,23 @@ class KVClient:
         self._remotes.clear()
         self._context.destroy(linger=0)
 
+    def match_local(self, hashes: Sequence[BlockHash]) -> Match:
+        """The leading run of `hashes` in this machine's arena, as its headers tell it: asks nobody, never raises."""
+        local = self._mapped()
+        places = () if local is None else tuple((local.arena_id, slot) for slot in local.index.run(hashes))
+        return Match(tuple(hashes[: len(places)]), places)
+
     async def match(self, hashes: Sequence[BlockHash]) -> Match:
-        """The leading run of `hashes` that the directory knows of. Never raises; empty when Redis is away."""
-        now = time.monotonic()
-        self._avoided = {arena_id: until for arena_id, until in self._avoided.items() if until > now}
-        try:
-            cover = await self._directory.cover(hashes, self.local_arena_id, self._avoided.keys())
-        except DirectoryUnavailable as error:
-            self._begin_trouble("directory", error)
-            cover = Cover()
-        else:
-            self._troubles.discard("directory")
-        return Match(tuple(hashes[: len(cover.places)]), cover.places, cover.arenas)
+        """The leading run of `hashes` that can be had: from this machine's arena, then what the directory knows of.
+
+        Never raises; without Redis it ends where this machine's arena does.
+        """
+        here = self.match_local(hashes)
+        if here.num_blocks == len(hashes):
+            return here
+        cover = await self._cover(hashes[here.num_blocks :])
+        places = here.places + cover.places
+        return Match(tuple(hashes[: len(places)]), places, cover.arenas)
 
     async def fetch(self, match: Match) -> list[Payload]:
         """The leading run of `match` that could be had, in order. Never raises; failures shorten the run."""
@@ -127,6 +132,8 @@ class KVClient:
         local = self._mapped()
         for index, (arena_id, slot) in enumerate(match.places):
             if local is None or arena_id != local.arena_id:
+                if arena_id not in match.arenas:
+                    break  # this machine's arena, given up meanwhile
                 remote.setdefault(arena_id, []).append(index)
                 continue
             payload = local.map.read(slot, match.hashes[index], time.monotonic_ns())
@@ -153,6 +160,17 @@ class KVClient:
         task.add_done_callback(self._publishing.discard)
         await to_end(task)
         return task.result()
+
+    async def _cover(self, hashes: Sequence[BlockHash]) -> Cover:
+        now = time.monotonic()
+        self._avoided = {arena_id: until for arena_id, until in self._avoided.items() if until > now}
+        try:
+            cover = await self._directory.cover(hashes, self.local_arena_id, self._avoided.keys())
+        except DirectoryUnavailable as error:
+            self._begin_trouble("directory", error)
+            return Cover()
+        self._troubles.discard("directory")
+        return cover
 
     async def _publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
         num_committed = 0
