@@ -24,6 +24,7 @@ from kvstore.channel import Answer, Channel
 from kvstore.directory import ArenaRecord, Cover, Directory
 from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS, Get, Got
+from kvstore.links import Links
 from kvstore.local import LocalArena, StorePaths, to_end
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,14 @@ class Match:
     @property
     def num_blocks(self) -> int:
         return len(self.hashes)
+
+    def head(self, num_blocks: int) -> Match:
+        """Its first `num_blocks`."""
+        return (
+            self
+            if num_blocks >= len(self.hashes)
+            else Match(self.hashes[:num_blocks], self.places[:num_blocks], self.arenas)
+        )
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class KVClient:
         self._slot_bytes = slot_bytes
         self._paths = None if local_dir is None else StorePaths(local_dir)
         self._timeout_s = timeout_s
+        self.links = Links(slot_bytes, time.monotonic)
         self._context = zmq.asyncio.Context()
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy")
         self._local: LocalArena | None = None
@@ -92,6 +102,11 @@ class KVClient:
         """Id of the mapped arena; "" while there is none."""
         local = self._mapped()
         return "" if local is None else local.arena_id
+
+    @property
+    def can_publish(self) -> bool:
+        """Whether there is an arena to publish into, as far as is known."""
+        return self._mapped() is not None and time.monotonic() >= self._publish_after_s
 
     async def open(self) -> None:
         """Maps the arena if the store is up; a store that comes later is found by later calls."""
@@ -253,6 +268,8 @@ class KVClient:
             part = indices[start : start + step]
             hashes = [match.hashes[index] for index in part]
             timeout_s = self._timeout_s + len(part) * self._slot_bytes / _MIN_BYTES_PER_S
+            began_s, payloads = time.monotonic(), list[Payload]()
+            transfer = self.links.begin(record.arena_id, len(part))
             try:
                 answer = await self._remote(record).request(partial(Get, hashes=hashes), timeout_s)
                 payloads = check_blocks(answer, hashes, self._slot_bytes)
@@ -260,6 +277,8 @@ class KVClient:
                 logger.warning("event=fetch_failed arena=%s error=%r", record.arena_id, str(error))
                 self._give_up(record.arena_id)
                 break
+            finally:
+                transfer.end(len(payloads), began_s, time.monotonic())
             found.update(zip(part, payloads, strict=False))
             if len(payloads) < len(part):
                 break

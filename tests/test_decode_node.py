@@ -33,6 +33,7 @@ from kvstore.blocks import hash_blocks
 from kvstore.client import KVClient
 from node.admission import Admission
 from node.convert import to_request
+from node.intake import Intake
 from node.publisher import Publisher
 
 
@@ -153,7 +154,8 @@ async def test_tokens_that_wait_come_together(machine: Machine) -> None:
     engine = Engine.from_pretrained(machine.model_dir, ENGINE)
     loop, store = EngineLoop(engine, on_failure=print), KVClient(machine.directory, engine.layout.block_bytes, None)
     loop.start()
-    worker = DecodeWorker(loop, store, Publisher(loop, store, num_blocks=64), Admission(loop))
+    intake = Intake(store, engine.layout.block_size, engine.layout.block_bytes)
+    worker = DecodeWorker(loop, intake, Publisher(loop, store, num_blocks=64), Admission(loop))
     request = to_request(node_request(prompt_of(20)), engine)
     async with worker.admit(request) as leg:
         batches = leg.run([])
