@@ -101,7 +101,7 @@ class Cluster:
             gap_s=times_s[1] - times_s[0],
             step_s=statistics.median(gaps_s),
             copy_s=(after.seconds - before.seconds) / num_blocks * (last_chunk(len(prompts[0])) // block_tokens),
-            late_tokens=(len(prompts[0]) - 1) // block_tokens * block_tokens - store_hit_tokens,
+            late_tokens=len(prompts[0]) // block_tokens * block_tokens - store_hit_tokens,
         )
 
     async def _compute_s(self, request: node_pb2.NodeRequest) -> float:

@@ -47,13 +47,17 @@ class DecodeLeg:
 
         Of the request's blocks, the first `num_coming_blocks` are said to be in an arena, or on their way into one.
         """
-        # 1. What is still missing: the last blocks of prefill are published while its token travels.
+        # 1. The tokens, before the last blocks: behind them even the block that ends the prompt need not be computed.
+        # The engine looks at a held request when it is told to, and nobody tells it now.
         self._is_started.set()
         await self._fetching
+        for token_id in token_ids:
+            self.request.append(token_id)
+        # 2. What is still missing: the last blocks of prefill are published while its token travels.
         await self._fetcher.fetch_coming(num_coming_blocks)
-        # 2. Whatever did not come is computed.
+        # Whatever did not come is computed.
         request_id = self.request.request_id
-        await self._loop.call(lambda engine: engine.release(request_id, token_ids))
+        await self._loop.call(lambda engine: engine.release(request_id))
         # 3. The tokens, until the last.
         while self.finish_reason is None:
             outputs = await self._take()
