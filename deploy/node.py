@@ -33,7 +33,8 @@ from kvstore.client import KVClient
 from kvstore.directory import Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
 from node.admission import Admission
-from node.control import NodeControlService
+from node.control import Identity, NodeControlService
+from node.intake import Intake
 from node.publisher import Publisher
 from prefill_node.service import PrefillService
 from prefill_node.worker import PrefillWorker
@@ -99,10 +100,12 @@ class NodeServer:
         publisher = Publisher(loop, store, load.total_blocks)
         stack.push_async_callback(publisher.flush)
         self.admission = Admission(loop, config.max_queued_requests, config.room_wait_s)
+        self.publisher = publisher
+        self.intake = intake = Intake(store, engine.layout.block_size, engine.layout.block_bytes)
         # 3. The server, and the heartbeat that tells where it is.
         server = self._server(
-            PrefillService(PrefillWorker(loop, store, publisher, self.admission), engine),
-            DecodeService(DecodeWorker(loop, store, publisher, self.admission), engine, config.start_wait_s),
+            PrefillService(PrefillWorker(loop, intake, publisher, self.admission), engine),
+            DecodeService(DecodeWorker(loop, intake, publisher, self.admission), engine, config.start_wait_s),
         )
         port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
         await server.start()
@@ -122,7 +125,8 @@ class NodeServer:
     def _server(self, prefill: PrefillService, decode: DecodeService) -> grpc.aio.Server:
         server = grpc.aio.server(options=self._server_options())
         config = self.config
-        control = NodeControlService(self.admission, self.loop.engine, config.node_id, self._incarnation, config.role)
+        identity = Identity(config.node_id, self._incarnation, config.role)
+        control = NodeControlService(self.admission, self.loop.engine, self.intake, identity)
         node_pb2_grpc.add_PrefillServicer_to_server(prefill, server)  # type: ignore[no-untyped-call]
         node_pb2_grpc.add_DecodeServicer_to_server(decode, server)  # type: ignore[no-untyped-call]
         node_pb2_grpc.add_NodeControlServicer_to_server(control, server)  # type: ignore[no-untyped-call]

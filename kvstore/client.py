@@ -26,6 +26,7 @@ from kvstore.curve import Curve
 from kvstore.directory import ArenaRecord, Cover, Directory
 from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS, Get, Got
+from kvstore.links import Links
 from kvstore.local import LocalArena, StorePaths, to_end
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,19 @@ class Match:
 
     hashes: tuple[BlockHash, ...] = ()
     places: tuple[tuple[str, int], ...] = ()  # (arena id, slot), one a hash
-    arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)
+    arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)  # where to call them; the mapped one may be missing
 
     @property
     def num_blocks(self) -> int:
         return len(self.hashes)
+
+    def head(self, num_blocks: int) -> Match:
+        """Its first `num_blocks`."""
+        return (
+            self
+            if num_blocks >= len(self.hashes)
+            else Match(self.hashes[:num_blocks], self.places[:num_blocks], self.arenas)
+        )
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class KVClient:
         self._paths = None if local_dir is None else StorePaths(local_dir)
         self._timeout_s = timeout_s
         self._curve = Curve(wire_key) if wire_key else None
+        self.links = Links(slot_bytes, time.monotonic)
         self._context = zmq.asyncio.Context()
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy")
         self._local: LocalArena | None = None
@@ -104,6 +114,11 @@ class KVClient:
         local = self._mapped()
         return "" if local is None else local.arena_id
 
+    @property
+    def can_publish(self) -> bool:
+        """Whether there is an arena to publish into, as far as is known."""
+        return self._mapped() is not None and time.monotonic() >= self._publish_after_s
+
     async def open(self) -> None:
         """Maps the arena if the store is up; a store that comes later is found by later calls."""
         self._mapped()
@@ -118,18 +133,23 @@ class KVClient:
         self._remotes.clear()
         self._context.destroy(linger=0)
 
+    def match_local(self, hashes: Sequence[BlockHash]) -> Match:
+        """The leading run of `hashes` in this machine's arena, as its headers tell it: asks nobody, never raises."""
+        local = self._mapped()
+        places = () if local is None else tuple((local.arena_id, slot) for slot in local.index.run(hashes))
+        return Match(tuple(hashes[: len(places)]), places)
+
     async def match(self, hashes: Sequence[BlockHash]) -> Match:
-        """The leading run of `hashes` that the directory knows of. Never raises; empty when Redis is away."""
-        now = time.monotonic()
-        self._avoided = {arena_id: until for arena_id, until in self._avoided.items() if until > now}
-        try:
-            cover = await self._directory.cover(hashes, self.local_arena_id, self._avoided.keys())
-        except DirectoryUnavailable as error:
-            self._begin_trouble("directory", error)
-            cover = Cover()
-        else:
-            self._troubles.discard("directory")
-        return Match(tuple(hashes[: len(cover.places)]), cover.places, cover.arenas)
+        """The leading run of `hashes` that can be had: from this machine's arena, then what the directory knows of.
+
+        Never raises; without Redis it ends where this machine's arena does.
+        """
+        here = self.match_local(hashes)
+        if here.num_blocks == len(hashes):
+            return here
+        cover = await self._cover(hashes[here.num_blocks :])
+        places = here.places + cover.places
+        return Match(tuple(hashes[: len(places)]), places, cover.arenas)
 
     async def fetch(self, match: Match, limit_s: float = math.inf) -> list[Payload]:
         """The leading run of `match` that could be had, in order. Never raises; failures shorten the run.
@@ -143,6 +163,8 @@ class KVClient:
         local = self._mapped()
         for index, (arena_id, slot) in enumerate(match.places):
             if local is None or arena_id != local.arena_id:
+                if arena_id not in match.arenas:
+                    break  # this machine's arena, given up meanwhile
                 remote.setdefault(arena_id, []).append(index)
                 continue
             payload = local.map.read(slot, match.hashes[index], time.monotonic_ns())
@@ -169,6 +191,17 @@ class KVClient:
         task.add_done_callback(self._publishing.discard)
         await to_end(task)
         return task.result()
+
+    async def _cover(self, hashes: Sequence[BlockHash]) -> Cover:
+        now = time.monotonic()
+        self._avoided = {arena_id: until for arena_id, until in self._avoided.items() if until > now}
+        try:
+            cover = await self._directory.cover(hashes, self.local_arena_id, self._avoided.keys())
+        except DirectoryUnavailable as error:
+            self._begin_trouble("directory", error)
+            return Cover()
+        self._troubles.discard("directory")
+        return cover
 
     async def _publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
         num_committed = 0
@@ -254,6 +287,8 @@ class KVClient:
             hashes = [match.hashes[index] for index in part]
             timeout_s = self._timeout_s + len(part) * self._slot_bytes / _MIN_BYTES_PER_S
             timeout_s = min(timeout_s, deadline_s - time.monotonic())
+            began_s, payloads = time.monotonic(), list[Payload]()
+            transfer = self.links.begin(record.arena_id, len(part))
             try:
                 answer = await self._remote(record).request(partial(Get, hashes=hashes), timeout_s)
                 payloads = check_blocks(answer, hashes, self._slot_bytes)
@@ -261,6 +296,8 @@ class KVClient:
                 logger.warning("event=fetch_failed arena=%s error=%r", record.arena_id, str(error))
                 self._give_up(record.arena_id)
                 break
+            finally:
+                transfer.end(len(payloads), began_s, time.monotonic())
             found.update(zip(part, payloads, strict=False))
             if len(payloads) < len(part):
                 break
