@@ -138,9 +138,8 @@ class StoreServer:
         if length > MAX_SOCKET_PATH:
             raise ValueError(f"dir: the path {self._paths.control} has {length} bytes, a socket's at most 107")
         if self._curve is None and not self.config.trusts_network and not is_loopback(self._bind_host):
-            raise ValueError(
-                f"bind_host: {self._bind_host} without a wire_key lets everybody who reaches it read blocks"
-            )
+            problem = "needs a wire_key, or everybody who reaches it reads blocks; trusts_network allows that"
+            raise ValueError(f"bind_host: {self._bind_host} {problem}")
         if self._num_slots < 1:
             raise ValueError(f"memory_bytes: {self.config.memory_bytes} hold no slot of {self.config.slot_bytes} bytes")
 
