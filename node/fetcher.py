@@ -44,7 +44,7 @@ class Pace:
 
 
 LOCAL_PACE = Pace(1 / 8, 0.002, 0.05)  # a look at mapped memory
-DIRECTORY_PACE = Pace(1 / 4, 0.01, 0.2)  # a round trip to Redis
+DIRECTORY_PACE = Pace(1 / 4, 0.005, 0.2)  # a round trip to Redis
 
 
 class Fetcher:
@@ -60,6 +60,7 @@ class Fetcher:
         self._is_declined = False  # computing is sooner than fetching what was found last
         self._progress_s = time.monotonic()  # the last block came, or the fetcher did
         self._ask_directory_s = 0.0  # not before
+        self._is_near = False  # what came last came from this machine: so will the rest, most likely
 
     @property
     def num_missing_blocks(self) -> int:
@@ -77,7 +78,7 @@ class Fetcher:
             while self.num_missing_blocks > 0:
                 num_blocks = await self._fetch_round()
                 num_fetched_blocks += num_blocks
-                if num_blocks < self._max_fetch_blocks:
+                if num_blocks == 0 or self._is_declined:
                     break
         except UnknownRequest:
             pass  # aborted meanwhile: nobody waits for these blocks
@@ -100,7 +101,8 @@ class Fetcher:
 
         Not longer than computing it would take: whoever publishes it may have died.
         """
-        self._ask_directory_s = 0.0
+        if not self._is_near:
+            self._ask_directory_s = 0.0
         await self.fetch()
         self._progress_s = time.monotonic()
         while (num_coming := self._num_coming(num_blocks)) > 0 and not self._is_declined:
@@ -130,11 +132,12 @@ class Fetcher:
         return await self._import(await self._store.fetch(chosen))
 
     async def _match(self) -> Match:
-        """What there is: a look into this machine's arena, and now and then into the directory for all others."""
+        """What this machine's arena holds; where it holds nothing, now and then what the directory knows of."""
         first, num_blocks = self._num_blocks, min(self.num_missing_blocks, self._max_fetch_blocks)
         hashes = self._request.block_hashes[first : first + num_blocks]
-        if time.monotonic() < self._ask_directory_s:
-            return self._store.match_local(hashes)
+        here = self._store.match_local(hashes)
+        if here.num_blocks or time.monotonic() < self._ask_directory_s:
+            return here
         match = await self._store.match(hashes)
         self._ask_directory_s = time.monotonic() + DIRECTORY_PACE.pause_s(self._waited_s)
         return match
@@ -144,6 +147,7 @@ class Fetcher:
         num_imported_blocks = 0
         for is_mapped, run in itertools.groupby(payloads, lambda payload: isinstance(payload, MappedPayload)):
             batch = list(run)
+            self._is_near = is_mapped
             for start in range(0, len(batch), self._max_import_blocks):
                 part = batch[start : start + self._max_import_blocks]
                 num_blocks = await self._import_part(part, is_mapped)
