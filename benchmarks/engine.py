@@ -244,9 +244,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-preload", default="search", help="vLLM's LD_PRELOAD; `search`: what its authors advise")
     parser.add_argument("--turns", type=int, default=TURNS, help="that count, after one to warm up")
     parser.add_argument("--quick", action="store_true", help="one turn at the short rows")
-    parser.add_argument(
-        "--rows", type=re.compile, default="", help="a regular expression: only rows with such names"
-    )
+    parser.add_argument("--rows", type=re.compile, default="", help="a regular expression: only rows with such names")
     parser.add_argument("--json", type=Path, help="append the lines to this file, behind one about the run")
     args = parser.parse_args()
     args.peer = [] if args.peer == "none" else args.peer.split(",")

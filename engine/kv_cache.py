@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +11,8 @@ import torch
 
 from engine.cuda_copies import BlockCopies
 from kvstore.blocks import KVLayout
+
+logger = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,7 +25,11 @@ class KVCache:
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
         shape = (num_blocks + 1, layout.num_layers, 2, layout.block_size, layout.num_kv_heads, layout.head_dim)
-        self.tensor = torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype], device=device)
+        dtype = TORCH_DTYPES[layout.dtype]
+        if device.type == "cpu":
+            self.tensor = _host_memory((num_blocks + 1) * layout.block_bytes).view(dtype).view(shape)
+        else:
+            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.spare_block = num_blocks
         self.block_bytes = layout.block_bytes
         blocks = self.tensor.view(torch.uint8).view(num_blocks + 1, layout.block_bytes)
@@ -53,3 +61,13 @@ class KVCache:
                 np.copyto(target, self._host[block_id])
         elif self._copies is not None:
             self._copies.read(block_ids, targets)
+
+
+def _host_memory(num_bytes: int) -> torch.Tensor:
+    """Bytes of zeros in huge pages where the kernel grants them, all written once: no step pays for a first touch."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)  # before the first touch: pages that are there already stay small
+    except (OSError, AttributeError) as error:
+        logger.info("event=no_huge_pages error=%r", error)
+    return torch.frombuffer(memory, dtype=torch.uint8).zero_()  # keeps the mapping as long as it lives itself

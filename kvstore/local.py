@@ -30,6 +30,7 @@ from kvstore.blocks import BlockHash
 from kvstore.channel import Channel
 from kvstore.errors import ArenaFull, ArenaUnavailable
 from kvstore.frames import Commit, Committed, Reserve, Reserved, Status
+from kvstore.memory import touch_behind
 from kvstore.slot_index import SlotIndex
 
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit for a unix socket
@@ -97,7 +98,9 @@ def map_memory(path: Path, description: Description) -> memoryview:
     The mapping is never closed by hand: it goes with its last view, and a file that was removed stays readable.
     """
     with path.open("r+b") as file:
-        return memoryview(mmap.mmap(file.fileno(), arena_bytes(description.num_slots, description.slot_bytes)))
+        memory = mmap.mmap(file.fileno(), arena_bytes(description.num_slots, description.slot_bytes))
+    touch_behind(memory)
+    return memoryview(memory)
 
 
 class FileLock:

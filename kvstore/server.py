@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import mmap
 import os
 import shutil
 import socket
@@ -31,6 +30,7 @@ from kvstore.eviction import POLICIES
 from kvstore.frames import MAX_FRAME_BYTES, BlockInfo, Commit, Committed, Get, Got, Message, Reserve, Reserved, Status
 from kvstore.frames import decode as decode_frame
 from kvstore.local import MAX_SOCKET_PATH, Description, FileLock, StorePaths
+from kvstore.memory import create_memory
 
 logger = logging.getLogger(__name__)
 
@@ -300,20 +300,6 @@ def _arena_left_in(paths: StorePaths) -> str:
         return Description.read(paths.description).arena_id
     except (OSError, ValueError):
         return ""
-
-
-def create_memory(path: Path, size: int) -> memoryview:
-    """A new file of `size` bytes, mapped. All of it is taken now, so that no write can ever find the disk full."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, size)
-        return memoryview(mmap.mmap(fd, size))
-    except OSError as error:
-        path.unlink()
-        problem = f"memory_bytes: {size} bytes in {path.parent}: {error.strerror}; ask for less, or for another folder"
-        raise OSError(error.errno, problem) from error
-    finally:
-        os.close(fd)
 
 
 def decode_question(frames: list[bytes]) -> tuple[bytes, Message]:
