@@ -5,10 +5,10 @@
         --peer-python /somewhere/vllm/bin/python --json docs/results/engine_135m_2.jsonl
 
 All load the same random bf16 weights in a published shape, made on the fly, on the same cores, and take turns at each
-row, in one run: one turn to warm up, then 5 that count. transformers is slow and has 3 that count, and one and no
-warm-up in rows of many prompt tokens. Prompts are random token ids, new for each turn, without prefix caching.
-`--peer none` leaves the peers out, `--quick` counts one turn at the short rows, and a single one has no warm-up in
-rows of many prompt tokens.
+row, in one run: one turn to warm up, then 5 that count. Rows of many prompt tokens have no warm-up, and in TPOT rows
+three figures a turn and two turns. transformers is slow: 3 turns that count, and one in rows of many prompt tokens.
+Prompts are random token ids, new for each turn, without prefix caching.
+`--peer none` leaves the peers out, `--quick` counts one turn at the short rows.
 
 TPOT is the mean time of the steps that give a token to each request of the batch, once all prompts are done. The
 "first" start has no compiled code of any earlier one (vLLM compiles its model), "later" ones may find what it left.
@@ -44,7 +44,8 @@ HEAVY_TOKENS = 8192  # in a turn's prompts
 PAUSE_S = 1.5  # until the last one's idle threads no longer spin: vLLM's do for a second
 CONTEXT = 1024
 DECODE_TOKENS = 65  # of each request in a TPOT row: the first ones come while others are still in prefill
-MIN_DECODE_STEPS = 16
+MIN_DECODE_STEPS = 12
+DECODE_PARTS = 3  # of a turn in the rows of many prompt tokens, each with a figure
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,21 @@ class Measurement:
     count: int
     length: int
     max_tokens: int
-    figure: Callable[[list[Step]], float]
+    figures: Callable[[list[Step]], list[float]]  # of one turn
     work: Work
     limit: Callable[[float], float]  # the figure, had `work` taken these seconds
 
-    def turn(self, worker: Worker, rng: random.Random, shape: Shape) -> float:
+    num_figures: int = 1  # of one turn
+
+    @property
+    def is_heavy(self) -> bool:
+        """Whether a turn takes so long that none is spent on warming up: the rows before have done that."""
+        return self.count * self.length >= HEAVY_TOKENS
+
+    def turn(self, worker: Worker, rng: random.Random, shape: Shape) -> list[float]:
         prompts = [[rng.randrange(shape.vocab_size) for _ in range(self.length)] for _ in range(self.count)]
         time.sleep(PAUSE_S)
-        return self.figure(worker.run(Task(prompts, self.max_tokens, every_step=self.unit == "ms")))
+        return self.figures(worker.run(Task(prompts, self.max_tokens, every_step=self.unit == "ms")))
 
 
 def prefill_row(shape: Shape, length: int) -> Measurement:
@@ -71,18 +79,21 @@ def prefill_row(shape: Shape, length: int) -> Measurement:
         return length / seconds
 
     name, work = f"prefill, prompt of {length}", prefill(shape, 1, length)
-    return Measurement(name, "tok/s", 1, length, 1, lambda steps: rate(steps[-1].seconds), work, rate)
+    return Measurement(name, "tok/s", 1, length, 1, lambda steps: [rate(steps[-1].seconds)], work, rate)
 
 
 def tpot_row(shape: Shape, batch: int) -> Measurement:
-    def tpot_ms(steps: list[Step]) -> float:
+    parts = DECODE_PARTS if batch * CONTEXT >= HEAVY_TOKENS else 1  # a prefill of all prompts for each figure is dear
+
+    def tpot_ms(steps: list[Step]) -> list[float]:
         ends_s = [step.seconds for step in steps if step.tokens == batch]
-        if len(ends_s) <= MIN_DECODE_STEPS:
+        size = (len(ends_s) - 1) // parts
+        if size < MIN_DECODE_STEPS:
             raise SystemExit(f"only {len(ends_s)} steps of the whole batch of {batch}: raise DECODE_TOKENS")
-        return 1e3 * (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1)
+        return [1e3 * (ends_s[i + size] - ends_s[i]) / size for i in range(0, parts * size, size)]
 
     name, work = f"TPOT at context {CONTEXT}, batch {batch}", decode(shape, batch, CONTEXT + DECODE_TOKENS / 2)
-    return Measurement(name, "ms", batch, CONTEXT, DECODE_TOKENS, tpot_ms, work, lambda seconds: 1e3 * seconds)
+    return Measurement(name, "ms", batch, CONTEXT, DECODE_TOKENS, tpot_ms, work, lambda seconds: 1e3 * seconds, parts)
 
 
 def offline_row(shape: Shape, count: int = 32, length: int = 256, out: int = 64) -> Measurement:
@@ -92,7 +103,7 @@ def offline_row(shape: Shape, count: int = 32, length: int = 256, out: int = 64)
     steps = decode(shape, count, length + out / 2)
     work = prefill(shape, count, length) + Work((out - 1) * steps.read_bytes, (out - 1) * steps.flops)
     name = f"offline, {count} x ({length} in, {out} out)"
-    return Measurement(name, "out tok/s", count, length, out, lambda steps: rate(steps[-1].seconds), work, rate)
+    return Measurement(name, "out tok/s", count, length, out, lambda steps: [rate(steps[-1].seconds)], work, rate)
 
 
 def measurements(shape: Shape, quick: bool) -> list[Measurement]:
@@ -131,9 +142,9 @@ class Bench:
         values: dict[str, list[float]] = {name: [] for name in workers}
         for turn in range(1 + self._turns):
             for name, worker in workers.items():
-                if turn in self._turns_of(name, row.count * row.length >= HEAVY_TOKENS):
-                    value = row.turn(worker, self._rng, self._shape)
-                    values[name] += [value] if turn else []
+                if turn in self._turns_of(name, row.is_heavy, row.num_figures):
+                    figures = row.turn(worker, self._rng, self._shape)
+                    values[name] += figures if turn else []
         self._keep(row.name, row.unit, values)
 
     def _start_again(self) -> dict[str, list[float]]:
@@ -146,11 +157,11 @@ class Bench:
                     worker.stop()
         return values
 
-    def _turns_of(self, name: str, is_heavy: bool = False) -> range:
+    def _turns_of(self, name: str, is_heavy: bool = False, num_figures: int = 1) -> range:
         """Which turns a worker takes part in; turn 0 warms up."""
         is_slow = name == "transformers"
-        if is_heavy and (is_slow or self._turns == 1):
-            return range(1, 2)
+        if is_heavy:
+            return range(1, 2 if is_slow else 1 + -(-self._turns // num_figures))
         return range(1 + (min(SLOW_TURNS, self._turns) if is_slow else self._turns))
 
     def _keep(self, name: str, unit: str, values: dict[str, list[float]]) -> None:
@@ -233,9 +244,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-preload", default="search", help="vLLM's LD_PRELOAD; `search`: what its authors advise")
     parser.add_argument("--turns", type=int, default=TURNS, help="that count, after one to warm up")
     parser.add_argument("--quick", action="store_true", help="one turn at the short rows")
-    parser.add_argument(
-        "--rows", type=re.compile, default="", help="a regular expression: only rows with such names"
-    )
+    parser.add_argument("--rows", type=re.compile, default="", help="a regular expression: only rows with such names")
     parser.add_argument("--json", type=Path, help="append the lines to this file, behind one about the run")
     args = parser.parse_args()
     args.peer = [] if args.peer == "none" else args.peer.split(",")

@@ -34,7 +34,8 @@ class DecodeService(node_pb2_grpc.DecodeServicer):
             async with self._worker.admit(request) as leg:
                 await context.write(_admitted(leg))
                 start = (await _read(context, "start", self._start_wait_s)).start
-                async for tokens in leg.run(started_with(start.tokens, request, self._engine)):
+                token_ids = started_with(start.tokens, request, self._engine)
+                async for tokens in leg.run(token_ids, start.coming_blocks):
                     await context.write(_tokens(leg, tokens))
                 await context.write(_finished(leg))
 

@@ -12,9 +12,9 @@ from contextlib import asynccontextmanager
 
 from engine.loop import EngineLoop, OutputStream
 from engine.request import FinishReason, OutputToken, Request, RequestOutput
-from kvstore.client import KVClient
 from node.admission import Admission
 from node.fetcher import Fetcher
+from node.intake import Intake
 from node.publisher import Publisher
 
 
@@ -39,18 +39,25 @@ class DecodeLeg:
         self._waiting: list[RequestOutput] = []  # not yet taken by `run`
         self._has_waiting = asyncio.Event()
         self._is_started = asyncio.Event()
-        self._fetching = asyncio.create_task(fetcher.fetch_until(self._is_started))
+        self._fetching = asyncio.create_task(fetcher.follow(self._is_started))
         self._listening = asyncio.create_task(self._listen(outputs))
 
-    async def run(self, token_ids: Sequence[int]) -> AsyncIterator[list[OutputToken]]:
-        """The tokens behind `token_ids`, which were sampled elsewhere. Those that wait for the reader come together."""
-        # 1. What is still missing: the last blocks of prefill were published before its token was sent.
+    async def run(self, token_ids: Sequence[int], num_coming_blocks: int = 0) -> AsyncIterator[list[OutputToken]]:
+        """The tokens behind `token_ids`, which were sampled elsewhere. Those that wait for the reader come together.
+
+        Of the request's blocks, the first `num_coming_blocks` are said to be in an arena, or on their way into one.
+        """
+        # 1. The tokens, before the last blocks: behind them even the block that ends the prompt need not be computed.
+        # The engine looks at a held request when it is told to, and nobody tells it now.
         self._is_started.set()
         await self._fetching
-        await self._fetcher.fetch()
-        # 2. Whatever did not come is computed.
+        for token_id in token_ids:
+            self.request.append(token_id)
+        # 2. What is still missing: the last blocks of prefill are published while its token travels.
+        await self._fetcher.fetch_coming(num_coming_blocks)
+        # Whatever did not come is computed.
         request_id = self.request.request_id
-        await self._loop.call(lambda engine: engine.release(request_id, token_ids))
+        await self._loop.call(lambda engine: engine.release(request_id))
         # 3. The tokens, until the last.
         while self.finish_reason is None:
             outputs = await self._take()
@@ -86,9 +93,9 @@ class DecodeLeg:
 class DecodeWorker:
     """Runs decode legs on one engine."""
 
-    def __init__(self, loop: EngineLoop, store: KVClient, publisher: Publisher, admission: Admission) -> None:
+    def __init__(self, loop: EngineLoop, intake: Intake, publisher: Publisher, admission: Admission) -> None:
         self._loop = loop
-        self._store = store
+        self._intake = intake
         self._publisher = publisher
         self._admission = admission
 
@@ -97,7 +104,7 @@ class DecodeWorker:
         """Holds room for `request` inside the context. Raises `Draining`, `NoRoom`, `InvalidRequest`."""
         with self._admission.leg(request) as outputs:
             free_blocks = await self._admission.hold(request)
-            fetcher = Fetcher(self._loop, self._store, request)
+            fetcher = Fetcher(self._loop, self._intake, request)
             leg = DecodeLeg(self._loop, fetcher, self._publisher, request, outputs, free_blocks)
             try:
                 yield leg

@@ -53,6 +53,7 @@ class ClusterConfig:
     kv_bytes: int = 256 * 2**20
     store_bytes: int = 256 * 2**20
     store_base: Path = Path("/dev/shm")
+    store_encryption: bool = True  # between machines, blocks go to holders of this cluster's key alone, encrypted
     store_eviction: str = "s3fifo"
     store_disk_bytes: int = 0  # of each machine; 0: no disk
     store_disk_dir: Path | None = None  # kept when the cluster stops; each machine has a folder of its own in it

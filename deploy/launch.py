@@ -33,6 +33,7 @@ from deploy.specs import PlacedSpec, Specs
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from engine.errors import UnsupportedModel
 from kvstore.blocks import KVLayout
+from kvstore.curve import new_wire_key
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,8 @@ class Cluster:
         if self.config.pin_cores:
             for address, cores in sorted({(p.machine.address, p.machine.cores) for p in placements if p.is_crowded}):
                 self._report(f"{address}: more threads than its {_count(cores, 'core')}, so no node is pinned to any")
-        specs = Specs(self.config, self.cluster_id, self.redis_url, self._layout(model, placements))
+        wire_key = new_wire_key() if self.config.store_encryption else ""
+        specs = Specs(self.config, self.cluster_id, self.redis_url, self._layout(model, placements), wire_key)
         self.folders.append(specs.folder(own))
         for placed in specs.all(machines, placements, own):
             self._members.append(_Member(placed, _actor(placed)))

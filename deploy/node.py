@@ -14,7 +14,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -31,8 +31,10 @@ from engine.engine import Engine
 from engine.loop import EngineLoop
 from kvstore.client import KVClient
 from kvstore.directory import Directory, NodeRecord
+from kvstore.errors import DirectoryUnavailable
 from node.admission import Admission
-from node.control import NodeControlService
+from node.control import Identity, NodeControlService
+from node.intake import Intake
 from node.publisher import Publisher
 from prefill_node.service import PrefillService
 from prefill_node.worker import PrefillWorker
@@ -58,7 +60,8 @@ class NodeServer:
     async def start(self) -> NodeRecord:
         """Loads the model, warms up, listens, joins the registry (once Redis is there). Returns what it registered.
 
-        Raises `UnsupportedModel`, `OSError` where the model's files are missing, `RuntimeError` for a port in use.
+        Raises `UnsupportedModel`, `OSError` where the model's files are missing, `RuntimeError` for a port in use,
+        `OtherScheme` where the cluster names blocks in another way.
         """
         async with AsyncExitStack() as stack:  # a failure half-way closes what is open already
             await self._open(stack)
@@ -79,10 +82,12 @@ class NodeServer:
         # 1. The store's client.
         directory = Directory(config.redis_url, config.cluster)
         stack.push_async_callback(directory.close)
+        with suppress(DirectoryUnavailable):  # readers of its record check that too
+            await directory.check_scheme()
         cores = _cores(config)
         engine = await asyncio.to_thread(_load, config, cores)
         local_dir = Path(config.store_dir) if config.store_dir else None
-        store = KVClient(directory, engine.layout.block_bytes, local_dir)
+        store = KVClient(directory, engine.layout.block_bytes, local_dir, wire_key=config.wire_key)
         stack.push_async_callback(store.close)
         await store.open()
         # 2. The engine's thread, and who may hand it what.
@@ -95,10 +100,12 @@ class NodeServer:
         publisher = Publisher(loop, store, load.total_blocks)
         stack.push_async_callback(publisher.flush)
         self.admission = Admission(loop, config.max_queued_requests, config.room_wait_s)
+        self.publisher = publisher
+        self.intake = intake = Intake(store, engine.layout.block_size, engine.layout.block_bytes)
         # 3. The server, and the heartbeat that tells where it is.
         server = self._server(
-            PrefillService(PrefillWorker(loop, store, publisher, self.admission), engine),
-            DecodeService(DecodeWorker(loop, store, publisher, self.admission), engine, config.start_wait_s),
+            PrefillService(PrefillWorker(loop, intake, publisher, self.admission), engine),
+            DecodeService(DecodeWorker(loop, intake, publisher, self.admission), engine, config.start_wait_s),
         )
         port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
         await server.start()
@@ -118,7 +125,8 @@ class NodeServer:
     def _server(self, prefill: PrefillService, decode: DecodeService) -> grpc.aio.Server:
         server = grpc.aio.server(options=self._server_options())
         config = self.config
-        control = NodeControlService(self.admission, self.loop.engine, config.node_id, self._incarnation, config.role)
+        identity = Identity(config.node_id, self._incarnation, config.role)
+        control = NodeControlService(self.admission, self.loop.engine, self.intake, identity)
         node_pb2_grpc.add_PrefillServicer_to_server(prefill, server)  # type: ignore[no-untyped-call]
         node_pb2_grpc.add_DecodeServicer_to_server(decode, server)  # type: ignore[no-untyped-call]
         node_pb2_grpc.add_NodeControlServicer_to_server(control, server)  # type: ignore[no-untyped-call]

@@ -29,6 +29,7 @@ class NodeConfig:
     core_share: int = 0  # of so many even shares of the machine's cores, for the threads that compute
     num_core_shares: int = 0  # 0: they run on any core
     store_dir: str = ""
+    wire_key: str = field(default="", repr=False)  # that of the cluster's stores, where they have one
     bind_host: str = "127.0.0.1"
     port: int = 0  # 0: the kernel chooses
     advertise_host: str = "127.0.0.1"

@@ -2,19 +2,33 @@
 
 Prints `READY {json record}` when it serves, and runs until SIGTERM or SIGINT. What keeps it from starting is one line
 on stderr and exit status 1. Only a node imports torch.
+
+Everybody on the machine can read a process's arguments, so the wire key of stores and nodes comes in the environment,
+as BATON_WIRE_KEY; 64 hex digits, the same for the whole cluster.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from deploy.actors import Server, as_dict
+
+if TYPE_CHECKING:
+    from deploy.node_config import NodeConfig
+    from kvstore.server import StoreConfig
+
+ConfigT = TypeVar("ConfigT", "NodeConfig", "StoreConfig")
+
+WIRE_KEY_VARIABLE = "BATON_WIRE_KEY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,14 +52,20 @@ def build(kind: str, text: str) -> Server:
     if kind == "node":
         from deploy.node import NodeConfig, NodeServer
 
-        return NodeServer(NodeConfig.from_json(text))
+        return NodeServer(_with_wire_key(NodeConfig.from_json(text)))
     if kind == "store":
         from kvstore.server import StoreConfig, StoreServer
 
-        return StoreServer(StoreConfig(**json.loads(text)))
+        return StoreServer(_with_wire_key(StoreConfig(**json.loads(text))))
     from router.server import RouterConfig, RouterServer
 
     return RouterServer(RouterConfig.from_json(text))
+
+
+def _with_wire_key(config: ConfigT) -> ConfigT:
+    if config.wire_key:
+        raise ValueError(f"wire_key: goes into the variable {WIRE_KEY_VARIABLE}; arguments show in ps")
+    return dataclasses.replace(config, wire_key=os.environ.get(WIRE_KEY_VARIABLE, ""))
 
 
 async def serve(server: Server) -> int:

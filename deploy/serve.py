@@ -42,6 +42,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-memory", type=_bytes, default="256M", metavar="BYTES", help="KV cache of each node (default 256M)")
     add("--store-memory", type=_bytes, default="256M", metavar="BYTES", help="arena of each machine (default 256M)")
     add("--store-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="where arenas lie (default /dev/shm)")
+    add(
+        "--store-encryption",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="stores answer this cluster's nodes alone, and blocks go encrypted between machines (default); without,"
+        " whoever reaches a store's port reads blocks",
+    )
     add("--store-eviction", choices=sorted(POLICIES), default="s3fifo", help="of arenas (default %(default)s)")
     add(
         "--store-disk-bytes", type=_bytes, default="0", metavar="BYTES", help="disk behind each arena (default 0: none)"
@@ -108,6 +115,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         kv_bytes=args.kv_memory,
         store_bytes=args.store_memory,
         store_base=args.store_dir,
+        store_encryption=args.store_encryption,
         store_eviction=args.store_eviction,
         store_disk_bytes=args.store_disk_bytes,
         store_disk_dir=args.store_disk_dir,

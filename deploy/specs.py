@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.actors import ServerSpec
@@ -38,6 +38,7 @@ class Specs:
     cluster_id: str
     redis_url: str
     layout: KVLayout  # of the model that is served
+    wire_key: str = field(default="", repr=False)  # of its stores and their readers; "": none is asked for
 
     def folder(self, machine: Machine) -> Path:
         return machine_dir(self.config.store_base, self.cluster_id, machine.ray_node_id)
@@ -65,6 +66,8 @@ class Specs:
             disk_root=self.layout.root().hex(),
             advertise_host=machine.address,
             host=machine.label,
+            wire_key=self.wire_key,
+            trusts_network=not self.config.store_encryption,
         )
         return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
 
@@ -84,6 +87,7 @@ class Specs:
             bind_host=machine.address,
             advertise_host=machine.address,
             host=machine.label,
+            wire_key=self.wire_key,
         )
         environment = CROWDED if placement.is_crowded else {}
         return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level, environment)

@@ -90,7 +90,7 @@ class NativeTransformer:
         args.head = Linear(weight, None, config.hidden_size, config.vocab_size)
         self._workspace = torch.empty(0, dtype=self._dtype)
         first = self._layers[0]
-        self._activations = 2 * config.hidden_size + first.qkv.outputs + first.o.inputs + config.intermediate_size
+        self._activations = 3 * config.hidden_size + first.qkv.outputs + 2 * first.o.inputs + config.intermediate_size
 
     @torch.inference_mode()
     def __call__(self, batch: ForwardBatch, cache: Tensor) -> Tensor:

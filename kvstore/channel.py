@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import zmq
 import zmq.asyncio
 
+from kvstore.curve import CURVE_BYTES, Curve
 from kvstore.errors import ArenaUnavailable, BadFrame
 from kvstore.frames import MAX_FRAME_BYTES, Message, decode
 
@@ -30,9 +31,14 @@ class Answer:
 
 
 class Channel:
-    """A connection to one store. Whoever gets an `ArenaUnavailable` closes it and makes a new one."""
+    """A connection to one store. Whoever gets an `ArenaUnavailable` closes it and makes a new one.
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, max_payload_bytes: int = 0) -> None:
+    With `curve` it is encrypted, and a store that cannot prove to be one of the cluster's is no store.
+    """
+
+    def __init__(
+        self, context: zmq.asyncio.Context, address: str, max_payload_bytes: int = 0, curve: Curve | None = None
+    ) -> None:
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
         try:
@@ -40,8 +46,10 @@ class Channel:
         except zmq.ZMQError as error:  # no descriptor is left
             raise ArenaUnavailable(f"{address}: {error}") from error
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max(MAX_FRAME_BYTES, max_payload_bytes))
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max(MAX_FRAME_BYTES, max_payload_bytes) + CURVE_BYTES)
         try:
+            if curve is not None:
+                curve.identify(self._socket)
             self._socket.connect(address)
             self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
         except zmq.ZMQError as error:

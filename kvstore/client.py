@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,11 @@ import zmq.asyncio
 from kvstore.arena import Reservation, Written
 from kvstore.blocks import BlockHash, Payload
 from kvstore.channel import Answer, Channel
+from kvstore.curve import Curve
 from kvstore.directory import ON_DISK, ArenaRecord, Cover, Directory
 from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS, Get, Got
+from kvstore.links import Links
 from kvstore.local import LocalArena, StorePaths, to_end
 
 logger = logging.getLogger(__name__)
@@ -42,11 +45,19 @@ class Match:
 
     hashes: tuple[BlockHash, ...] = ()
     places: tuple[tuple[str, int], ...] = ()  # (arena id, slot), one a hash
-    arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)
+    arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)  # where to call them; the mapped one may be missing
 
     @property
     def num_blocks(self) -> int:
         return len(self.hashes)
+
+    def head(self, num_blocks: int) -> Match:
+        """Its first `num_blocks`."""
+        return (
+            self
+            if num_blocks >= len(self.hashes)
+            else Match(self.hashes[:num_blocks], self.places[:num_blocks], self.arenas)
+        )
 
 
 @dataclass(frozen=True)
@@ -70,13 +81,23 @@ class _Remote:
 class KVClient:
     """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; with None all
     goes over the wire and nothing is published. `timeout_s` bounds each wait for a store, plus what the bytes take.
+    With a `wire_key` it reads from stores that have the same one, without from those that have none.
     """
 
-    def __init__(self, directory: Directory, slot_bytes: int, local_dir: Path | None, timeout_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        slot_bytes: int,
+        local_dir: Path | None,
+        timeout_s: float = 2.0,
+        wire_key: str = "",
+    ) -> None:
         self._directory = directory
         self._slot_bytes = slot_bytes
         self._paths = None if local_dir is None else StorePaths(local_dir)
         self._timeout_s = timeout_s
+        self._curve = Curve(wire_key) if wire_key else None
+        self.links = Links(slot_bytes, time.monotonic)
         self._context = zmq.asyncio.Context()
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy")
         self._local: LocalArena | None = None
@@ -93,6 +114,11 @@ class KVClient:
         local = self._mapped()
         return "" if local is None else local.arena_id
 
+    @property
+    def can_publish(self) -> bool:
+        """Whether there is an arena to publish into, as far as is known."""
+        return self._mapped() is not None and time.monotonic() >= self._publish_after_s
+
     async def open(self) -> None:
         """Maps the arena if the store is up; a store that comes later is found by later calls."""
         self._mapped()
@@ -107,33 +133,45 @@ class KVClient:
         self._remotes.clear()
         self._context.destroy(linger=0)
 
-    async def match(self, hashes: Sequence[BlockHash]) -> Match:
-        """The leading run of `hashes` that the directory knows of. Never raises; empty when Redis is away."""
-        now = time.monotonic()
-        self._avoided = {arena_id: until for arena_id, until in self._avoided.items() if until > now}
-        try:
-            cover = await self._directory.cover(hashes, self.local_arena_id, self._avoided.keys())
-        except DirectoryUnavailable as error:
-            self._begin_trouble("directory", error)
-            cover = Cover()
-        else:
-            self._troubles.discard("directory")
-        return Match(tuple(hashes[: len(cover.places)]), cover.places, cover.arenas)
+    def match_local(self, hashes: Sequence[BlockHash]) -> Match:
+        """The leading run of `hashes` in this machine's arena, as its headers tell it: asks nobody, never raises."""
+        local = self._mapped()
+        places = () if local is None else tuple((local.arena_id, slot) for slot in local.index.run(hashes))
+        return Match(tuple(hashes[: len(places)]), places)
 
-    async def fetch(self, match: Match) -> list[Payload]:
-        """The leading run of `match` that could be had, in order. Never raises; failures shorten the run."""
+    async def match(self, hashes: Sequence[BlockHash]) -> Match:
+        """The leading run of `hashes` that can be had: from this machine's arena, then what the directory knows of.
+
+        Never raises; without Redis it ends where this machine's arena does.
+        """
+        here = self.match_local(hashes)
+        if here.num_blocks == len(hashes):
+            return here
+        cover = await self._cover(hashes[here.num_blocks :])
+        places = here.places + cover.places
+        return Match(tuple(hashes[: len(places)]), places, cover.arenas)
+
+    async def fetch(self, match: Match, limit_s: float = math.inf) -> list[Payload]:
+        """The leading run of `match` that could be had, in order. Never raises; failures shorten the run.
+
+        What other machines have not sent within `limit_s` is a miss, and who was too slow is left alone for a while:
+        whoever can compute the blocks by then need not find out whether a wire that hangs will ever move again.
+        """
+        deadline_s = time.monotonic() + limit_s
         found: dict[int, Payload] = {}
         remote: dict[str, list[int]] = {}
         local = self._mapped()
         for index, (arena_id, slot) in enumerate(match.places):
             if local is None or arena_id != local.arena_id or slot == ON_DISK:
+                if arena_id not in match.arenas:
+                    break  # this machine's arena, given up meanwhile
                 remote.setdefault(arena_id, []).append(index)
                 continue
             payload = local.map.read(slot, match.hashes[index], time.monotonic_ns())
             if payload is None:
                 break  # the run ends here, whatever others hold of the rest
             found[index] = payload
-        runs = [self._fetch_from(match.arenas[arena_id], match, indices) for arena_id, indices in remote.items()]
+        runs = [self._fetch_from(match.arenas[name], match, indices, deadline_s) for name, indices in remote.items()]
         for got in await asyncio.gather(*runs):
             found.update(got)
         payloads: list[Payload] = []
@@ -153,6 +191,17 @@ class KVClient:
         task.add_done_callback(self._publishing.discard)
         await to_end(task)
         return task.result()
+
+    async def _cover(self, hashes: Sequence[BlockHash]) -> Cover:
+        now = time.monotonic()
+        self._avoided = {arena_id: until for arena_id, until in self._avoided.items() if until > now}
+        try:
+            cover = await self._directory.cover(hashes, self.local_arena_id, self._avoided.keys())
+        except DirectoryUnavailable as error:
+            self._begin_trouble("directory", error)
+            return Cover()
+        self._troubles.discard("directory")
+        return cover
 
     async def _publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
         num_committed = 0
@@ -227,7 +276,9 @@ class KVClient:
         if local is self._local:
             self._local = None
 
-    async def _fetch_from(self, record: ArenaRecord, match: Match, indices: Sequence[int]) -> dict[int, Payload]:
+    async def _fetch_from(
+        self, record: ArenaRecord, match: Match, indices: Sequence[int], deadline_s: float
+    ) -> dict[int, Payload]:
         """Blocks of one other arena, by index; the leading run of `indices` that could be had."""
         found: dict[int, Payload] = {}
         step = max(1, min(MAX_BLOCKS, _REQUEST_BYTES // self._slot_bytes))
@@ -235,6 +286,9 @@ class KVClient:
             part = indices[start : start + step]
             hashes = [match.hashes[index] for index in part]
             timeout_s = self._timeout_s + len(part) * self._slot_bytes / _MIN_BYTES_PER_S
+            timeout_s = min(timeout_s, deadline_s - time.monotonic())
+            began_s, payloads = time.monotonic(), list[Payload]()
+            transfer = self.links.begin(record.arena_id, len(part))
             try:
                 answer = await self._remote(record).request(partial(Get, hashes=hashes), timeout_s)
                 payloads = check_blocks(answer, hashes, self._slot_bytes)
@@ -242,6 +296,8 @@ class KVClient:
                 logger.warning("event=fetch_failed arena=%s error=%r", record.arena_id, str(error))
                 self._give_up(record.arena_id)
                 break
+            finally:
+                transfer.end(len(payloads), began_s, time.monotonic())
             found.update(zip(part, payloads, strict=False))
             if len(payloads) < len(part):
                 break
@@ -255,7 +311,7 @@ class KVClient:
                 remote.channel.close()
             for arena_id in [name for name, other in self._remotes.items() if other.used_at_s < now - _IDLE_S]:
                 self._remotes.pop(arena_id).channel.close()
-            remote = _Remote(Channel(self._context, record.address, self._slot_bytes), now)
+            remote = _Remote(Channel(self._context, record.address, self._slot_bytes, self._curve), now)
             self._remotes[record.arena_id] = remote
         remote.used_at_s = now
         return remote.channel

@@ -3,20 +3,19 @@
 Each arena's inventory is one hash with a time to live that its heartbeat refreshes, so what a dead arena held is
 forgotten with it. The hash carries a marker while it is complete: a Redis that was emptied has lost the marker, and
 the arena announces everything again. Every failure is a `DirectoryUnavailable` within the time-out.
+
+Each record carries the probe of who wrote it (`kvstore.blocks.PROBE`). One with another probe names blocks in another
+way, so nobody reads it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import math
 import time
-import typing
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
 
 import redis.asyncio
 import redis.exceptions
@@ -24,52 +23,17 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from kvstore import scripts
-from kvstore.blocks import BlockHash
-from kvstore.errors import DirectoryUnavailable
+from kvstore.blocks import PROBE, BlockHash
+from kvstore.errors import DirectoryUnavailable, OtherScheme
+from kvstore.records import ArenaRecord, NodeRecord, RecordT, parse_record, parse_signed, sign
+
+__all__ = ["ArenaRecord", "Cover", "Directory", "NodeRecord"]
 
 logger = logging.getLogger(__name__)
 
 ON_DISK = 2**32 - 1  # in place of a slot: the arena's store has the block, and brings it back when it is asked for it
 _MARKER = b"complete"  # no block has a name of eight bytes
 _PAUSE_S = 0.5  # after a time-out, look-ups fail at once for so long
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArenaRecord:
-    """One arena, as its heartbeat describes it. A store that starts again is another arena."""
-
-    arena_id: str  # 32 hex digits, new at each start
-    address: str  # "tcp://ip:port" that blocks are read from
-    host: str  # label of the machine; nodes with the same label map the arena
-    slot_bytes: int
-    num_slots: int
-    free_slots: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeRecord:
-    """One node, as its heartbeat describes it. `(node_id, incarnation)` is one process."""
-
-    node_id: str
-    incarnation: str
-    role: str  # "prefill", "decode" or "both"
-    address: str  # "ip:port" of its gRPC server
-    model: str  # served name
-    kv_root: str  # hex of KVLayout.root()
-    block_size: int  # tokens
-    block_bytes: int
-    vocab_size: int
-    max_model_len: int  # tokens
-    arena_id: str = ""  # of the arena it maps; "" is none
-    host: str = ""  # label of the machine
-    draining: bool = False
-    num_running: int = 0
-    num_waiting: int = 0
-    queued_prefill_tokens: int = 0
-    free_blocks: int = 0
-    total_blocks: int = 0
-    prefill_tokens_per_s: float = 0.0  # 0.0 before the first measurement
-    decode_step_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,17 +44,14 @@ class Cover:
     arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)  # those that occur in places
 
 
-RecordT = TypeVar("RecordT", ArenaRecord, NodeRecord)
-
-
 class Directory:
     """A client of the directory. Safe to share by the tasks of one event loop.
 
     `url` is redis://host:port or unix:///path. All methods but `close` raise `DirectoryUnavailable` when Redis does
-    not answer within `timeout_s`.
+    not answer within `timeout_s`. `probe` is this process's; tests set another one.
     """
 
-    def __init__(self, url: str, cluster: str = "default", timeout_s: float = 1.0) -> None:
+    def __init__(self, url: str, cluster: str = "default", timeout_s: float = 1.0, probe: str = PROBE) -> None:
         # One retry, and only where the connection broke: after a restart of Redis every pooled one is dead.
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
@@ -103,6 +64,8 @@ class Directory:
         self._redis = redis.asyncio.Redis.from_pool(pool)
         self._prefix = f"baton:{cluster}:"
         self._timeout_s = timeout_s
+        self._probe = probe
+        self._strangers: set[str] = set()  # ids of those that were told of
         self._paused_until_s = 0.0
         self._locate = self._redis.register_script(scripts.LOCATE)
         self._beat = self._redis.register_script(scripts.BEAT)
@@ -148,14 +111,14 @@ class Directory:
     async def heartbeat_arena(self, record: ArenaRecord, ttl_s: float) -> bool:
         """Keeps an arena alive for `ttl_s`. False: the inventory is lost, announce all."""
         key, inventory = self._record("arena", record.arena_id), self._inventory(record.arena_id)
-        args: list[str | int | bytes] = [record.arena_id, json.dumps(asdict(record)), int(ttl_s * 1000), _MARKER]
+        args: list[str | int | bytes] = [record.arena_id, sign(record, self._probe), int(ttl_s * 1000), _MARKER]
         async with self._bounded():
             return bool(await self._beat(keys=[key, inventory, self._set("arena")], args=args))
 
     async def heartbeat_node(self, record: NodeRecord, ttl_s: float) -> None:
         """Keeps a node alive for `ttl_s`."""
         async with self._bounded(), self._redis.pipeline(transaction=True) as batch:
-            batch.set(self._record("node", record.node_id), json.dumps(asdict(record)), px=int(ttl_s * 1000))
+            batch.set(self._record("node", record.node_id), sign(record, self._probe), px=int(ttl_s * 1000))
             batch.sadd(self._set("node"), record.node_id)
             await batch.execute()
 
@@ -173,6 +136,16 @@ class Directory:
             batch.delete(self._record("arena", arena_id), self._inventory(arena_id))
             batch.srem(self._set("arena"), arena_id)
             await batch.execute()
+
+    async def check_scheme(self) -> None:
+        """To be called before joining. Raises `OtherScheme` when someone who lives names blocks in another way."""
+        for kind, is_there in (
+            ("arena", await self._has_strangers("arena", ArenaRecord)),
+            ("node", await self._has_strangers("node", NodeRecord)),
+        ):
+            if is_there:
+                problem = f"their probe is not {self._probe}; use the same version, or another cluster name"
+                raise OtherScheme(f"this cluster has {kind}s that name blocks in another way: {problem}")
 
     async def nodes(self) -> list[NodeRecord]:
         """All living nodes. A record that cannot be read is left out."""
@@ -203,14 +176,32 @@ class Directory:
     def _inventory(self, arena_id: str) -> str:
         return f"{self._prefix}arena:{arena_id}:blocks"
 
+    def _parse(self, cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
+        """None for what is no record, and, with a word about it, for one of another scheme."""
+        record, probe = parse_signed(cls, text)
+        if record is None or probe == self._probe:
+            return record
+        record_id = record.arena_id if isinstance(record, ArenaRecord) else record.node_id
+        if record_id not in self._strangers:
+            self._strangers.add(record_id)
+            logger.warning("event=other_scheme id=%s probe=%r here=%s", record_id, probe, self._probe)
+        return None
+
+    async def _has_strangers(self, kind: str, cls: type[RecordT]) -> bool:
+        texts = await self._texts(kind)
+        return any(self._parse(cls, text) is None and parse_record(cls, text) is not None for text in texts)
+
     async def _records(self, kind: str, cls: type[RecordT]) -> list[RecordT]:
+        return [record for text in await self._texts(kind) if (record := self._parse(cls, text)) is not None]
+
+    async def _texts(self, kind: str) -> Sequence[bytes | str | None]:
         async with self._bounded():
             ids = sorted(_text(member) for member in await self._redis.smembers(self._set(kind)))
             texts = await self._redis.mget([self._record(kind, record_id) for record_id in ids]) if ids else []
             dead = [record_id for record_id, text in zip(ids, texts, strict=True) if text is None]
             if dead:  # their time to live ran out; one that comes back adds itself again
                 await self._redis.srem(self._set(kind), *dead)
-        return [record for text in texts if (record := parse_record(cls, text)) is not None]
+        return texts
 
     async def _look_up(
         self, hashes: Sequence[BlockHash], arena_ids: Sequence[str] | None, leading: bool
@@ -225,7 +216,7 @@ class Directory:
             answer = await self._locate(args=[self._prefix, int(leading), *ids, *hashes])
         arenas = {}
         for text, run in zip(answer[1::3], answer[2::3], strict=True):
-            record = parse_record(ArenaRecord, text)
+            record = self._parse(ArenaRecord, text)
             if record is not None:
                 arenas[record.arena_id] = (record, parse_run(run))
         return arenas
@@ -244,44 +235,9 @@ class Directory:
             raise DirectoryUnavailable(f"Redis: {error}") from error
 
 
-def parse_record(cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
-    """A record out of its JSON; None where a field is missing, of another type, or a value that nobody can work with.
-
-    Unknown fields are let pass.
-    """
-    try:
-        data = json.loads(text or b"null")
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(data, dict):
-        return None
-    values: dict[str, Any] = {}
-    for name, expected in typing.get_type_hints(cls).items():
-        if name in data:
-            value = data[name]
-            if not _is_usable(value):
-                return None
-            if expected is float and type(value) is int:
-                value = float(value)
-            if type(value) is not expected:
-                return None
-            values[name] = value
-    try:
-        return cls(**values)
-    except TypeError:  # a field without a default is missing
-        return None
-
-
-def _is_usable(value: object) -> bool:
-    """JSON lets pass what breaks its reader later: NaN compares with nothing, half a surrogate pair has no bytes."""
-    if isinstance(value, int | float):
-        return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
-    return not isinstance(value, str) or not any("\ud800" <= char <= "\udfff" for char in value)
-
-
 def parse_run(text: bytes) -> list[int | None]:
     """`b"3,,5"` -> `[3, None, 5]`; what is no slot number is a hole."""
-    return [int(item) if item.isdigit() else None for item in text.split(b",")] if text else []
+    return [int(item) if item.isdigit() and len(item) < 20 else None for item in text.split(b",")] if text else []
 
 
 def stitch(runs: Mapping[str, Sequence[int | None]], prefer: str = "") -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 KVStoreError
 ├── DirectoryUnavailable   Redis does not answer; callers go on as if nothing were cached
+├── OtherScheme            the cluster names blocks in another way; who wants to join must not
 ├── ArenaUnavailable       the store process does not answer
 ├── ArenaFull              every slot is being written; nothing can be evicted
 └── BadFrame               a message that breaks the wire format or a limit; its sender is refused, nothing else happens
@@ -16,6 +17,10 @@ class KVStoreError(Exception):
 
 class DirectoryUnavailable(KVStoreError):
     """Redis does not answer within its time-out."""
+
+
+class OtherScheme(KVStoreError):
+    """The cluster's members and this process make different names of the same tokens."""
 
 
 class ArenaUnavailable(KVStoreError):

@@ -25,12 +25,13 @@ from pathlib import Path
 
 import zmq.asyncio
 
-from kvstore.arena import ArenaMap, Reservation, Written, arena_bytes
+from kvstore.arena import HEADER_BYTES, ArenaMap, Reservation, Written, arena_bytes
 from kvstore.blocks import BlockHash
 from kvstore.channel import Channel
 from kvstore.errors import ArenaFull, ArenaUnavailable
 from kvstore.frames import Commit, Committed, Reserve, Reserved, Status
 from kvstore.memory import touch_behind
+from kvstore.slot_index import SlotIndex
 
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit for a unix socket
 
@@ -91,7 +92,7 @@ class Description:
         return description
 
 
-def map_arena(path: Path, description: Description) -> ArenaMap:
+def map_memory(path: Path, description: Description) -> memoryview:
     """Maps an arena's memory. OSError when it is gone, ValueError when it is too small.
 
     The mapping is never closed by hand: it goes with its last view, and a file that was removed stays readable.
@@ -99,7 +100,7 @@ def map_arena(path: Path, description: Description) -> ArenaMap:
     with path.open("r+b") as file:
         memory = mmap.mmap(file.fileno(), arena_bytes(description.num_slots, description.slot_bytes))
     touch_behind(memory)
-    return ArenaMap(memoryview(memory), description.num_slots, description.slot_bytes)
+    return memoryview(memory)
 
 
 class FileLock:
@@ -146,7 +147,9 @@ class LocalArena:
         """OSError or ValueError when there is no store, `ArenaUnavailable` when it cannot be called."""
         description = Description.read(paths.description)
         self.arena_id = description.arena_id
-        self.map = map_arena(paths.memory(self.arena_id), description)
+        memory = map_memory(paths.memory(self.arena_id), description)
+        self.map = ArenaMap(memory, description.num_slots, description.slot_bytes)
+        self.index = SlotIndex(self.map, memory[: description.num_slots * HEADER_BYTES])
         self._timeout_s = timeout_s
         self._writer_id = uuid.uuid4().hex
         self._lock: FileLock | None = FileLock.create(paths.writer(self._writer_id))

@@ -13,7 +13,8 @@ import shutil
 import socket
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import zmq.asyncio
 from kvstore.announcer import Announcer
 from kvstore.arena import Arena, ArenaMap, arena_bytes, slots_within
 from kvstore.blocks import BlockHash
+from kvstore.curve import CURVE_BYTES, Curve, Doorkeeper, is_loopback
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.eviction import POLICIES
@@ -37,6 +39,7 @@ from kvstore.tiers import DiskTier
 logger = logging.getLogger(__name__)
 
 _REAP_S = 0.5
+_HANDSHAKE_MS = 5_000  # who connects and does not say who he is holds a descriptor for so long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class StoreConfig:
     advertise_host: str = "127.0.0.1"  # where other machines find it
     bind_host: str = ""  # "": advertise_host
     host: str = ""  # label of the machine; "": its host name
+    wire_key: str = field(default="", repr=False)  # see kvstore/curve.py; "": readers are not asked who they are
+    trusts_network: bool = False  # without a wire_key, only this allows an address that other machines reach
     heartbeat_s: float = 1.0
     ttl_s: float = 5.0
 
@@ -70,12 +75,14 @@ class StoreServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory = Directory(config.redis_url, config.cluster)
         self._disk: DiskTier | None = None
+        self._curve = Curve(config.wire_key) if config.wire_key else None
 
     async def start(self) -> ArenaRecord:
         """Makes the arena, opens the sockets, announces itself; works without Redis, and announces when it comes.
 
         ValueError for a config that cannot work, OSError when there is not enough memory or an address cannot be
-        bound, `ArenaUnavailable` when the directory belongs to another store that is alive.
+        bound, `ArenaUnavailable` when the directory belongs to another store that is alive, `OtherScheme` when the
+        cluster names blocks in another way.
         """
         self._check()
         self._take_directory()
@@ -94,6 +101,8 @@ class StoreServer:
             self._open_sockets()
             Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
             await self._forget_predecessor()
+            with suppress(DirectoryUnavailable):  # then it is told when it comes, and readers check each record
+                await self._directory.check_scheme()
             await self._announcer.round()
         except BaseException:
             if self._disk is not None:
@@ -102,6 +111,8 @@ class StoreServer:
             raise
         for loop in (self._announcer.run(), self._serve_writers(), self._serve_readers(), self._reap()):
             self._spawn(loop)
+        if self._curve is not None:
+            self._spawn(self._doorkeeper.run())
         logger.info("event=store_up arena=%s slots=%d address=%s", self._arena_id, self._num_slots, self._address)
         return self.record()
 
@@ -131,6 +142,10 @@ class StoreServer:
         )
 
     @property
+    def _bind_host(self) -> str:
+        return self.config.bind_host or self.config.advertise_host
+
+    @property
     def _arena_bytes(self) -> int:
         return arena_bytes(self._num_slots, self.config.slot_bytes)
 
@@ -138,6 +153,9 @@ class StoreServer:
         length = len(os.fsencode(self._paths.control))
         if length > MAX_SOCKET_PATH:
             raise ValueError(f"dir: the path {self._paths.control} has {length} bytes, a socket's at most 107")
+        if self._curve is None and not self.config.trusts_network and not is_loopback(self._bind_host):
+            problem = "needs a wire_key, or everybody who reaches it reads blocks; trusts_network allows that"
+            raise ValueError(f"bind_host: {self._bind_host} {problem}")
         if self._num_slots < 1:
             raise ValueError(f"memory_bytes: {self.config.memory_bytes} hold no slot of {self.config.slot_bytes} bytes")
 
@@ -182,14 +200,20 @@ class StoreServer:
 
     def _open_sockets(self) -> None:
         self._control = self._router(f"ipc://{self._paths.control}")
-        self._data = self._router(f"tcp://{self.config.bind_host or self.config.advertise_host}:*")
+        self._paths.control.chmod(0o600)  # the folder may be older than this store, and open
+        if self._curve is not None:
+            self._doorkeeper = Doorkeeper(self._context, self._curve)
+        self._data = self._router(f"tcp://{self._bind_host}:*", self._curve)
         port = str(self._data.getsockopt_string(zmq.LAST_ENDPOINT)).rsplit(":", 1)[1]
         self._address = f"tcp://{self.config.advertise_host}:{port}"
 
-    def _router(self, address: str) -> zmq.asyncio.Socket:
+    def _router(self, address: str, curve: Curve | None = None) -> zmq.asyncio.Socket:
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
-        router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + CURVE_BYTES)
+        router.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        if curve is not None:
+            curve.guard(router)
         try:
             router.bind(address)
         except zmq.ZMQError as error:

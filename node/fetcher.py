@@ -7,81 +7,170 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
+import time
 from collections.abc import Sequence
 
+from engine.engine import Engine
 from engine.errors import UnknownRequest
 from engine.loop import EngineLoop
 from engine.request import Request
+from kvstore.arena import MappedPayload
 from kvstore.blocks import Payload
-from kvstore.client import KVClient
+from kvstore.client import Match
+from node.intake import Intake
 
 logger = logging.getLogger(__name__)
 
 MAX_FETCH_BYTES = 64 * 2**20  # of one round: bounds what lies in memory between the wire and the engine
 MAX_IMPORT_BYTES = 8 * 2**20  # of one call on the engine thread: bounds how long running requests wait for it
-MIN_POLL_S, MAX_POLL_S = 0.01, 0.2
+COMING_POLL_S = 0.001
+
+
+class Pace:
+    """When to look again for something that comes in chunks: the longer it took so far, the less a delay matters.
+
+    So a chunk is seen late by `share` of its own time at most, and by `max_s`.
+    """
+
+    def __init__(self, share: float, min_s: float, max_s: float) -> None:
+        self._share = share
+        self._min_s = min_s
+        self._max_s = max_s
+
+    def pause_s(self, waited_s: float) -> float:
+        return min(max(self._share * waited_s, self._min_s), self._max_s)
+
+
+LOCAL_PACE = Pace(1 / 8, 0.002, 0.05)  # a look at mapped memory
+DIRECTORY_PACE = Pace(1 / 4, 0.005, 0.2)  # a round trip to Redis
 
 
 class Fetcher:
     """Fetches for one HELD request."""
 
-    def __init__(self, loop: EngineLoop, store: KVClient, request: Request) -> None:
+    def __init__(self, loop: EngineLoop, intake: Intake, request: Request) -> None:
         self._loop = loop
-        self._store = store
+        self._intake = intake
+        self._store = intake.store
         self._request = request
-        block_bytes = loop.engine.layout.block_bytes
-        self._max_fetch_blocks = max(1, MAX_FETCH_BYTES // block_bytes)
-        self._max_import_blocks = max(1, MAX_IMPORT_BYTES // block_bytes)
+        self._max_fetch_blocks = max(1, MAX_FETCH_BYTES // intake.block_bytes)
+        self._max_import_blocks = max(1, MAX_IMPORT_BYTES // intake.block_bytes)
+        self._is_declined = False  # computing is sooner than fetching what was found last
+        self._progress_s = time.monotonic()  # the last block came, or the fetcher did
+        self._ask_directory_s = 0.0  # not before
+        self._is_near = False  # what came last came from this machine: so will the rest, most likely
 
     @property
     def num_missing_blocks(self) -> int:
         """Blocks that could still be fetched; the one with the last token never is, so that a token is computed."""
         request = self._request
-        return (request.num_tokens - 1) // request.block_size - request.num_computed_tokens // request.block_size
+        return (request.num_tokens - 1) // request.block_size - self._num_blocks
 
     async def fetch(self) -> int:
-        """Imports the leading run of missing blocks that the store has now. Returns how many came; never raises."""
+        """Imports the leading run of missing blocks that the store has now, as far as that is sooner than computing.
+
+        Returns how many came; never raises.
+        """
         num_fetched_blocks = 0
         try:
             while self.num_missing_blocks > 0:
                 num_blocks = await self._fetch_round()
                 num_fetched_blocks += num_blocks
-                if num_blocks < self._max_fetch_blocks:
+                if num_blocks == 0 or self._is_declined:
                     break
         except UnknownRequest:
             pass  # aborted meanwhile: nobody waits for these blocks
         except Exception:  # a miss, whatever it is
             logger.exception("event=fetch_failed request=%s", self._request.request_id)
+        if num_fetched_blocks:
+            self._progress_s = time.monotonic()
         return num_fetched_blocks
 
-    async def fetch_until(self, stop: asyncio.Event) -> None:
+    async def follow(self, stop: asyncio.Event) -> None:
         """Fetches blocks as they are published elsewhere, until all are here or `stop` is set."""
-        poll_s = MIN_POLL_S
-        while self.num_missing_blocks > 0 and not stop.is_set():
-            poll_s = MIN_POLL_S if await self.fetch() else min(2 * poll_s, MAX_POLL_S)
+        while self.num_missing_blocks > 0 and not stop.is_set() and not self._is_declined:
+            await self.fetch()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(poll_s):
+                async with asyncio.timeout(LOCAL_PACE.pause_s(self._waited_s)):
                     await stop.wait()
 
+    async def fetch_coming(self, num_blocks: int) -> None:
+        """Fetches what there is, and waits for what is on its way of the first `num_blocks` of the request.
+
+        Not longer than computing it would take: whoever publishes it may have died.
+        """
+        if not self._is_near:
+            self._ask_directory_s = 0.0
+        await self.fetch()
+        self._progress_s = time.monotonic()
+        while (num_coming := self._num_coming(num_blocks)) > 0 and not self._is_declined:
+            if self._waited_s > self._intake.patience_s(num_coming):
+                logger.info("event=blocks_late request=%s missing=%d", self._request.request_id, num_coming)
+                return
+            await asyncio.sleep(COMING_POLL_S)
+            await self.fetch()
+
+    @property
+    def _num_blocks(self) -> int:
+        return self._request.num_computed_tokens // self._request.block_size
+
+    @property
+    def _waited_s(self) -> float:
+        return time.monotonic() - self._progress_s
+
+    def _num_coming(self, num_blocks: int) -> int:
+        return min(self.num_missing_blocks, num_blocks - self._num_blocks)
+
     async def _fetch_round(self) -> int:
-        request = self._request
-        first = request.num_computed_tokens // request.block_size
-        last = min(first + self.num_missing_blocks, first + self._max_fetch_blocks)
-        match = await self._store.match(request.block_hashes[first:last])
+        match = await self._match()
         if match.num_blocks == 0:
             return 0
-        return await self._import(await self._store.fetch(match))
+        chosen = self._intake.choose(match)
+        self._is_declined = chosen.num_blocks < match.num_blocks
+        return await self._import(await self._store.fetch(chosen))
+
+    async def _match(self) -> Match:
+        """What this machine's arena holds; where it holds nothing, now and then what the directory knows of."""
+        first, num_blocks = self._num_blocks, min(self.num_missing_blocks, self._max_fetch_blocks)
+        hashes = self._request.block_hashes[first : first + num_blocks]
+        here = self._store.match_local(hashes)
+        if here.num_blocks or time.monotonic() < self._ask_directory_s:
+            return here
+        match = await self._store.match(hashes)
+        self._ask_directory_s = time.monotonic() + DIRECTORY_PACE.pause_s(self._waited_s)
+        return match
 
     async def _import(self, payloads: Sequence[Payload]) -> int:
+        """Copies into the engine, a part at a time; of mapped payloads this is the transfer itself."""
         num_imported_blocks = 0
-        for start in range(0, len(payloads), self._max_import_blocks):
-            part = payloads[start : start + self._max_import_blocks]
-            num_blocks = await self._import_part(part)
-            num_imported_blocks += num_blocks
-            if num_blocks < len(part):
-                break
+        for is_mapped, run in itertools.groupby(payloads, lambda payload: isinstance(payload, MappedPayload)):
+            batch = list(run)
+            self._is_near = is_mapped
+            for start in range(0, len(batch), self._max_import_blocks):
+                part = batch[start : start + self._max_import_blocks]
+                num_blocks = await self._import_part(part, is_mapped)
+                num_imported_blocks += num_blocks
+                if num_blocks < len(part):
+                    return num_imported_blocks
         return num_imported_blocks
 
-    async def _import_part(self, payloads: Sequence[Payload]) -> int:
-        return await self._loop.call(lambda engine: engine.import_blocks(self._request.request_id, payloads))
+    async def _import_part(self, payloads: Sequence[Payload], is_mapped: bool) -> int:
+        request_id = self._request.request_id
+
+        def copy(engine: Engine) -> tuple[int, float, float, float]:
+            began_s = time.monotonic()
+            num_blocks = engine.import_blocks(request_id, payloads)
+            return num_blocks, began_s, time.monotonic(), engine.load().prefill_tokens_per_s
+
+        if not is_mapped:
+            num_blocks, _, _, self._intake.prefill_tokens_per_s = await self._loop.call(copy)
+            return num_blocks
+        transfer = self._store.links.begin(self._store.local_arena_id, len(payloads), is_local=True)
+        num_blocks, began_s, ended_s = 0, 0.0, 0.0
+        try:
+            num_blocks, began_s, ended_s, self._intake.prefill_tokens_per_s = await self._loop.call(copy)
+        finally:
+            transfer.end(num_blocks, began_s, ended_s)
+        return num_blocks

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engine.loop import EngineLoop
 from engine.request import FullBlock
@@ -18,8 +19,16 @@ from kvstore.client import KVClient
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH_BYTES = 64 * 2**20  # of one write; bounds how long a block waits behind those of other requests
+MAX_BATCH_BYTES = 16 * 2**20  # of one write: readers get the first blocks of a chunk while the last are being copied
+MAX_WRITES = 2  # under way: one is copied while the other is reserved or committed
 STALL_S, STALL_SHARE = 0.5, 0.25  # a write that takes so long may not keep more than this share of all blocks pinned
+
+
+@dataclass(frozen=True)
+class _Write:
+    batch: Sequence[FullBlock]
+    began_s: float
+    task: asyncio.Task[None]
 
 
 class Publisher:
@@ -38,19 +47,20 @@ class Publisher:
         self._settled = asyncio.Condition()
         self._writer: asyncio.Task[None] | None = None
 
-    def publish(self, blocks: Sequence[FullBlock]) -> None:
-        """Takes over the pins of `blocks`, and returns at once."""
+    def publish(self, blocks: Sequence[FullBlock]) -> bool:
+        """Takes over the pins of `blocks`, and returns at once. False: they will not be published."""
         if not blocks:
-            return
+            return True
         self._num_pinned_blocks += len(blocks)
-        if self._is_stalled():
+        if not self._store.can_publish or self._is_stalled():
             self._unpin(blocks)
-            return
+            return False
         self._queue.extend(blocks)
         self._num_taken_blocks += len(blocks)
         if self._writer is None:
             self._write_began_s = time.monotonic()
             self._writer = asyncio.create_task(self._write_all())
+        return True
 
     async def flush(self) -> None:
         """Waits until all that was taken before this call is published or given up, and unpinned."""
@@ -64,18 +74,24 @@ class Publisher:
         return is_late and self._num_pinned_blocks > self._max_stalled_blocks
 
     async def _write_all(self) -> None:
-        while self._queue:
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch_blocks))]
-            self._write_began_s = time.monotonic()
-            try:
-                await self._write(batch)
-            except Exception:  # whatever it is, it is a miss for a later reader, and no harm to anyone else
-                logger.exception("event=publish_failed blocks=%d", len(batch))
-            self._unpin(batch)
-            self._num_settled_blocks += len(batch)
-            async with self._settled:
-                self._settled.notify_all()
+        writes: deque[_Write] = deque()  # under way, oldest first
+        while self._queue or writes:
+            while self._queue and len(writes) < MAX_WRITES:
+                batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch_blocks))]
+                writes.append(_Write(batch, time.monotonic(), asyncio.create_task(self._write(batch))))
+            self._write_began_s = writes[0].began_s
+            await self._settle(writes.popleft())
         self._writer = None
+
+    async def _settle(self, write: _Write) -> None:
+        try:
+            await write.task
+        except Exception:  # whatever it is, it is a miss for a later reader, and no harm to anyone else
+            logger.exception("event=publish_failed blocks=%d", len(write.batch))
+        self._unpin(write.batch)
+        self._num_settled_blocks += len(write.batch)
+        async with self._settled:
+            self._settled.notify_all()
 
     async def _write(self, batch: Sequence[FullBlock]) -> None:
         # two requests may have filled the same block in the same step

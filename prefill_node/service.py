@@ -34,4 +34,5 @@ def _response(prefilled: Prefilled) -> node_pb2.PrefillResponse:
         store_hit_tokens=prefilled.store_hit_tokens,
         queue_s=prefilled.queue_s,
         compute_s=prefilled.compute_s,
+        coming_blocks=prefilled.num_coming_blocks,
     )

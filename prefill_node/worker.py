@@ -5,21 +5,15 @@ Knows no gRPC and no other node. Whatever the store fails to do costs computatio
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import time
 from dataclasses import dataclass
 
 from engine.loop import EngineLoop, OutputStream
 from engine.request import FinishReason, OutputToken, Request
-from kvstore.client import KVClient
 from node.admission import Admission
 from node.fetcher import Fetcher
+from node.intake import Intake
 from node.publisher import Publisher
-
-logger = logging.getLogger(__name__)
-
-FLUSH_WAIT_S = 2.0  # for the last blocks to reach the arena; after that the decode node computes what it misses
 
 
 @dataclass(frozen=True)
@@ -27,7 +21,8 @@ class Prefilled:
     """What a prefill leg leaves: its token, and how it came to it. Hits in tokens.
 
     `queue_s` goes from receipt until the first step with this request: room, the store's blocks and the engine's queue
-    are waited for. `compute_s` goes from there to the token.
+    are waited for. `compute_s` goes from there to the token. The last of the `num_coming_blocks` may still be on their
+    way into the arena: the token does not wait for them.
     """
 
     token: OutputToken
@@ -36,14 +31,15 @@ class Prefilled:
     store_hit_tokens: int
     queue_s: float
     compute_s: float
+    num_coming_blocks: int  # leading ones; 0 where anything was not taken for publishing
 
 
 class PrefillWorker:
     """Runs prefill legs on one engine."""
 
-    def __init__(self, loop: EngineLoop, store: KVClient, publisher: Publisher, admission: Admission) -> None:
+    def __init__(self, loop: EngineLoop, intake: Intake, publisher: Publisher, admission: Admission) -> None:
         self._loop = loop
-        self._store = store
+        self._intake = intake
         self._publisher = publisher
         self._admission = admission
 
@@ -52,11 +48,10 @@ class PrefillWorker:
         received = time.perf_counter()  # the engine's clock
         with self._admission.leg(request) as outputs:
             await self._admission.hold_in_turn(request)
-            await Fetcher(self._loop, self._store, request).fetch()
+            await Fetcher(self._loop, self._intake, request).fetch()
             await self._loop.call(lambda engine: engine.release(request.request_id))
-            token, finish_reason = await self._first_token(outputs)
+            token, finish_reason, is_coming = await self._first_token(outputs)
             computed = time.perf_counter()
-            await self._flush()
         assert request.started_s is not None, "a token came from no step"
         return Prefilled(
             token=token,
@@ -65,18 +60,14 @@ class PrefillWorker:
             store_hit_tokens=request.num_store_hit_tokens,
             queue_s=request.started_s - received,
             compute_s=computed - request.started_s,
+            num_coming_blocks=request.num_computed_tokens // request.block_size if is_coming else 0,
         )
 
-    async def _first_token(self, outputs: OutputStream) -> tuple[OutputToken, FinishReason]:
+    async def _first_token(self, outputs: OutputStream) -> tuple[OutputToken, FinishReason, bool]:
+        """The token, why it is the last one here, and whether all full blocks are going to be published."""
+        is_coming = True
         async for output in outputs:
-            self._publisher.publish(output.full_blocks)
+            is_coming &= self._publisher.publish(output.full_blocks)
             if output.finish_reason is not None:
-                return output.tokens[-1], output.finish_reason
+                return output.tokens[-1], output.finish_reason, is_coming
         raise RuntimeError("the engine ended a prefill leg without a token")
-
-    async def _flush(self) -> None:
-        try:
-            async with asyncio.timeout(FLUSH_WAIT_S):
-                await self._publisher.flush()
-        except TimeoutError:
-            logger.warning("event=flush_late waited_s=%.1f", FLUSH_WAIT_S)

@@ -252,7 +252,7 @@ class Dispatcher:
                 if is_first:
                     timeline.hit(first.local_hit_tokens, first.store_hit_tokens)
                 if not first.finish_reason:
-                    decode.start([first.token])
+                    decode.start([first.token], first.coming_blocks)
                 yield _take(journey, timeline, [first.token], first.finish_reason)
                 if first.finish_reason:
                     return

@@ -133,9 +133,9 @@ class DecodeLeg(Leg):
         if answer is grpc.aio.EOF or answer.WhichOneof("message") != "admitted":
             raise self._failed("did not answer Admit with Admitted")
 
-    def start(self, tokens: Sequence[common_pb2.Token]) -> None:
+    def start(self, tokens: Sequence[common_pb2.Token], coming_blocks: int = 0) -> None:
         """Sends Start on its way without waiting for it: the client's first token goes out meanwhile."""
-        message = node_pb2.DecodeRequest(start=node_pb2.Start(tokens=tokens))
+        message = node_pb2.DecodeRequest(start=node_pb2.Start(tokens=tokens, coming_blocks=coming_blocks))
         self._starting = asyncio.get_running_loop().create_task(self._write(message))
 
     async def read(self) -> node_pb2.DecodeResponse:

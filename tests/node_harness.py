@@ -70,6 +70,13 @@ class Node:
         self.control = node_pb2_grpc.NodeControlStub(self.channel)
 
     async def prefill(self, request: node_pb2.NodeRequest, timeout: float = 60) -> node_pb2.PrefillResponse:
+        """The answer, once all that it says is coming has come."""
+        answer = await self.answer(request, timeout)
+        await self.server.publisher.flush()
+        return answer
+
+    async def answer(self, request: node_pb2.NodeRequest, timeout: float = 60) -> node_pb2.PrefillResponse:
+        """The answer as soon as it is there: its last blocks may be on their way."""
         return await self._prefill.Prefill(node_pb2.PrefillRequest(request=request), timeout=timeout)
 
     async def admit(self, request: node_pb2.NodeRequest, timeout: float = 60) -> grpc.aio.StreamStreamCall:
@@ -96,8 +103,10 @@ class Node:
         await self.server.stop()
 
 
-async def start(call: grpc.aio.StreamStreamCall, tokens: Sequence[int] = ()) -> None:
-    message = node_pb2.Start(tokens=[common_pb2.Token(token_id=token_id) for token_id in tokens])
+async def start(call: grpc.aio.StreamStreamCall, tokens: Sequence[int] = (), coming_blocks: int = 0) -> None:
+    message = node_pb2.Start(
+        tokens=[common_pb2.Token(token_id=token_id) for token_id in tokens], coming_blocks=coming_blocks
+    )
     await call.write(node_pb2.DecodeRequest(start=message))
 
 
@@ -124,8 +133,8 @@ async def decode(node: Node, request: node_pb2.NodeRequest, tokens: Sequence[int
 async def journey(prefill: Node, decode: Node, request: node_pb2.NodeRequest) -> tuple[list[int], Decoded]:
     """Both legs, as a router would run them: all tokens, and what the decode leg sent."""
     call = await decode.admit(request)
-    answer = await prefill.prefill(request)
-    await start(call, [answer.token.token_id])
+    answer = await prefill.answer(request)
+    await start(call, [answer.token.token_id], answer.coming_blocks)
     decoded = await finish(call)
     return [answer.token.token_id, *decoded.token_ids], decoded
 

@@ -33,6 +33,7 @@ from kvstore.blocks import hash_blocks
 from kvstore.client import KVClient
 from node.admission import Admission
 from node.convert import to_request
+from node.intake import Intake
 from node.publisher import Publisher
 
 
@@ -62,7 +63,7 @@ async def test_both_legs_give_the_tokens_of_one_engine_alone(
     tokens, decoded = await journey(first, second, node_request(prompt, sampling=message))
     assert tokens == machine.expected(prompt, message)
     assert decoded.finished.finish_reason == common_pb2.FINISH_REASON_LENGTH
-    assert decoded.store_hit_tokens == (num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert decoded.store_hit_tokens == num_tokens // BLOCK_SIZE * BLOCK_SIZE, "also the block that ends the prompt"
     assert decoded.local_hit_tokens == 0
 
 
@@ -153,7 +154,8 @@ async def test_tokens_that_wait_come_together(machine: Machine) -> None:
     engine = Engine.from_pretrained(machine.model_dir, ENGINE)
     loop, store = EngineLoop(engine, on_failure=print), KVClient(machine.directory, engine.layout.block_bytes, None)
     loop.start()
-    worker = DecodeWorker(loop, store, Publisher(loop, store, num_blocks=64), Admission(loop))
+    intake = Intake(store, engine.layout.block_size, engine.layout.block_bytes)
+    worker = DecodeWorker(loop, intake, Publisher(loop, store, num_blocks=64), Admission(loop))
     request = to_request(node_request(prompt_of(20)), engine)
     async with worker.admit(request) as leg:
         batches = leg.run([])
@@ -162,7 +164,8 @@ async def test_tokens_that_wait_come_together(machine: Machine) -> None:
         await loop.call(lambda _: None)  # its answer comes behind the last output
         tokens += [batch async for batch in batches]
     assert [token.token_id for batch in tokens for token in batch] == machine.expected(prompt_of(20))
-    assert len(tokens) == 2 and leg.finish_reason is FinishReason.LENGTH
+    # Where the engine is quicker than this task, all of them waited.
+    assert len(tokens) <= 2 and leg.finish_reason is FinishReason.LENGTH
     await loop.stop()
     await store.close()
 

@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import pytest
 import redis
+import zmq.asyncio
 from conftest import REPOSITORY, eventually
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
@@ -25,12 +26,18 @@ from deploy import oracle
 from deploy.config import ClusterConfig, ConfigError
 from deploy.launch import Cluster, Interrupted, StartFailed
 from deploy.processes import CLUSTER_VARIABLE, is_running, processes_of
+from kvstore.blocks import BlockHash
+from kvstore.channel import Channel
+from kvstore.curve import Curve, new_wire_key
 from kvstore.directory import Directory
+from kvstore.errors import ArenaUnavailable
+from kvstore.frames import Get
 
 pytestmark = pytest.mark.ray
 
 PROMPT = [(7 * n) % 250 for n in range(100)]
 MAX_TOKENS = 12
+ROOT = BlockHash(bytes(16))
 SAMPLING = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "ignore_eos": True}
 
 
@@ -250,6 +257,33 @@ async def test_killed_redis_comes_back_and_is_filled_again(cluster: Cluster, alo
             return False
 
     await eventually(is_filled, 30, "the registry")
+
+
+async def test_the_wire_key_is_with_stores_and_nodes_and_shows_nowhere(cluster: Cluster) -> None:
+    configs = [member.placed.spec.config for member in cluster._members]
+    [wire_key] = {config.wire_key for config in configs if hasattr(config, "wire_key")}
+    shown = [Path(f"/proc/{pid}/{name}") for pid in cluster.pids.values() for name in ("cmdline", "environ")]
+    logs = [path for path in (cluster.folders[0] / "ray").rglob("*") if path.is_file() and not path.is_symlink()]
+    assert logs
+    assert not [path for path in shown + logs if wire_key.encode() in path.read_bytes()]
+    context = zmq.asyncio.Context()
+    directory = Directory(cluster.redis_url, cluster.config.cluster)
+    await eventually(directory.arenas, what="the store's record")  # Redis may have lost it in the test before
+    [arena] = await directory.arenas()
+    await directory.close()
+
+    async def ask(curve: Curve | None) -> int:
+        channel = Channel(context, arena.address, arena.slot_bytes, curve)
+        try:
+            return len((await channel.request(lambda request_id: Get(request_id, [ROOT]), 10.0)).message.blocks)
+        finally:
+            channel.close()
+
+    assert await ask(Curve(wire_key)) == 1
+    for stranger in (None, Curve(new_wire_key())):
+        with pytest.raises(ArenaUnavailable):
+            await ask(stranger)
+    context.destroy(linger=0)
 
 
 def test_pids_are_those_of_running_processes(cluster: Cluster) -> None:

@@ -19,6 +19,7 @@ from conftest import REPOSITORY, ServerProcess, eventually
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from node_harness import (
+    BLOCK_SIZE,
     Machine,
     Node,
     decode,
@@ -35,6 +36,7 @@ from batonpb import node_pb2
 from deploy.node import NodeConfig, NodeServer
 from engine.config import EngineConfig
 from engine.engine import Engine, Progress
+from kvstore.blocks import hash_blocks
 from kvstore.directory import NodeRecord
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -313,6 +315,12 @@ async def test_killed_node_leaves_no_dirt(machine: Machine, processes: list[Serv
     node = Node(survivor.server, NodeRecord(**doomed.record))
     calls = [asyncio.create_task(node.prefill(request)) for request in requests]
     await calls[0]
+    hashes = hash_blocks(machine.layout.root(), prompt_of(400), BLOCK_SIZE)
+
+    async def is_published() -> bool:
+        return [len(slots) for slots in (await machine.directory.locate(hashes)).values()] == [25]
+
+    await eventually(is_published, what="the last blocks of the answer that came")
     doomed.kill()
     for call in calls[1:]:
         await asyncio.wait((call,))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.blocks import BlockHash, KVLayout, hash_blocks, salted
+from kvstore.blocks import PROBE, BlockHash, KVLayout, hash_blocks, salted
 
 LAYOUT = KVLayout("llama@0123", "bfloat16", block_size=4, num_layers=2, num_kv_heads=2, head_dim=8)
 
@@ -23,12 +23,13 @@ GOLDEN_CHAIN = [
     "deb3152d79d9d5d18552665b730f774d",
 ]
 GOLDEN_SALTED = "498004c3a7957163f7294a0511718d27"
+GOLDEN_PROBE = "79406edffff90fae87c8bdae804927c7"
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 2**31, 0, 258, 65536, 9]
 
 SCRIPT = """
-from kvstore.blocks import KVLayout, hash_blocks
+from kvstore.blocks import PROBE, KVLayout, hash_blocks
 layout = KVLayout("llama@0123", "bfloat16", block_size=4, num_layers=2, num_kv_heads=2, head_dim=8)
-print(layout.root().hex(), *(h.hex() for h in hash_blocks(layout.root(), %r, 4)))
+print(PROBE, layout.root().hex(), *(h.hex() for h in hash_blocks(layout.root(), %r, 4)))
 """
 
 
@@ -36,6 +37,7 @@ def test_golden_vectors() -> None:
     assert LAYOUT.root().hex() == GOLDEN_ROOT
     assert [block_hash.hex() for block_hash in hash_blocks(LAYOUT.root(), TOKENS, 4)] == GOLDEN_CHAIN
     assert salted(LAYOUT.root(), b"tenant").hex() == GOLDEN_SALTED
+    assert PROBE == GOLDEN_PROBE, "a change of the scheme: raise LAYOUT_VERSION if the bytes mean something else too"
 
 
 def test_chain_is_what_the_design_says() -> None:
@@ -48,7 +50,7 @@ def test_same_in_every_process(seed: str) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": seed}
     command = [sys.executable, "-c", SCRIPT % TOKENS]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert output.split() == [GOLDEN_ROOT, *GOLDEN_CHAIN]
+    assert output.split() == [GOLDEN_PROBE, GOLDEN_ROOT, *GOLDEN_CHAIN]
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=40), st.integers(1, 7), st.data())

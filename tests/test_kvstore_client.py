@@ -112,6 +112,29 @@ async def test_another_machine_over_the_wire(
     assert await make_client(None).publish(hashes, writer_of(hashes)) == 0
 
 
+async def test_a_mapped_arena_is_asked_without_the_directory(
+    store: StoreServer, directory: Directory, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = make_client(store.config.dir), make_client(store.config.dir)
+    hashes = chain(0, 6)
+    assert reader.match_local(hashes).num_blocks == 0
+    await writer.publish(hashes[:4], writer_of(hashes))
+    monkeypatch.setattr(directory, "cover", None)
+    assert (await reader.match(hashes[:4])).num_blocks == 4
+    assert take(await reader.fetch(reader.match_local(hashes))) == [content(block_hash) for block_hash in hashes[:4]]
+    assert make_client(None).match_local(hashes).num_blocks == 0
+
+
+async def test_arena_given_up_between_match_and_fetch_is_a_miss(store: StoreServer, make_client: MakeClient) -> None:
+    client = make_client(store.config.dir)
+    hashes = chain(0, 4)
+    await client.publish(hashes, writer_of(hashes))
+    match = await client.match(hashes)
+    await store.stop()
+    assert await client.fetch(match) == []
+    await store.start()
+
+
 async def test_many_requests_make_one_run(
     store: StoreServer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,13 +403,14 @@ async def test_redis_killed_and_restarted_empty(
     hashes = chain(0, 4)
     assert await client.publish(hashes, writer_of(hashes)) == 4
     redis_process.kill()
-    assert (await client.match(hashes)).num_blocks == 0
+    assert (await make_client(None, directory=directory).match(hashes)).num_blocks == 0
+    assert await read(client, hashes) == 4, "what is mapped is found without Redis"
     more = chain(100, 4)
     assert await client.publish(more, writer_of(more)) == 4, "the store goes on without Redis"
     redis_process.start()
+    remote = make_client(None, directory=directory)
     for block_hashes in (hashes, more):
-        await eventually(lambda h=block_hashes: _reads(client, h))
-    assert await read(make_client(None, directory=directory), more) == 4
+        await eventually(lambda h=block_hashes: _reads(remote, h))
     await store.stop()
     await directory.close()
 

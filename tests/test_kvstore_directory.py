@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.blocks import BlockHash, hash_blocks
-from kvstore.directory import ArenaRecord, Directory, NodeRecord, parse_record, parse_run, stitch
+from kvstore.directory import ArenaRecord, Directory, NodeRecord, parse_run, stitch
 from kvstore.errors import DirectoryUnavailable
+from kvstore.records import parse_record
 
 CHAIN = hash_blocks(BlockHash(bytes(16)), list(range(1000)), 1)
 TTL_S = 30.0

@@ -18,6 +18,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")  // or an array of vectors stays in memory
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross the interface
 
@@ -72,10 +73,10 @@ struct StepArgs {
   const LayerArgs* layers;
   Linear head;
   const void *embedding, *norm;  // the embedding is packed as a weight of [vocab][hidden]
-  const int64_t *token_ids, *slots, *logits_rows;
+  const int64_t *token_ids, *slots, *logits_rows;  // the rows ascend, as their sequences do
   const void *cos, *sin;  // [tokens, head_dim]
-  void* workspace;        // for each token: two rows of hidden, one each of qkv, attention's output, intermediate; and
-                          // room for 31 tokens more
+  void* workspace;        // for each token: three rows of hidden, two of attention's output, one each of qkv and
+                          // intermediate; and room for 31 tokens more
   float* logits;          // [logits rows, vocab]
   int64_t num_layers, num_tokens, num_logits, hidden, layer_stride;
   float eps;

@@ -28,20 +28,22 @@ class PrefillRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[NodeRequest, _Mapping]] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("token", "finish_reason", "local_hit_tokens", "store_hit_tokens", "queue_s", "compute_s")
+    __slots__ = ("token", "finish_reason", "local_hit_tokens", "store_hit_tokens", "queue_s", "compute_s", "coming_blocks")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     LOCAL_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    COMING_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     token: _common_pb2.Token
     finish_reason: _common_pb2.FinishReason
     local_hit_tokens: int
     store_hit_tokens: int
     queue_s: float
     compute_s: float
-    def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
+    coming_blocks: int
+    def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., coming_blocks: _Optional[int] = ...) -> None: ...
 
 class Admit(_message.Message):
     __slots__ = ("request",)
@@ -50,10 +52,12 @@ class Admit(_message.Message):
     def __init__(self, request: _Optional[_Union[NodeRequest, _Mapping]] = ...) -> None: ...
 
 class Start(_message.Message):
-    __slots__ = ("tokens",)
+    __slots__ = ("tokens", "coming_blocks")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMING_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]
-    def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ...) -> None: ...
+    coming_blocks: int
+    def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., coming_blocks: _Optional[int] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("admit", "start")
@@ -100,7 +104,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("node_id", "incarnation", "role", "num_running", "num_waiting", "queued_prefill_tokens", "free_blocks", "total_blocks", "draining", "steps")
+    __slots__ = ("node_id", "incarnation", "role", "num_running", "num_waiting", "queued_prefill_tokens", "free_blocks", "total_blocks", "draining", "steps", "fetches")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +115,7 @@ class Load(_message.Message):
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    FETCHES_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     incarnation: str
     role: str
@@ -121,7 +126,36 @@ class Load(_message.Message):
     total_blocks: int
     draining: bool
     steps: StepTiming
-    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., steps: _Optional[_Union[StepTiming, _Mapping]] = ...) -> None: ...
+    fetches: Fetches
+    def __init__(self, node_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., steps: _Optional[_Union[StepTiming, _Mapping]] = ..., fetches: _Optional[_Union[Fetches, _Mapping]] = ...) -> None: ...
+
+class Fetches(_message.Message):
+    __slots__ = ("local", "remote", "chosen_fetch_blocks", "chosen_compute_blocks", "num_predictions", "predicted_fetch_s", "predicted_compute_s")
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_FETCH_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_COMPUTE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    local: Traffic
+    remote: Traffic
+    chosen_fetch_blocks: int
+    chosen_compute_blocks: int
+    num_predictions: int
+    predicted_fetch_s: float
+    predicted_compute_s: float
+    def __init__(self, local: _Optional[_Union[Traffic, _Mapping]] = ..., remote: _Optional[_Union[Traffic, _Mapping]] = ..., chosen_fetch_blocks: _Optional[int] = ..., chosen_compute_blocks: _Optional[int] = ..., num_predictions: _Optional[int] = ..., predicted_fetch_s: _Optional[float] = ..., predicted_compute_s: _Optional[float] = ...) -> None: ...
+
+class Traffic(_message.Message):
+    __slots__ = ("num_blocks", "num_bytes", "seconds")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    num_bytes: int
+    seconds: float
+    def __init__(self, num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class StepTiming(_message.Message):
     __slots__ = ("num_steps", "schedule_s", "build_s", "forward_s", "sample_s", "num_prefill_tokens", "num_prefill_context_tokens", "num_decode_tokens", "num_decode_context_tokens")

@@ -45,7 +45,8 @@ class PrefillServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Prefill(self, request, context):
-        """Runs the prompt up to its first token, and publishes its full blocks as each chunk finishes.
+        """Runs the prompt up to its first token, and publishes its full blocks as each chunk finishes. The token does not
+        wait for the last of them.
         FAILED_PRECONDITION: draining. RESOURCE_EXHAUSTED: no room. INVALID_ARGUMENT: as everywhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -1,0 +1,128 @@
+"""How fast blocks come from each arena, measured from what came, and what is on its way. Pure: times are passed in.
+
+The mapped arena is a link too: there the copy into the reader's memory is what takes time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+HALF_LIFE_BYTES = 64 * 2**20
+# A link that nobody used for so long counts as unknown: one that was slow once would never be measured again.
+MEMORY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Blocks of a row that come over one link."""
+
+    num_blocks: int
+    bytes_per_s: float = 0.0  # of the link; 0.0: not known
+    in_flight_bytes: int = 0  # that it has to bring before
+
+
+@dataclass
+class Traffic:
+    """Sums over all that came: ask twice and subtract."""
+
+    num_blocks: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0  # while something was on its way
+
+
+class Link:
+    """One way in. It brings one thing after the other, so waiting for those before is no part of its speed."""
+
+    def __init__(self) -> None:
+        self.in_flight_bytes = 0
+        self.used_at_s = 0.0
+        self._bytes = 0.0
+        self._seconds = 0.0
+
+    def bytes_per_s(self, now_s: float) -> float:
+        """A moving average, 0.0 when nothing is known. It fades by bytes: small transfers say little about large."""
+        is_known = self._seconds > 0.0 and now_s - self.used_at_s < MEMORY_S
+        return self._bytes / self._seconds if is_known else 0.0
+
+    def begin(self, num_bytes: int) -> None:
+        """So many bytes are asked for."""
+        self.in_flight_bytes += num_bytes
+
+    def end(self, num_bytes: int, arrived_bytes: int, began_s: float, ended_s: float) -> float:
+        """Of `num_bytes` asked for, so many came; returns the seconds that the link was busy with them alone.
+
+        A transfer that brought nothing is no measurement.
+        """
+        self.in_flight_bytes -= num_bytes
+        if not arrived_bytes:
+            return 0.0
+        if ended_s - self.used_at_s >= MEMORY_S:
+            self._bytes = self._seconds = 0.0
+        seconds = max(1e-9, ended_s - max(began_s, self.used_at_s))
+        keep = 0.5 ** (arrived_bytes / HALF_LIFE_BYTES)
+        self._bytes = self._bytes * keep + arrived_bytes
+        self._seconds = self._seconds * keep + seconds
+        self.used_at_s = max(self.used_at_s, ended_s)
+        return seconds
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Blocks on their way over one link."""
+
+    link: Link
+    traffic: Traffic
+    num_blocks: int
+    slot_bytes: int
+
+    def end(self, num_arrived: int, began_s: float, ended_s: float) -> None:
+        """So many of them came, between these two moments."""
+        num_bytes = num_arrived * self.slot_bytes
+        self.traffic.seconds += self.link.end(self.num_blocks * self.slot_bytes, num_bytes, began_s, ended_s)
+        self.traffic.num_blocks += num_arrived
+        self.traffic.num_bytes += num_bytes
+
+
+class Links:
+    """All links of one reader, by arena id, and what came over them."""
+
+    def __init__(self, slot_bytes: int, clock: Callable[[], float]) -> None:
+        self.local = Traffic()
+        self.remote = Traffic()
+        self._slot_bytes = slot_bytes
+        self._clock = clock
+        self._links: dict[str, Link] = {}
+
+    def begin(self, arena_id: str, num_blocks: int, is_local: bool = False) -> Transfer:
+        """So many blocks are asked for; its `end` must follow."""
+        link = self._link(arena_id)
+        link.begin(num_blocks * self._slot_bytes)
+        return Transfer(link, self.local if is_local else self.remote, num_blocks, self._slot_bytes)
+
+    def stretches(self, arena_ids: Sequence[str]) -> list[Stretch]:
+        """What would bring blocks that lie in these arenas, one a block."""
+        stretches: list[Stretch] = []
+        last = None
+        for arena_id in arena_ids:
+            if arena_id == last:
+                stretches[-1] = replace(stretches[-1], num_blocks=stretches[-1].num_blocks + 1)
+                continue
+            link = self._link(arena_id)
+            stretches.append(Stretch(1, link.bytes_per_s(self._clock()), link.in_flight_bytes))
+            last = arena_id
+        return stretches
+
+    def _link(self, arena_id: str) -> Link:
+        link = self._links.get(arena_id)
+        if link is None:
+            now_s = self._clock()
+            idle = [
+                name
+                for name, other in self._links.items()
+                if not other.in_flight_bytes and now_s - other.used_at_s >= MEMORY_S
+            ]
+            for name in idle:  # what they knew is forgotten anyway
+                del self._links[name]
+            link = self._links[arena_id] = Link()
+        return link

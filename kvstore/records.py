@@ -1,0 +1,104 @@
+"""What the directory knows of arenas and nodes: records, and how they are read back from text of any origin. Pure."""
+
+from __future__ import annotations
+
+import json
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArenaRecord:
+    """One arena, as its heartbeat describes it. A store that starts again is another arena."""
+
+    arena_id: str  # 32 hex digits, new at each start
+    address: str  # "tcp://ip:port" that blocks are read from
+    host: str  # label of the machine; nodes with the same label map the arena
+    slot_bytes: int
+    num_slots: int
+    free_slots: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRecord:
+    """One node, as its heartbeat describes it. `(node_id, incarnation)` is one process."""
+
+    node_id: str
+    incarnation: str
+    role: str  # "prefill", "decode" or "both"
+    address: str  # "ip:port" of its gRPC server
+    model: str  # served name
+    kv_root: str  # hex of KVLayout.root()
+    block_size: int  # tokens
+    block_bytes: int
+    vocab_size: int
+    max_model_len: int  # tokens
+    arena_id: str = ""  # of the arena it maps; "" is none
+    host: str = ""  # label of the machine
+    draining: bool = False
+    num_running: int = 0
+    num_waiting: int = 0
+    queued_prefill_tokens: int = 0
+    free_blocks: int = 0
+    total_blocks: int = 0
+    prefill_tokens_per_s: float = 0.0  # 0.0 before the first measurement
+    decode_step_s: float = 0.0
+
+
+RecordT = TypeVar("RecordT", ArenaRecord, NodeRecord)
+
+
+def parse_record(cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
+    """A record out of its JSON; None where a field is missing, of another type, or a value that nobody can work with.
+
+    Unknown fields are let pass.
+    """
+    return parse_signed(cls, text)[0]
+
+
+def parse_signed(cls: type[RecordT], text: bytes | str | None) -> tuple[RecordT | None, object]:
+    """The same, with the probe of who wrote it; None where there is none."""
+    data = _object(text)
+    return _build(cls, data), data.get("probe")
+
+
+def sign(record: ArenaRecord | NodeRecord, probe: str) -> str:
+    """The record's JSON, with the probe of who writes it."""
+    return json.dumps(asdict(record) | {"probe": probe})
+
+
+def _object(text: bytes | str | None) -> dict[str, Any]:
+    """Empty for what is no JSON object."""
+    try:
+        data = json.loads(text or b"null")
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _build(cls: type[RecordT], data: Mapping[str, Any]) -> RecordT | None:
+    values: dict[str, Any] = {}
+    for name, expected in typing.get_type_hints(cls).items():
+        if name in data:
+            value = data[name]
+            if not _is_usable(value):
+                return None
+            if expected is float and type(value) is int:
+                value = float(value)
+            if type(value) is not expected:
+                return None
+            values[name] = value
+    try:
+        return cls(**values)
+    except TypeError:  # a field without a default is missing
+        return None
+
+
+def _is_usable(value: object) -> bool:
+    """JSON lets pass what breaks its reader later: NaN compares with nothing, half a surrogate pair has no bytes."""
+    if isinstance(value, int | float):
+        return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+    return not isinstance(value, str) or not any("\ud800" <= char <= "\udfff" for char in value)

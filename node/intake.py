@@ -1,0 +1,76 @@
+"""What comes into this node from the store: the choice for each hit, and the sums that tell of both its sides.
+
+One for each node, shared by its fetchers, on the event loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from batonpb import node_pb2
+from kvstore.client import KVClient, Match
+from kvstore.links import Traffic
+from node.choice import Choice, choose
+
+PATIENCE_S = 0.5  # for blocks on their way, while it is not known how long computing them takes
+MIN_PATIENCE_S, MAX_PATIENCE_S = 0.05, 2.0  # publishing takes round trips, however small the blocks are
+
+
+@dataclass
+class Choices:
+    """Sums over all choices. Predictions are of those alone where all speeds were known."""
+
+    num_fetched_blocks: int = 0  # that were to be fetched
+    num_computed_blocks: int = 0  # that could have been
+    num_informed: int = 0
+    predicted_fetch_s: float = 0.0
+    predicted_compute_s: float = 0.0
+
+    def count(self, choice: Choice, num_blocks: int) -> None:
+        self.num_fetched_blocks += choice.num_blocks
+        self.num_computed_blocks += num_blocks - choice.num_blocks
+        if choice.is_informed:
+            self.num_informed += 1
+            self.predicted_fetch_s += choice.fetch_s
+            self.predicted_compute_s += choice.compute_s
+
+
+@dataclass
+class Intake:
+    """`prefill_tokens_per_s` is the engine's newest measurement that anyone has brought here; 0.0: none yet."""
+
+    store: KVClient
+    block_size: int  # tokens
+    block_bytes: int
+    prefill_tokens_per_s: float = 0.0
+    choices: Choices = field(default_factory=Choices)
+
+    def choose(self, match: Match) -> Match:
+        """The part of `match` that is better fetched."""
+        stretches = self.store.links.stretches([arena_id for arena_id, _ in match.places])
+        choice = choose(stretches, self.block_bytes, self._compute_s(1))
+        self.choices.count(choice, match.num_blocks)
+        return match.head(choice.num_blocks)
+
+    def patience_s(self, num_blocks: int) -> float:
+        """How long to wait for that many blocks that are said to come: not longer than it takes to compute them."""
+        return min(max(self._compute_s(num_blocks) or PATIENCE_S, MIN_PATIENCE_S), MAX_PATIENCE_S)
+
+    def message(self) -> node_pb2.Fetches:
+        links, choices = self.store.links, self.choices
+        return node_pb2.Fetches(
+            local=_traffic(links.local),
+            remote=_traffic(links.remote),
+            chosen_fetch_blocks=choices.num_fetched_blocks,
+            chosen_compute_blocks=choices.num_computed_blocks,
+            num_predictions=choices.num_informed,
+            predicted_fetch_s=choices.predicted_fetch_s,
+            predicted_compute_s=choices.predicted_compute_s,
+        )
+
+    def _compute_s(self, num_blocks: int) -> float:
+        return num_blocks * self.block_size / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
+
+
+def _traffic(traffic: Traffic) -> node_pb2.Traffic:
+    return node_pb2.Traffic(num_blocks=traffic.num_blocks, num_bytes=traffic.num_bytes, seconds=traffic.seconds)
