@@ -21,19 +21,12 @@ from node.publisher import Publisher
 class DecodeLeg:
     """An admitted request. It fetches from the start on; `run` it once; then its `finish_reason` is known."""
 
-    def __init__(  # noqa: PLR0913
-        self,
-        loop: EngineLoop,
-        fetcher: Fetcher,
-        publisher: Publisher,
-        request: Request,
-        outputs: OutputStream,
-        free_blocks: int,
+    def __init__(
+        self, fetcher: Fetcher, publisher: Publisher, request: Request, outputs: OutputStream, free_blocks: int
     ) -> None:
         self.request = request
         self.free_blocks = free_blocks  # of the node, behind this request's
         self.finish_reason: FinishReason | None = None
-        self._loop = loop
         self._fetcher = fetcher
         self._publisher = publisher
         self._waiting: list[RequestOutput] = []  # not yet taken by `run`
@@ -53,11 +46,9 @@ class DecodeLeg:
         await self._fetching
         for token_id in token_ids:
             self.request.append(token_id)
-        # 2. What is still missing: the last blocks of prefill are published while its token travels.
-        await self._fetcher.fetch_coming(num_coming_blocks)
-        # Whatever did not come is computed.
-        request_id = self.request.request_id
-        await self._loop.call(lambda engine: engine.release(request_id))
+        # 2. What is still missing: the last blocks of prefill are published while its token travels. Whatever does not
+        # come is computed.
+        await self._fetcher.release(num_coming_blocks)
         # 3. The tokens, until the last.
         while self.finish_reason is None:
             outputs = await self._take()
@@ -105,7 +96,7 @@ class DecodeWorker:
         with self._admission.leg(request) as outputs:
             free_blocks = await self._admission.hold(request)
             fetcher = Fetcher(self._loop, self._intake, request)
-            leg = DecodeLeg(self._loop, fetcher, self._publisher, request, outputs, free_blocks)
+            leg = DecodeLeg(fetcher, self._publisher, request, outputs, free_blocks)
             try:
                 yield leg
             finally:

@@ -24,7 +24,9 @@ from node.intake import Intake
 logger = logging.getLogger(__name__)
 
 MAX_FETCH_BYTES = 64 * 2**20  # of one round: bounds what lies in memory between the wire and the engine
-MAX_IMPORT_BYTES = 8 * 2**20  # of one call on the engine thread: bounds how long running requests wait for it
+# Of one call on the engine's thread: bounds how long running requests wait for it. Each call waits for the end of a
+# step, so a chunk should come in one.
+MAX_IMPORT_BYTES = 32 * 2**20
 COMING_POLL_S = 0.001
 
 
@@ -60,6 +62,8 @@ class Fetcher:
         self._is_declined = False  # computing is sooner than fetching what was found last
         self._progress_s = time.monotonic()  # the last block came, or the fetcher did
         self._ask_directory_s = 0.0  # not before
+        self._release_at_blocks: int | None = None  # the engine may have the request once it has so many
+        self._is_released = False
         self._is_near = False  # what came last came from this machine: so will the rest, most likely
 
     @property
@@ -78,7 +82,7 @@ class Fetcher:
             while self.num_missing_blocks > 0:
                 num_blocks = await self._fetch_round()
                 num_fetched_blocks += num_blocks
-                if num_blocks == 0 or self._is_declined:
+                if num_blocks == 0 or self._is_declined or self._is_released:
                     break
         except UnknownRequest:
             pass  # aborted meanwhile: nobody waits for these blocks
@@ -96,16 +100,23 @@ class Fetcher:
                 async with asyncio.timeout(LOCAL_PACE.pause_s(self._waited_s)):
                     await stop.wait()
 
-    async def fetch_coming(self, num_blocks: int) -> None:
-        """Fetches what there is, and waits for what is on its way of the first `num_blocks` of the request.
+    async def release(self, num_coming_blocks: int) -> None:
+        """Lets the request run, behind what there is now and what is on its way of its first `num_coming_blocks`.
 
-        Not longer than computing it would take: whoever publishes it may have died.
+        Raises `UnknownRequest`.
         """
+        self._release_at_blocks = num_coming_blocks
+        await self._fetch_coming(num_coming_blocks)
+        if not self._is_released:
+            await self._loop.call(lambda engine: engine.release(self._request.request_id))
+
+    async def _fetch_coming(self, num_blocks: int) -> None:
+        """Not longer than computing it would take: whoever publishes it may have died."""
         if not self._is_near:
             self._ask_directory_s = 0.0
         await self.fetch()
         self._progress_s = time.monotonic()
-        while (num_coming := self._num_coming(num_blocks)) > 0 and not self._is_declined:
+        while not self._is_released and not self._is_declined and (num_coming := self._num_coming(num_blocks)) > 0:
             if self._waited_s > self._intake.patience_s(num_coming):
                 logger.info("event=blocks_late request=%s missing=%d", self._request.request_id, num_coming)
                 return
@@ -162,7 +173,11 @@ class Fetcher:
         def copy(engine: Engine) -> tuple[int, float, float, float]:
             began_s = time.monotonic()
             num_blocks = engine.import_blocks(request_id, payloads)
-            return num_blocks, began_s, time.monotonic(), engine.load().prefill_tokens_per_s
+            ended_s = time.monotonic()
+            if self._release_at_blocks is not None and self._num_blocks >= self._release_at_blocks > 0:
+                engine.release(request_id)  # at once: another call would wait for another step of the others
+                self._is_released = True
+            return num_blocks, began_s, ended_s, engine.load().prefill_tokens_per_s
 
         if not is_mapped:
             num_blocks, _, _, self._intake.prefill_tokens_per_s = await self._loop.call(copy)

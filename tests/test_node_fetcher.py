@@ -48,6 +48,20 @@ def hold_up(node: Node, gate: asyncio.Event) -> None:
     store.publish = late
 
 
+def count_calls(node: Node) -> list[str]:
+    """Grows with each call of a fetcher on the engine's thread, each of which waits for the end of a step."""
+    calls: list[str] = []
+    call = node.server.loop.call
+
+    async def counted(fn: Callable[[Any], Any]) -> Any:
+        if fn.__qualname__.startswith("Fetcher."):
+            calls.append(fn.__qualname__)
+        return await call(fn)
+
+    node.server.loop.call = counted  # type: ignore[method-assign]
+    return calls
+
+
 async def test_the_token_does_not_wait_for_the_blocks_but_the_second_one_does(machine: Machine) -> None:
     await machine.store()
     first, second = await machine.node(), await machine.node()
@@ -55,14 +69,17 @@ async def test_the_token_does_not_wait_for_the_blocks_but_the_second_one_does(ma
     gate = asyncio.Event()
     hold_up(first, gate)
     call = await second.admit(node_request(prompt_of(200)))
+    calls = count_calls(second)
     answer = await first.answer(node_request(prompt_of(200)))
     assert answer.coming_blocks == 12
     await start(call, [answer.token.token_id], answer.coming_blocks)
     reading = asyncio.create_task(finish(call))
     await asyncio.sleep(0.3)
     assert not reading.done()
+    assert not calls
     gate.set()
     decoded = await reading
+    assert not [name for name in calls if ".release" in name], "it came with the last blocks, not a step later"
     assert [answer.token.token_id, *decoded.token_ids] == machine.expected(prompt_of(200))
     assert decoded.store_hit_tokens == 192
 
