@@ -140,7 +140,8 @@ class Fetcher:
             return 0
         chosen = self._intake.choose(match)
         self._is_declined = chosen.num_blocks < match.num_blocks
-        return await self._import(await self._store.fetch(chosen))
+        limit_s = self._intake.wire_limit_s(chosen.num_blocks)
+        return await self._import(await self._store.fetch(chosen, limit_s))
 
     async def _match(self) -> Match:
         """What this machine's arena holds; where it holds nothing, now and then what the directory knows of."""

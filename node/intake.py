@@ -5,6 +5,7 @@ One for each node, shared by its fetchers, on the event loop.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from batonpb import node_pb2
@@ -13,6 +14,7 @@ from kvstore.links import Traffic
 from node.choice import Choice, choose
 
 PATIENCE_S = 0.5  # for blocks on their way, while it is not known how long computing them takes
+MIN_WIRE_LIMIT_S = 0.25  # a busy store answers late, and who is cut off is left alone for seconds
 MIN_PATIENCE_S, MAX_PATIENCE_S = 0.05, 2.0  # publishing takes round trips, however small the blocks are
 
 
@@ -55,6 +57,13 @@ class Intake:
     def patience_s(self, num_blocks: int) -> float:
         """How long to wait for that many blocks that are said to come: not longer than it takes to compute them."""
         return min(max(self._compute_s(num_blocks) or PATIENCE_S, MIN_PATIENCE_S), MAX_PATIENCE_S)
+
+    def wire_limit_s(self, num_blocks: int) -> float:
+        """How long other machines may take to send so many: a wire that hangs costs no more than computing them.
+
+        Without a measurement it is for the store's client to say.
+        """
+        return max(self._compute_s(num_blocks), MIN_WIRE_LIMIT_S) if self.prefill_tokens_per_s else math.inf
 
     def message(self) -> node_pb2.Fetches:
         links, choices = self.store.links, self.choices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from node_harness import (
 from engine.request import RequestOutput
 from kvstore.blocks import BlockHash
 from node.fetcher import DIRECTORY_PACE, LOCAL_PACE
-from node.intake import MAX_PATIENCE_S, PATIENCE_S
+from node.intake import MAX_PATIENCE_S, MIN_WIRE_LIMIT_S, PATIENCE_S
 
 
 @pytest.fixture
@@ -109,6 +110,14 @@ async def test_patience(machine: Machine) -> None:
     intake.prefill_tokens_per_s = 100.0
     assert intake.patience_s(5) == pytest.approx(5 * BLOCK_SIZE / 100.0)
     assert intake.patience_s(5000) == MAX_PATIENCE_S
+
+
+async def test_the_wire_may_take_no_longer_than_computing(machine: Machine) -> None:
+    intake = (await machine.node(store_dir="")).server.intake
+    assert intake.wire_limit_s(5) == math.inf
+    intake.prefill_tokens_per_s = 100.0
+    assert intake.wire_limit_s(50) == pytest.approx(50 * BLOCK_SIZE / 100.0)
+    assert intake.wire_limit_s(1) == MIN_WIRE_LIMIT_S
 
 
 @pytest.mark.parametrize("pace", [LOCAL_PACE, DIRECTORY_PACE])
