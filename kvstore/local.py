@@ -25,7 +25,8 @@ from pathlib import Path
 
 import zmq.asyncio
 
-from kvstore.arena import HEADER_BYTES, ArenaMap, Reservation, Written, arena_bytes
+from kvstore.arena import Reservation, Written
+from kvstore.arena_map import HEADER_BYTES, ArenaMap, arena_bytes
 from kvstore.blocks import BlockHash
 from kvstore.channel import Channel
 from kvstore.errors import ArenaFull, ArenaUnavailable

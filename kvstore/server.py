@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import socket
 import uuid
 from collections.abc import Coroutine
@@ -23,16 +22,18 @@ import zmq
 import zmq.asyncio
 
 from kvstore.announcer import Announcer
-from kvstore.arena import Arena, ArenaMap, arena_bytes, slots_within
-from kvstore.blocks import BlockHash
+from kvstore.arena import Arena
+from kvstore.arena_map import ArenaMap, arena_bytes, slots_within
 from kvstore.curve import CURVE_BYTES, Curve, Doorkeeper, is_loopback
 from kvstore.directory import ArenaRecord, Directory
-from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
+from kvstore.errors import BadFrame, DirectoryUnavailable
 from kvstore.eviction import POLICIES
-from kvstore.frames import MAX_FRAME_BYTES, BlockInfo, Commit, Committed, Get, Got, Message, Reserve, Reserved, Status
+from kvstore.folder import StoreFolder
+from kvstore.frames import MAX_FRAME_BYTES, Commit, Get, Message, Reserve
 from kvstore.frames import decode as decode_frame
-from kvstore.local import MAX_SOCKET_PATH, Description, FileLock, StorePaths
+from kvstore.local import MAX_SOCKET_PATH, Description, StorePaths
 from kvstore.memory import create_memory
+from kvstore.service import StoreService
 from kvstore.ssd import BlockFile
 from kvstore.tiers import DiskTier
 
@@ -70,6 +71,7 @@ class StoreServer:
     def __init__(self, config: StoreConfig) -> None:
         self.config = config
         self._paths = StorePaths(Path(config.dir))
+        self._folder = StoreFolder(self._paths)
         self._arena_id = uuid.uuid4().hex
         self._num_slots = slots_within(config.memory_bytes, config.slot_bytes)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,29 +87,21 @@ class StoreServer:
         cluster names blocks in another way.
         """
         self._check()
-        self._take_directory()
+        predecessor = self._folder.take()
         self._context = zmq.asyncio.Context()
         try:
             memory = await asyncio.to_thread(create_memory, self._paths.memory(self._arena_id), self._arena_bytes)
-            self._map = ArenaMap(memory, self._num_slots, self.config.slot_bytes)
-            self.arena = Arena(self._map, POLICIES[self.config.eviction](self._num_slots))
-            self._announcer = Announcer(
-                self._directory, self._inventory, self.record, self.config.heartbeat_s, self.config.ttl_s
-            )
-            if self.config.disk_bytes:
-                file = partial(BlockFile, Path(self.config.disk_dir), self.config.disk_bytes, self.config.slot_bytes)
-                root = bytes.fromhex(self.config.disk_root)
-                self._disk = await DiskTier.open(partial(file, root), self.arena, self._map, self._announcer.changed)
+            self._service = await self._make_service(memory)
             self._open_sockets()
             Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
-            await self._forget_predecessor()
+            await self._forget(predecessor)
             with suppress(DirectoryUnavailable):  # then it is told when it comes, and readers check each record
                 await self._directory.check_scheme()
             await self._announcer.round()
         except BaseException:
             if self._disk is not None:
                 await self._disk.stop()
-            self._leave_directory()
+            self._leave()
             raise
         for loop in (self._announcer.run(), self._serve_writers(), self._serve_readers(), self._reap()):
             self._spawn(loop)
@@ -128,7 +122,20 @@ class StoreServer:
         except DirectoryUnavailable as error:
             logger.warning("event=leave_failed arena=%s error=%r", self._arena_id, error)
         await self._directory.close()
-        self._leave_directory()
+        self._leave()
+
+    async def _make_service(self, memory: memoryview) -> StoreService:
+        config = self.config
+        arena_map = ArenaMap(memory, self._num_slots, config.slot_bytes)
+        self.arena = Arena(arena_map, POLICIES[config.eviction](self._num_slots))
+        self._announcer = Announcer(
+            self._directory, lambda: self._service.inventory(), self.record, config.heartbeat_s, config.ttl_s
+        )
+        if config.disk_bytes:
+            root = bytes.fromhex(config.disk_root)
+            make_file = partial(BlockFile, Path(config.disk_dir), config.disk_bytes, config.slot_bytes, root)
+            self._disk = await DiskTier.open(make_file, self.arena, arena_map, self._announcer.changed)
+        return StoreService(self._arena_id, self.arena, arena_map, self._announcer, self._disk)
 
     def record(self) -> ArenaRecord:
         """The arena as it is now."""
@@ -162,41 +169,17 @@ class StoreServer:
         if self.config.eviction not in POLICIES:
             raise ValueError(f"eviction: {self.config.eviction!r} is none of {', '.join(POLICIES)}")
 
-    def _take_directory(self) -> None:
-        """Takes the directory over, and removes what a store that was killed has left there."""
-        self._paths.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._paths.lock.touch(mode=0o600)
-        lock = FileLock.take(self._paths.lock)
-        if lock is None:
-            raise ArenaUnavailable(f"{self._paths.dir} belongs to a store that is running")
-        self._lock = lock
-        self._predecessor = _arena_left_in(self._paths)
-        self._remove_files()
-        self._paths.writers.mkdir(mode=0o700)
-
-    async def _forget_predecessor(self) -> None:
+    async def _forget(self, predecessor: str) -> None:
         """The arena of a store that was killed is gone now, not only when its time to live ends."""
         try:
-            if self._predecessor:
-                await self._directory.remove_arena(self._predecessor)
+            if predecessor:
+                await self._directory.remove_arena(predecessor)
         except DirectoryUnavailable as error:
-            logger.info("event=predecessor_not_removed arena=%s error=%r", self._predecessor, error)
+            logger.info("event=predecessor_not_removed arena=%s error=%r", predecessor, error)
 
-    def _leave_directory(self) -> None:
+    def _leave(self) -> None:
         self._context.destroy(linger=0)
-        self._remove_files()
-        self._lock.remove()
-        try:
-            self._paths.dir.rmdir()
-        except OSError as error:  # somebody else keeps files there
-            logger.info("event=dir_kept dir=%s error=%r", self._paths.dir, error)
-
-    def _remove_files(self) -> None:
-        self._paths.description.unlink(missing_ok=True)
-        for path in self._paths.dir.glob("arena-*.mem"):
-            path.unlink(missing_ok=True)
-        self._paths.control.unlink(missing_ok=True)
-        shutil.rmtree(self._paths.writers, ignore_errors=True)
+        self._folder.leave()
 
     def _open_sockets(self) -> None:
         self._control = self._router(f"ipc://{self._paths.control}")
@@ -220,9 +203,6 @@ class StoreServer:
             raise OSError(error.errno, f"{address}: {error}") from error
         return router
 
-    def _inventory(self) -> list[tuple[BlockHash, int]]:
-        return [*self.arena.blocks(), *(self._disk.inventory() if self._disk else ())]
-
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -234,7 +214,7 @@ class StoreServer:
             try:
                 sender, question = decode_question(frames)
                 if isinstance(question, Reserve):
-                    await self._control.send_multipart([sender, self._reserve(question).encode()])
+                    await self._control.send_multipart([sender, self._service.reserve(question).encode()])
                 elif isinstance(question, Commit):
                     self._spawn(self._commit(sender, question))
             except BadFrame as error:
@@ -247,8 +227,8 @@ class StoreServer:
             frames = await self._data.recv_multipart()
             try:
                 sender, question = decode_question(frames)
-                if isinstance(question, Get) and self._disk and self._disk.is_needed(question.hashes):
-                    self._spawn(self._answer_from(self._disk, sender, question))
+                if isinstance(question, Get) and self._service.needs_disk(question):
+                    self._spawn(self._answer_from_disk(sender, question))
                 elif isinstance(question, Get):
                     await self._answer(sender, question)
             except BadFrame as error:
@@ -256,82 +236,27 @@ class StoreServer:
             except Exception:
                 logger.exception("event=message_failed socket=data")
 
-    async def _answer_from(self, disk: DiskTier, sender: bytes, question: Get) -> None:
-        await disk.promote(question.hashes)
+    async def _commit(self, sender: bytes, question: Commit) -> None:
+        answer = await self._service.commit(question)
+        await self._control.send_multipart([sender, answer.encode()])
+
+    async def _answer_from_disk(self, sender: bytes, question: Get) -> None:
+        await self._service.promote(question)
         await self._answer(sender, question)
 
     async def _answer(self, sender: bytes, question: Get) -> None:
-        answer, payloads = self._get(question)
+        answer, payloads = self._service.get(question)
         await self._data.send_multipart([sender, answer.encode(), *payloads], copy=False)
-
-    def _reserve(self, question: Reserve) -> Reserved:
-        if question.arena_id != self._arena_id:
-            return Reserved(question.request_id, Status.STALE)
-        try:
-            reservations = self.arena.reserve(question.hashes, question.writer_id)
-        except ArenaFull:
-            return Reserved(question.request_id, Status.FULL)
-        evicted = self.arena.take_evicted()
-        if self._disk is not None:
-            self._disk.demote(evicted)
-        else:
-            self._announcer.changed((), [block.block_hash for block in evicted])
-        return Reserved(question.request_id, Status.OK, reservations)
-
-    async def _commit(self, sender: bytes, question: Commit) -> None:
-        if question.arena_id != self._arena_id:
-            answer = Committed(question.request_id, Status.STALE)
-        else:
-            blocks = self.arena.commit(question.writer_id, question.written)
-            self._announcer.changed(blocks)
-            await self._announcer.flushed()  # who hears that it is committed may tell others to look for it
-            answer = Committed(question.request_id, Status.OK, len(blocks))
-        await self._control.send_multipart([sender, answer.encode()])
-
-    def _get(self, question: Get) -> tuple[Got, list[memoryview]]:
-        """The blocks as they are. One that is evicted while it is on its way fails the reader's check of the bytes."""
-        infos, payloads = [], []
-        for block_hash in question.hashes:
-            slot = self.arena.find(block_hash)
-            if slot is None:
-                infos.append(BlockInfo(block_hash, 0, 0))
-                continue
-            infos.append(BlockInfo(block_hash, self.config.slot_bytes, self._map.header(slot).checksum))
-            payloads.append(self._map.view(slot))
-        return Got(question.request_id, infos), payloads
 
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(_REAP_S)
             try:
-                for writer_id in self._dead_writers():
-                    num_slots = self.arena.abandon(writer_id)
+                for writer_id in self._folder.dead_writers(self._service.writers()):
+                    num_slots = self._service.abandon(writer_id)
                     logger.info("event=writer_gone writer=%s slots=%d", writer_id, num_slots)
             except OSError:
                 logger.exception("event=reap_failed")
-
-    def _dead_writers(self) -> list[str]:
-        """Writers whose lock is gone. One that is merely stopped keeps its lock, and its slots."""
-        known = self.arena.writers() - ({self._disk.writer_id} if self._disk else set())
-        known.update(path.stem for path in self._paths.writers.glob("*.lock"))
-        dead = []
-        for writer_id in known:
-            try:
-                lock = FileLock.take(self._paths.writer(writer_id))
-            except FileNotFoundError:
-                dead.append(writer_id)
-                continue
-            if lock is not None:
-                lock.remove()
-                dead.append(writer_id)
-        return dead
-
-
-def _arena_left_in(paths: StorePaths) -> str:
-    try:
-        return Description.read(paths.description).arena_id
-    except (OSError, ValueError):
-        return ""
 
 
 def decode_question(frames: list[bytes]) -> tuple[bytes, Message]:

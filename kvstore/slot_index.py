@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore.arena import HEADER_BYTES, READY, ArenaMap
+from kvstore.arena_map import HEADER_BYTES, READY, ArenaMap
 from kvstore.blocks import BlockHash
 
 _WORD_BYTES = 8

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import xxhash
 
-from kvstore.arena import ALIGN_BYTES
+from kvstore.arena_map import ALIGN_BYTES
 from kvstore.blocks import HASH_BYTES, BlockHash
 from kvstore.eviction import LRU, Eviction
 

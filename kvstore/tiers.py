@@ -21,7 +21,8 @@ from typing import TypeVar
 
 import xxhash
 
-from kvstore.arena import Arena, ArenaMap, Evicted, Reservation, Written
+from kvstore.arena import Arena, Evicted, Reservation, Written
+from kvstore.arena_map import ArenaMap
 from kvstore.blocks import BlockHash
 from kvstore.directory import ON_DISK
 from kvstore.errors import ArenaFull

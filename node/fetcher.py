@@ -16,7 +16,7 @@ from engine.engine import Engine
 from engine.errors import UnknownRequest
 from engine.loop import EngineLoop
 from engine.request import Request
-from kvstore.arena import MappedPayload
+from kvstore.arena_map import MappedPayload
 from kvstore.blocks import Payload
 from kvstore.client import Match
 from node.intake import Intake

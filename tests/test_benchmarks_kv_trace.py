@@ -7,7 +7,8 @@ import random
 import pytest
 
 from benchmarks.kv_trace import Cache, Disk, Trace, belady_hits, replay
-from kvstore.arena import Arena, ArenaMap, Written, arena_bytes
+from kvstore.arena import Arena, Written
+from kvstore.arena_map import ArenaMap, arena_bytes
 from kvstore.blocks import BlockHash
 from kvstore.eviction import POLICIES
 

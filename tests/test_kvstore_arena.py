@@ -9,19 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvstore.arena import (
-    FREE,
-    READY,
-    WRITING,
-    Arena,
-    ArenaMap,
-    MappedPayload,
-    Reservation,
-    Written,
-    arena_bytes,
-    slots_offset,
-    slots_within,
-)
+from kvstore.arena import Arena, Reservation, Written
+from kvstore.arena_map import FREE, READY, WRITING, ArenaMap, MappedPayload, arena_bytes, slots_offset, slots_within
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
 from kvstore.eviction import POLICIES

@@ -18,7 +18,7 @@ import zmq.asyncio
 from conftest import RedisProcess, eventually
 from kvstore_support import SLOT_BYTES, Process, chain, content, start_store, store_config, take, writer_of
 
-from kvstore.arena import MappedPayload
+from kvstore.arena_map import MappedPayload
 from kvstore.blocks import BlockHash
 from kvstore.channel import Channel
 from kvstore.client import KVClient, Match, ReceivedPayload

@@ -86,7 +86,7 @@ async def test_write_announce_read(store: StoreServer, writer: Peer, reader: Pee
     written = []
     for block_hash, item in zip(hashes, reserved.reservations, strict=True):
         assert item is not None
-        store._map.view(item.slot)[:] = content(block_hash)
+        store._service._map.view(item.slot)[:] = content(block_hash)
         written.append(Written(item.slot, item.generation, xxhash.xxh3_64_intdigest(content(block_hash))))
     got, payloads = await reader.ask(Get(1, hashes))
     assert isinstance(got, Got) and payloads == [] and all(block.length == 0 for block in got.blocks)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.arena import HEADER_BYTES, Arena, ArenaMap, Written, arena_bytes
+from kvstore.arena import Arena, Written
+from kvstore.arena_map import HEADER_BYTES, ArenaMap, arena_bytes
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
 from kvstore.slot_index import SlotIndex

@@ -1,0 +1,144 @@
+"""An arena's buffer: fixed-size slots for blocks behind their headers, as any process that maps it sees them. Pure.
+
+The buffer is `num_slots` headers of 64 bytes, then, at a page's border, the slots. `ArenaMap` reads and writes that
+buffer; who may write what is for the books to say (`kvstore.arena`).
+
+A header's generation is a seqlock: odd while the slot is being written, even and different after each change. It is
+made odd before a writer hears of the slot, and even last of all. So a reader copies the bytes, looks at the
+generation again, and knows whether it has the block that it asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvstore.blocks import HASH_BYTES, BlockHash
+
+HEADER_BYTES = 64
+PAGE_BYTES = 4096
+ALIGN_BYTES = 64  # of each slot
+
+FREE, WRITING, READY = 0, 1, 2
+
+# A header as eight aligned words of 64 bits, each read or written at one go:
+# generation, state, length, key (two words), checksum (xxh3_64 of the payload), last access, unused.
+_WORDS = HEADER_BYTES // 8
+_GENERATION, _STATE, _LENGTH, _KEY, _CHECKSUM, _LAST_ACCESS = 0, 1, 2, 3, 5, 6
+NO_KEY = bytes(HASH_BYTES)
+
+
+def slot_stride(slot_bytes: int) -> int:
+    """Bytes from one slot to the next."""
+    return -(-slot_bytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def slots_offset(num_slots: int) -> int:
+    """Bytes before the first slot."""
+    return -(-num_slots * HEADER_BYTES // PAGE_BYTES) * PAGE_BYTES
+
+
+def arena_bytes(num_slots: int, slot_bytes: int) -> int:
+    """Size of the buffer of an arena."""
+    return slots_offset(num_slots) + num_slots * slot_stride(slot_bytes)
+
+
+def slots_within(memory_bytes: int, slot_bytes: int) -> int:
+    """How many slots an arena of at most `memory_bytes` has; 0 when not even one fits."""
+    num_slots = memory_bytes // (slot_stride(slot_bytes) + HEADER_BYTES)
+    while num_slots and arena_bytes(num_slots, slot_bytes) > memory_bytes:
+        num_slots -= 1
+    return num_slots
+
+
+@dataclass(frozen=True)
+class Header:
+    """One slot's header, as read at one moment."""
+
+    generation: int
+    state: int
+    length: int  # bytes
+    key: bytes
+    checksum: int
+    last_access: int
+
+
+class ArenaMap:
+    """The slots and headers of a mapped arena. `buffer` is writable and of `arena_bytes` bytes."""
+
+    def __init__(self, buffer: memoryview, num_slots: int, slot_bytes: int) -> None:
+        if len(buffer) < arena_bytes(num_slots, slot_bytes):
+            raise ValueError(f"{num_slots} slots of {slot_bytes} bytes do not fit in {len(buffer)} bytes")
+        self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+        self._headers = buffer[: num_slots * HEADER_BYTES]
+        self._words = self._headers.cast("Q")
+        self._slots = buffer[slots_offset(num_slots) :]
+        self._stride = slot_stride(slot_bytes)
+
+    def view(self, slot: int) -> memoryview:
+        """The slot's bytes, writable."""
+        start = slot * self._stride
+        return self._slots[start : start + self.slot_bytes]
+
+    def generation(self, slot: int) -> int:
+        return self._words[slot * _WORDS]
+
+    def last_access(self, slot: int) -> int:
+        return self._words[slot * _WORDS + _LAST_ACCESS]
+
+    def header(self, slot: int) -> Header:
+        at = slot * _WORDS
+        key = bytes(self._headers[(at + _KEY) * 8 : (at + _KEY) * 8 + HASH_BYTES])
+        words = self._words[at : at + _WORDS].tolist()
+        return Header(words[_GENERATION], words[_STATE], words[_LENGTH], key, words[_CHECKSUM], words[_LAST_ACCESS])
+
+    def read(self, slot: int, block_hash: BlockHash, now: int) -> MappedPayload | None:
+        """The block, if the slot holds it now. Stamps the slot with `now`, any number that grows, as lately used."""
+        if not 0 <= slot < self.num_slots:
+            return None
+        generation = self.generation(slot)  # first of all: what is read below belongs to it or is_valid says no
+        header = self.header(slot)
+        if generation % 2 or header.state != READY or header.key != block_hash or header.length != self.slot_bytes:
+            return None
+        self._words[slot * _WORDS + _LAST_ACCESS] = now
+        return MappedPayload(self, slot, generation)
+
+    def begin(self, slot: int, key: bytes) -> int:
+        """Marks a slot as being written; returns its new, odd generation."""
+        at = slot * _WORDS
+        generation = self._words[at + _GENERATION] + 1
+        self._words[at + _GENERATION] = generation
+        self._fill(at, WRITING, 0, key, 0)
+        return generation
+
+    def finish(self, slot: int, key: bytes, checksum: int) -> None:
+        """Marks a slot as holding a block."""
+        self._fill(slot * _WORDS, READY, self.slot_bytes, key, checksum)
+        self._words[slot * _WORDS + _GENERATION] += 1
+
+    def clear(self, slot: int) -> None:
+        """Marks a slot that was being written as holding nothing."""
+        self._fill(slot * _WORDS, FREE, 0, NO_KEY, 0)
+        self._words[slot * _WORDS + _GENERATION] += 1
+
+    def _fill(self, at: int, state: int, length: int, key: bytes, checksum: int) -> None:
+        self._words[at + _STATE] = state
+        self._words[at + _LENGTH] = length
+        self._headers[(at + _KEY) * 8 : (at + _KEY) * 8 + HASH_BYTES] = key
+        self._words[at + _CHECKSUM] = checksum
+
+
+class MappedPayload:
+    """A block in a mapped slot: a `kvstore.blocks.Payload` that costs no call and no copy of its own."""
+
+    __slots__ = ("_generation", "_map", "_slot", "view")
+
+    def __init__(self, arena_map: ArenaMap, slot: int, generation: int) -> None:
+        self._map = arena_map
+        self._slot = slot
+        self._generation = generation
+        self.view = arena_map.view(slot)
+
+    def is_valid(self) -> bool:
+        """Whether the slot has held the block all the time until now."""
+        return self._map.generation(self._slot) == self._generation
