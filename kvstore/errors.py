@@ -6,6 +6,7 @@ KVStoreError
 ├── ArenaUnavailable       the store process does not answer
 ├── ArenaFull              every slot is being written; nothing can be evicted
 │   └── ArenaDraining      the store takes no new blocks, because an operator said so
+├── AskFailed              a store could not do what its operator asked for
 └── BadFrame               a message that breaks the wire format or a limit; its sender is refused, nothing else happens
 """
 
@@ -34,6 +35,10 @@ class ArenaFull(KVStoreError):
 
 class ArenaDraining(ArenaFull):
     """The store takes no new blocks until it is told otherwise; those that it holds can be read."""
+
+
+class AskFailed(KVStoreError):
+    """A store answered its operator that it cannot."""
 
 
 class BadFrame(KVStoreError):
