@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return sub
 
     def add_arena(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--arena", type=_arena, default="", metavar="ID", help="this one alone; its first digits do")
+        sub.add_argument("--arena", type=_arena, metavar="ID", help="this one alone; its first digits do")
 
     add_arena(add("stats", _stats, "show what the stores hold and have done, by tier"))
     ls = add("ls", _ls, "list blocks")
@@ -73,12 +73,12 @@ async def _run(args: argparse.Namespace) -> kv_tables.Report:
 
 
 async def _stats(args: argparse.Namespace, stores: Stores) -> kv_tables.Report:
-    answers, problems = await _each(stores.matching(args.arena), lambda store: store.operator().stats())
+    answers, problems = await _each(stores.matching(args.arena or ""), lambda store: store.operator().stats())
     return kv_tables.stats(answers, problems)
 
 
 async def _ls(args: argparse.Namespace, stores: Stores) -> kv_tables.Report:
-    found = stores.matching(args.arena)
+    found = stores.matching(args.arena or "")
     answers, problems = await _each(found, lambda store: store.operator().blocks(args.prefix, args.limit))
     return kv_tables.blocks(answers, args.limit, problems)
 
@@ -101,7 +101,7 @@ async def _evict(args: argparse.Namespace, stores: Stores) -> kv_tables.Report:
     if bool(args.hash) is args.all:
         raise DeployError("evict: name blocks, or give --all")
     hashes = None if args.all else args.hash
-    answers, problems = await _each(stores.matching(args.arena), lambda store: store.operator().evict(hashes))
+    answers, problems = await _each(stores.matching(args.arena or ""), lambda store: store.operator().evict(hashes))
     return kv_tables.evicted(answers, problems)
 
 

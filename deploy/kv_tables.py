@@ -41,22 +41,25 @@ def stats(answers: Sequence[tuple[Store, tuple[StoreStats, list[TierStats]]]], p
     tiers = _table("tiers", "arena", "tier")
     _add_numbers(tiers, "blocks", "size", "writing", "hits", "misses", "evicted", "removed")
     stores = _table("stores", "arena", "machine")
-    names = ("up", "writers", "committed", "demoted", "promoted", "mapped\nreads seen")
-    _add_numbers(stores, *names, "refused\nfull", "refused\ndraining", "refused\nframes", "reaped")
+    _add_numbers(stores, "up", "committed", "demoted", "promoted", "mapped reads seen")
+    refusals = _table("writers, and what was refused", "arena")
+    _add_numbers(refusals, "writers", "reaped", "full", "draining", "frames: control", "data")
     for store, (sums, tier_sums) in answers:
         name = store.name + (" (draining)" if sums.draining else "")
         for tier in tier_sums:
             numbers = (tier.num_writing, tier.num_hits, tier.num_misses, tier.num_evicted, tier.num_removed)
             blocks = f"{tier.num_blocks}/{tier.capacity_blocks}"
             tiers.add_row(name, tier.tier, blocks, size(tier.num_bytes), *map(str, numbers))
-        counts = (sums.num_writers, sums.num_committed, sums.num_demoted, sums.num_promoted, sums.num_mapped_reads)
-        refused = (sums.num_full, sums.num_draining, sums.num_refused_control + sums.num_refused_data, sums.num_reaped)
-        stores.add_row(store.name, store.record.host, age(sums.uptime_s), *map(str, counts), *map(str, refused))
+        moved = (sums.num_committed, sums.num_demoted, sums.num_promoted, sums.num_mapped_reads)
+        stores.add_row(store.name, store.record.host, age(sums.uptime_s), *map(str, moved))
+        frames = (sums.num_refused_control, sums.num_refused_data)
+        writers = (sums.num_writers, sums.num_reaped, sums.num_full, sums.num_draining)
+        refusals.add_row(store.name, *map(str, writers), *map(str, frames))
     data = [
         asdict(sums) | {"host": store.record.host, "tiers": [*map(asdict, tier_sums)]}
         for store, (sums, tier_sums) in answers
     ]
-    return Report({"arenas": data}, [tiers, stores], problems)
+    return Report({"arenas": data}, [tiers, stores, refusals], problems)
 
 
 def blocks(answers: Sequence[tuple[Store, tuple[list[BlockRow], int]]], limit: int, problems: list[str]) -> Report:
