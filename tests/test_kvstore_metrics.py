@@ -13,7 +13,7 @@ import zmq.asyncio
 from conftest import eventually
 from kvstore_support import SLOT_BYTES, chain, store_config, take, writer_of
 from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.parser import text_string_to_metric_families
+from scraping import http, scrape
 
 from kvstore.client import KVClient
 from kvstore.directory import Directory
@@ -43,24 +43,6 @@ async def directory(redis_url: str) -> AsyncIterator[Directory]:
     directory = Directory(redis_url)
     yield directory
     await directory.close()
-
-
-async def ask(address: str, request: bytes) -> tuple[bytes, str]:
-    """Status line and body."""
-    host, port = address.rsplit(":", 1)
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(request)
-    head, _, body = (await asyncio.wait_for(reader.read(), 20)).partition(b"\r\n\r\n")
-    writer.close()
-    return head.split(b"\r\n")[0], body.decode()
-
-
-async def scrape(address: str) -> dict[tuple[str, ...], float]:
-    """(name, label values) -> value; what Prometheus' own parser makes of the page."""
-    status, body = await ask(address, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert status == b"HTTP/1.1 200 OK"
-    families = text_string_to_metric_families(body)
-    return {(s.name, *map(s.labels.get, sorted(s.labels))): s.value for family in families for s in family.samples}
 
 
 @pytest.fixture
@@ -166,7 +148,7 @@ async def door() -> AsyncIterator[tuple[ScrapeDoor, str]]:
 )
 async def test_requests(door: tuple[ScrapeDoor, str], request_: bytes, status: bytes) -> None:
     try:
-        assert (await ask(door[1], request_))[0] == status
+        assert (await http(door[1], request_))[0] == status
     except ConnectionError:
         assert status == b"", "cut off"
 
