@@ -10,7 +10,7 @@ from node_harness import BLOCK_SIZE, Machine, decode, journey, node_request, pro
 
 from batonpb import node_pb2
 from kvstore.blocks import BlockHash, hash_blocks, salted
-from kvstore.quotas import NO_TENANT, SHARED, Owner
+from kvstore.quotas import SHARED, Owner
 from node.convert import to_owner
 
 ONE, TWO = b"one", b"two"
@@ -58,7 +58,7 @@ async def test_blocks_of_both_legs_count_and_the_other_tenants_stay(machine: Mac
         store.arena.check_integrity()
         assert store.arena.num_blocks_of(one.tenant) <= 8
     assert store.arena.num_blocks_of(one.tenant) == 8
-    assert store.arena.num_blocks_of(two.tenant) == 5 and store.arena.num_blocks_of(NO_TENANT) == 0
+    assert store.arena.num_blocks_of(two.tenant) == 5 and len(store.arena.blocks()) == 8 + 5
     assert all(store.arena.holds(block_hash) for block_hash in names(machine, theirs, TWO))
     latest = names(machine, [*prompt, *tokens], ONE)
     assert any(store.arena.holds(block_hash) for block_hash in latest[6:]), "what decoding fills is kept and counts"
@@ -78,4 +78,4 @@ async def test_a_quota_below_one_prompt_costs_computing_only(machine: Machine, q
     for node in (first, second):
         await node.server.publisher.flush()
     store.arena.check_integrity()
-    assert store.arena.num_blocks_of(Owner.of_salt(ONE).tenant) == quota_blocks
+    assert store.arena.num_blocks_of(Owner.of_salt(ONE).tenant) == len(store.arena.blocks()) == quota_blocks
