@@ -51,12 +51,12 @@ class Publisher:
     def publish(self, blocks: Sequence[FullBlock], owner: Owner = SHARED) -> bool:
         """Takes over the pins of `blocks`, and returns at once. False: they will not be published.
 
-        Those that do not fit into the owner's quota will not be either, but only the store can tell.
+        Of those that are taken, the store refuses what does not fit into the owner's quota.
         """
         if not blocks:
             return True
         self._num_pinned_blocks += len(blocks)
-        if not self._store.can_publish or self._is_stalled():
+        if not self._store.can_publish or self._is_stalled() or owner.quota_blocks == 0:
             self._unpin(blocks)
             return False
         self._queue.extend((block, owner) for block in blocks)

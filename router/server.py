@@ -131,6 +131,8 @@ class RouterServer:
         config = self._config
         tokenizer = await asyncio.to_thread(Tokenizer, Path(config.model_dir))
         tenants = await asyncio.to_thread(read_tenants, Path(config.tenants_file)) if config.tenants_file else None
+        if tenants is not None:
+            logger.info("event=tenants_read file=%s tenants=%d", config.tenants_file, len(tenants))
         directory = Directory(config.redis_url, config.cluster)
         stack.push_async_callback(directory.close)
         registry = Registry(directory, config.model, config.patience)

@@ -119,6 +119,8 @@ async def test_a_write_is_of_one_owner(loop: Loop, store: Store) -> None:
     assert [[block_hash[0] for block_hash in part] for part in store.hashes] == [[0, 1], [2], [3], [4, 5], [6]]
     assert store.owners == [one, one, two, SHARED, one]
     assert loop.engine.unpinned == Counter(range(7))
+    assert not publisher.publish(blocks(7), Owner(b"3" * 16, 0)), "who may have nothing need not wait for it"
+    assert loop.engine.unpinned == Counter(range(8)) and len(store.writes) == 5
 
 
 async def test_a_write_that_fails_is_unpinned_and_the_next_one_goes_on(
