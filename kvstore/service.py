@@ -47,7 +47,7 @@ class StoreService:
         for block_hash in question.hashes:
             self._tally.asked(block_hash, self._tier_of(block_hash))
         try:
-            reservations = self._arena.reserve(question.hashes, question.writer_id)
+            reservations = self._arena.reserve(question.hashes, question.writer_id, owner=question.owner)
         except ArenaFull:
             self._tally.num_full += 1
             return Reserved(question.request_id, Status.FULL)

@@ -23,6 +23,7 @@ from kvstore.directory import Directory
 from kvstore.errors import ArenaDraining, ArenaUnavailable, AskFailed, BadFrame
 from kvstore.frames import MAX_ROWS, Ask, Get, Got, Reserve, Told, Verb
 from kvstore.operate import StoreOperator
+from kvstore.quotas import SHARED
 from kvstore.server import StoreConfig, StoreServer
 from kvstore.ssd import record_stride
 from kvstore.told import BlockRow, StoreStats
@@ -267,7 +268,7 @@ async def test_drain_and_undrain(
     mapped = near._mapped()
     assert mapped is not None
     with pytest.raises(ArenaDraining):
-        await mapped.reserve(chain(700, 2))
+        await mapped.reserve(chain(700, 2), SHARED)
     others = chain(800, 3)
     assert await near.publish(others, writer_of(others)) == 0
     assert near._mapped() is mapped, "the mapping is as good as before"
