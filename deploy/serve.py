@@ -28,7 +28,7 @@ from kvstore.eviction import POLICIES
 
 WATCH_S = 1.0
 DOWN_TIMEOUT_S = 60.0
-WIDTH = 110  # characters, where standard output is no terminal
+WIDTH = 120  # characters, where standard output is no terminal
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
