@@ -103,9 +103,8 @@ class StoreServer:
             self._service = await self._make_service(memory)
             self._open_sockets()
             if self.config.metrics:
-                self._metrics_address = await self._scrape_door.open(
-                    StoreCollector(self._admin, self._tally), self._bind_host, self.config.advertise_host
-                )
+                host = self.config.advertise_host
+                self._metrics_address = await self._scrape_door.open(self._metrics, self._bind_host, host)
             Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
             await self._forget(predecessor)
             with suppress(DirectoryUnavailable):  # then it is told when it comes, and readers check each record
@@ -152,6 +151,7 @@ class StoreServer:
             self._disk = await DiskTier.open(make_file, self.arena, arena_map, self._announcer.changed, self._tally)
         service = StoreService(self._arena_id, self.arena, arena_map, self._announcer, self._disk, self._tally)
         self._admin = Admin(service, self.arena, arena_map, self._disk, self._tally)
+        self._metrics = StoreCollector(self._admin, self._tally)
         return service
 
     def record(self) -> ArenaRecord:
