@@ -30,6 +30,7 @@ from kvstore.told import BlockRow, StoreStats
 
 HASHES = chain(0, 6)
 KEY = new_wire_key()
+NUM_RECORDS = 400  # room for all that a test has evicted
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ async def context() -> AsyncIterator[zmq.asyncio.Context]:
 
 @pytest.fixture
 def config(redis_url: str, short_dir: Path, tmp_path: Path) -> StoreConfig:
-    disk = {"disk_bytes": 24 * record_stride(SLOT_BYTES), "disk_dir": str(tmp_path), "disk_root": "ab" * 16}
+    disk = {"disk_bytes": NUM_RECORDS * record_stride(SLOT_BYTES), "disk_dir": str(tmp_path), "disk_root": "ab" * 16}
     return store_config(short_dir / "a", redis_url, **disk)
 
 
@@ -94,7 +95,7 @@ async def test_stats_are_what_was_done(store: StoreServer, operator: StoreOperat
     assert (sums.num_committed, sums.num_writers, sums.num_refused_control) == (6, 0, 0)
     assert (memory.capacity_blocks, memory.num_blocks, memory.num_free) == (16, 6, 10)
     assert (memory.num_bytes, memory.num_hits, memory.num_misses) == (6 * SLOT_BYTES, 4, 0)
-    assert (disk.tier, disk.capacity_blocks, disk.num_blocks, disk.num_hits) == ("disk", 24, 0, 0)
+    assert (disk.tier, disk.capacity_blocks, disk.num_blocks, disk.num_hits) == ("disk", NUM_RECORDS, 0, 0)
 
 
 async def test_list_by_page_and_by_prefix(store: StoreServer, operator: StoreOperator, far: KVClient) -> None:
@@ -219,7 +220,8 @@ async def test_the_disk_is_told_and_asked_too(
     store: StoreServer, operator: StoreOperator, near: KVClient, far: KVClient, directory: Directory
 ) -> None:
     await _crowd_out(store, near)
-    await eventually(lambda: len(store._disk.index) >= len(HASHES), what="they are on disk")
+    await eventually(lambda: store._disk.index.num_writing == 0, what="what is on its way to the disk has come")
+    assert all(block_hash in store._disk.index for block_hash in HASHES)
     (detail,) = await operator.inspect(HASHES[0])
     assert (detail.tier, detail.state, detail.verifies, detail.length) == ("disk", "ready", True, SLOT_BYTES)
     rows, _ = await operator.blocks(HASHES[0].hex(), 10)
@@ -242,6 +244,7 @@ async def test_the_disk_is_told_and_asked_too(
     slot_of_disk = (await operator.inspect(HASHES[5]))[0].place
     store._disk._file._write(b"scribble", slot_of_disk * record_stride(SLOT_BYTES) + 500)
     assert not (await operator.inspect(HASHES[5]))[0].verifies
+    await eventually(lambda: store._disk.index.num_writing == 0, what="what is on its way there has come")
     await operator.evict(None)
     assert len(store._disk.index) == 0 and store._disk._file.records() == [], "a restart brings nothing back"
     store._disk.index.check_integrity()

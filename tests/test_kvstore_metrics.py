@@ -22,11 +22,12 @@ from kvstore.server import StoreConfig, StoreServer
 from kvstore.ssd import record_stride
 
 HASHES = chain(0, 6)
+NUM_RECORDS = 400  # room for all that a test has evicted
 
 
 @pytest.fixture
 def config(redis_url: str, short_dir: Path, tmp_path: Path) -> StoreConfig:
-    disk = {"disk_bytes": 64 * record_stride(SLOT_BYTES), "disk_dir": str(tmp_path), "disk_root": "ab" * 16}
+    disk = {"disk_bytes": NUM_RECORDS * record_stride(SLOT_BYTES), "disk_dir": str(tmp_path), "disk_root": "ab" * 16}
     return store_config(short_dir / "a", redis_url, **disk)
 
 
@@ -62,7 +63,7 @@ async def test_figures_are_those_of_what_was_done(store: StoreServer, clients: t
     assert first["baton_kv_capacity_blocks", "memory"] == 16
     assert first["baton_kv_capacity_bytes", "memory"] == 16 * SLOT_BYTES
     assert first["baton_kv_blocks", "memory"] == 6 and first["baton_kv_bytes", "memory"] == 6 * SLOT_BYTES
-    assert first["baton_kv_capacity_blocks", "disk"] == 64 and first["baton_kv_blocks", "disk"] == 0
+    assert first["baton_kv_capacity_blocks", "disk"] == NUM_RECORDS and first["baton_kv_blocks", "disk"] == 0
     assert first["baton_kv_hits_total", "memory"] == 4 and first["baton_kv_misses_total", "memory"] == 0
     assert first["baton_kv_committed_blocks_total",] == 6
     assert first["baton_kv_reuse_gap_seconds_count", "memory"] == 4
@@ -76,8 +77,10 @@ async def test_figures_are_those_of_what_was_done(store: StoreServer, clients: t
         others = chain(5000 + 100 * number, 16)
         await near.publish(others, writer_of(others))
     await eventually(lambda: all(block_hash in store._disk.index for block_hash in HASHES), what="they are on disk")
+    await eventually(lambda: store._disk.index.num_writing == 0, what="nothing is on its way there")
     before = await scrape(record.metrics_address)
     assert len(take(await far.fetch(await far.match(HASHES[:3])))) == 3
+    await eventually(lambda: store._disk.index.num_writing == 0, what="nothing is on its way there")
     now = await scrape(record.metrics_address)
     assert now["baton_kv_hits_total", "disk"] == 3 and now["baton_kv_promotions_total",] == 3
     assert now["baton_kv_misses_total", "memory"] == 3 and now["baton_kv_misses_total", "disk"] == 0
