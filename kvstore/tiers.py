@@ -1,8 +1,8 @@
 """What happens between an arena and the disk behind it: demotion of what is evicted, promotion of what is asked for.
 
-A block that was asked for again after a while and is then evicted is copied at once, before its slot's next writer
-hears of the slot, and written behind. The directory is told that this arena has it `ON_DISK`; a reader then asks the
-store for it, also one on the same machine, and the store brings it back into a slot before it answers.
+A block that is evicted and worth a place on disk (`eviction.ADMISSIONS`) is copied at once, before its slot's next
+writer hears of the slot, and written behind. The directory is told that this arena has it `ON_DISK`; a reader then asks
+the store for it, also one on the same machine, and the store brings it back into a slot before it answers.
 
 All I/O runs on one thread, in the order in which it was asked for, so no record is overwritten under a reader. A disk
 that is full or broken is left alone for a while, and nobody but the log hears of it: every failure is a miss.
@@ -93,7 +93,7 @@ class DiskTier:
         kept = [(block.block_hash, ON_DISK) for block in evicted if block.block_hash in self._index]
         self._changed(kept, [block.block_hash for block in evicted if block.block_hash not in self._index])
         for block in evicted:
-            if block.was_reused and not self._is_paused() and self._pending_bytes < _MAX_PENDING_BYTES:
+            if block.is_admitted and not self._is_paused() and self._pending_bytes < _MAX_PENDING_BYTES:
                 self._begin(block)
 
     def is_needed(self, hashes: Iterable[BlockHash]) -> bool:

@@ -209,7 +209,7 @@ async def test_corrupted_slot_is_a_miss_over_the_wire(store: StoreServer, make_c
     await make_client(store.config.dir).publish(hashes, writer_of(hashes))
     slot = store.arena.find(hashes[3])
     assert slot is not None
-    store._map.view(slot)[SLOT_BYTES // 2] ^= 1
+    store._service._map.view(slot)[SLOT_BYTES // 2] ^= 1
     assert await read(make_client(None), hashes) == 3
 
 

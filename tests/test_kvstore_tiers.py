@@ -28,7 +28,7 @@ KNOWN = [content(block_hash) for block_hash in OURS]
 @pytest.fixture
 def config(redis_url: str, short_dir: Path, tmp_path: Path) -> StoreConfig:
     disk = {"disk_bytes": NUM_RECORDS * record_stride(SLOT_BYTES), "disk_dir": str(tmp_path), "disk_root": "ab" * 16}
-    return store_config(short_dir / "store", redis_url, NUM_SLOTS, **disk)
+    return store_config(short_dir / "store", redis_url, NUM_SLOTS, disk_admission="second-touch", **disk)
 
 
 @pytest.fixture
@@ -114,7 +114,19 @@ async def test_what_was_used_once_is_not_written(config: StoreConfig, directory:
         await here.publish(OURS)
         assert len(await read(here.far)) == len(OURS), "the hand-off is no second use"
         await here.crowd_out()
-        assert await here.tiers() == [] and here.store._inventory() == here.store.arena.blocks()
+        assert await here.tiers() == [] and here.store._service.inventory() == here.store.arena.blocks()
+
+
+async def test_all_that_is_evicted_is_written_where_that_is_asked_for(
+    config: StoreConfig, directory: Directory
+) -> None:
+    ample = 10 * NUM_SLOTS * record_stride(SLOT_BYTES)
+    async with Here(replace(config, disk_admission="all", disk_bytes=ample), directory) as here:
+        await here.publish(OURS)
+        await here.crowd_out()
+        await eventually(here.is_on_disk)
+        assert await read(here.near) == KNOWN
+        here.store.arena.check_integrity()
 
 
 async def test_blocks_survive_a_restart(config: StoreConfig, directory: Directory) -> None:
@@ -188,7 +200,7 @@ async def test_the_disk_keeps_to_its_bound(config: StoreConfig, directory: Direc
         await eventually(lambda: not disk._tasks)
         assert len(disk._index) == NUM_RECORDS
         disk._index.check_integrity()
-        inventory = dict(here.store._inventory())
+        inventory = dict(here.store._service.inventory())
         assert len(inventory) == NUM_SLOTS + NUM_RECORDS
     assert (tmp_path / "blocks.kv").stat().st_size <= config.disk_bytes
 
@@ -234,6 +246,6 @@ async def test_readers_and_writers_all_at_once(config: StoreConfig, directory: D
 
 async def _is_told(here: Here, hashes: Sequence[BlockHash]) -> bool:
     """Whether the directory says of each block what the store would."""
-    inventory, arena_id = dict(here.store._inventory()), here.store.record().arena_id
+    inventory, arena_id = dict(here.store._service.inventory()), here.store.record().arena_id
     told = [(await here.directory.locate([block_hash])).get(arena_id, [None])[0] for block_hash in hashes]
     return told == [inventory.get(block_hash) for block_hash in hashes]
