@@ -49,7 +49,7 @@ class Intake:
 
     def choose(self, match: Match) -> Match:
         """The part of `match` that is better fetched."""
-        stretches = self.store.links.stretches([arena_id for arena_id, _ in match.places])
+        stretches = self.store.links.stretches(match.places)
         choice = choose(stretches, self.block_bytes, self._compute_s(1))
         self.choices.count(choice, match.num_blocks)
         return match.head(choice.num_blocks)

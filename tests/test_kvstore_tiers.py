@@ -18,7 +18,7 @@ from kvstore.blocks import BlockHash
 from kvstore.client import KVClient
 from kvstore.directory import ON_DISK, Directory
 from kvstore.server import StoreConfig, StoreServer
-from kvstore.ssd import HEADER_BYTES, BlockFile, record_stride
+from kvstore.ssd import HEADER_BYTES, BlockFile, Record, record_stride
 
 NUM_SLOTS, NUM_RECORDS = 16, 24
 OURS = chain(0, 4)
@@ -107,6 +107,38 @@ async def test_what_was_used_again_comes_back_from_disk(
 async def _has_slots(here: Here) -> bool:
     slots = await here.tiers()
     return len(slots) == len(OURS) and ON_DISK not in slots
+
+
+@pytest.mark.parametrize("is_near", [True, False])
+async def test_what_comes_from_disk_says_nothing_about_memory(
+    config: StoreConfig, directory: Directory, is_near: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_record = BlockFile.read
+
+    def read_slowly(self: BlockFile, record: Record, view: memoryview) -> bool:
+        time.sleep(0.05)
+        return read_record(self, record, view)
+
+    monkeypatch.setattr(BlockFile, "read", read_slowly)
+    async with Here(config, directory) as here:
+        await here.publish_twice()
+        await eventually(here.is_on_disk)
+        client, arena_id = here.near if is_near else here.far, here.store.record().arena_id
+        assert await read(client) == KNOWN
+        memory, disk = client.links.stretches([(arena_id, 0), (arena_id, ON_DISK)])
+        assert 0.0 == memory.bytes_per_s < disk.bytes_per_s <= SLOT_BYTES / 0.05
+
+
+async def test_a_run_in_memory_and_on_disk_is_one(config: StoreConfig, directory: Directory) -> None:
+    async with Here(config, directory) as here:
+        await here.publish_twice()
+        await eventually(here.is_on_disk)
+        await here.publish(OURS[:2])
+        assert [slot == ON_DISK for slot in await here.tiers()] == [False, False, True, True]
+        assert await read(here.far) == KNOWN
+        arena_id = here.store.record().arena_id
+        memory, disk = here.far.links.stretches([(arena_id, 0), (arena_id, ON_DISK)])
+        assert memory.bytes_per_s and disk.bytes_per_s and not memory.in_flight_bytes and not disk.in_flight_bytes
 
 
 async def test_what_was_used_once_is_not_written(config: StoreConfig, directory: Directory) -> None:
