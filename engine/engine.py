@@ -232,12 +232,15 @@ class Engine:
 
     # --- blocks that leave ---
 
-    def export_blocks(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> None:
-        """Copies pinned blocks out, each to its destination of `block_bytes` bytes. Any thread may call this."""
+    def export_blocks(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
+        """Copies pinned blocks out, each to its destination of `block_bytes` bytes. Any thread may call this.
+
+        Returns xxh3_64 of each block as it was copied.
+        """
         loose = [block_id for block_id in block_ids if not self._pins[block_id]]
         if loose:
             raise ValueError(f"blocks {loose} are not pinned: their bytes may change at any time")
-        self._cache.read(block_ids, destinations)
+        return self._cache.read(block_ids, destinations)
 
     def unpin(self, block_ids: Sequence[int]) -> None:
         """Gives back the pins that `RequestOutput.full_blocks` came with, one for each time a block was reported."""
