@@ -101,7 +101,9 @@ class NodeServer:
         stack.push_async_callback(publisher.flush)
         self.admission = Admission(loop, config.max_queued_requests, config.room_wait_s)
         self.publisher = publisher
-        self.intake = intake = Intake(store, engine.layout.block_size, engine.layout.block_bytes)
+        self.intake = intake = Intake(
+            store, engine.layout.block_size, engine.layout.block_bytes, engine.long_prefill_tokens_per_s
+        )
         # 3. The server, and the heartbeat that tells where it is.
         server = self._server(
             PrefillService(PrefillWorker(loop, intake, publisher, self.admission), engine),

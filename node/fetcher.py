@@ -178,7 +178,7 @@ class Fetcher:
             if self._release_at_blocks is not None and self._num_blocks >= self._release_at_blocks > 0:
                 engine.release(request_id)  # at once: another call would wait for another step of the others
                 self._is_released = True
-            return num_blocks, began_s, ended_s, engine.load().prefill_tokens_per_s
+            return num_blocks, began_s, ended_s, engine.long_prefill_tokens_per_s
 
         if not is_mapped:
             num_blocks, _, _, self._intake.prefill_tokens_per_s = await self._loop.call(copy)

@@ -39,7 +39,9 @@ class Choices:
 
 @dataclass
 class Intake:
-    """`prefill_tokens_per_s` is the engine's newest measurement that anyone has brought here; 0.0: none yet."""
+    """`prefill_tokens_per_s` is what the engine makes of long prompts: the newest measurement that anyone has brought
+    here, and before that the one of its warm-up; 0.0: not known.
+    """
 
     store: KVClient
     block_size: int  # tokens

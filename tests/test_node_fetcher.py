@@ -154,6 +154,23 @@ async def test_both_sides_of_the_choice_are_told(machine: Machine) -> None:
     assert fetches.predicted_fetch_s > 12 > fetches.predicted_compute_s >= 12 * BLOCK_SIZE / 1000.0
 
 
+async def test_a_node_that_ran_tails_alone_knows_what_computing_takes(machine: Machine) -> None:
+    """From its warm-up; so it does not fetch over a link that brings a byte a second. Routers hear of no speed."""
+    store = await machine.store()
+    first, second = await machine.node(), await machine.node(is_measured=True)
+    await journey(first, second, node_request(prompt_of(192)))  # 12 blocks, and a tail of one token
+    load = second.server.loop.engine.load()
+    assert load.prefill_tokens_per_s == 0.0 < load.decode_step_s
+    intake = second.server.intake
+    assert intake.prefill_tokens_per_s > 0.0
+    await first.prefill(node_request(prompt_of(192, seed=1)))
+    block_bytes, now_s = machine.layout.block_bytes, time.monotonic()
+    intake.store.links.begin(store.record().arena_id, 1).end(1, now_s - block_bytes, now_s)
+    computed = await decode(second, node_request(prompt_of(192, seed=1)))
+    assert computed.token_ids == machine.expected(prompt_of(192, seed=1))
+    assert computed.store_hit_tokens == 0
+
+
 async def test_bytes_from_another_machine_are_counted_apart(
     machine: Machine, tiny_model_dir: Path, redis_url: str, short_dir: Path
 ) -> None:
