@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -151,6 +151,53 @@ def test_a_shared_system_prompt_does_not_herd(roles: tuple[str, ...], uncached_t
     for leg, counts in used.items():
         assert len(counts) >= 4, f"{leg}: {counts}"
         assert max(counts.values()) <= 50, f"{leg}: {counts}"
+
+
+NUM_CHATS = 40  # whose first 100 blocks somebody holds
+
+
+@dataclass
+class Served:
+    """A node in a simulation: what it still has to compute, and when its requests end."""
+
+    view: NodeView
+    queued_tokens: int = 0
+    ends_s: list[float] = field(default_factory=list)
+
+    def at(self, now_s: float) -> NodeView:
+        """As a router sees it, a tenth of a second after the last request."""
+        self.queued_tokens = max(0, self.queued_tokens - 200)
+        self.ends_s = [end_s for end_s in self.ends_s if end_s > now_s]
+        return replace(self.view, num_requests=len(self.ends_s), queued_prefill_tokens=self.queued_tokens)
+
+
+def serve(cluster: dict[str, Served], num_requests: int, held: dict[int, dict[str, Hit]], seed: int) -> list[str]:
+    """Who runs each request. One in three is cold; the others go on with a chat, then also held by who fetched it."""
+    rng, chosen = random.Random(seed), list[str]()
+    for number in range(num_requests):
+        now_s, chat = number * 0.1, rng.randrange(NUM_CHATS * 3 // 2)
+        nodes = [one.at(now_s) for one in cluster.values()]
+        made = choose(request(1700, hits=held.get(chat, {})), nodes, rng.randrange(1 << 30))
+        winner = cluster[made.decode_node]
+        winner.queued_tokens += made.prefill_tokens
+        winner.ends_s.append(now_s + 3.0)
+        if chat < NUM_CHATS:
+            held[chat][winner.view.arena_id] = Hit(100)
+        chosen.append(made.decode_node)
+    return chosen
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_empty_newcomer_gets_its_share_and_not_all(seed: int) -> None:
+    """Four nodes with caches and load; then a fifth joins that has neither and was never measured."""
+    cluster = {f"n{n}": Served(node(f"n{n}", arena_id=f"a{n}")) for n in range(4)}
+    held = {chat: {f"a{chat % 4}": Hit(100)} for chat in range(NUM_CHATS)}
+    serve(cluster, 100, held, seed)
+    cluster["new"] = Served(node("new", arena_id="a-new", prefill_tokens_per_s=0.0, step_s=0.0))
+    chosen = serve(cluster, 500, held, seed + 100)
+    first, later = Counter(chosen[:50]), Counter(chosen[50:])
+    assert 10 <= first["new"] <= 30, f"more than a fifth while it catches up, and never all: {first}"
+    assert min(later.values()) > 0.7 * 90 and max(later.values()) < 1.3 * 90, later
 
 
 def test_a_cold_prompt_goes_to_the_shortest_queue() -> None:
