@@ -141,7 +141,10 @@ class Fetcher:
         chosen = self._intake.choose(match)
         self._is_declined = chosen.num_blocks < match.num_blocks
         limit_s = self._intake.wire_limit_s(chosen.num_blocks)
-        return await self._import(await self._store.fetch(chosen, limit_s))
+        payloads = await self._store.fetch(chosen, limit_s)
+        num_imported_blocks = await self._import(payloads)
+        self._intake.keep(chosen, payloads)
+        return num_imported_blocks
 
     async def _match(self) -> Match:
         """What this machine's arena holds; where it holds nothing, now and then what the directory knows of."""

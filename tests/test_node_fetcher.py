@@ -205,6 +205,26 @@ async def test_a_hit_that_begins_here_and_ends_on_another_machine(
         assert (fetches.local.num_blocks, fetches.remote.num_blocks) == (6, 6)
 
 
+async def test_what_one_reader_fetched_from_another_machine_the_next_one_here_reads_mapped(
+    machine: Machine, tiny_model_dir: Path, redis_url: str, short_dir: Path
+) -> None:
+    await machine.store()
+    first = await machine.node()
+    await first.prefill(node_request(prompt_of(200)))
+    async with running_machine(tiny_model_dir, redis_url, short_dir / "other") as other:
+        store = await other.store(host="there")
+        hot, second = await other.node(node_id="far-0"), await other.node(node_id="far-1")
+        assert (await hot.prefill(node_request(prompt_of(200)))).store_hit_tokens == 192
+        fetches = (await hot.load()).fetches
+        assert (fetches.local.num_blocks, fetches.remote.num_blocks) == (0, 12)
+        await eventually(lambda: len(store.arena.blocks()) == 12, what="the replicas are in the arena")
+        answer = await second.prefill(node_request(prompt_of(200)))
+        assert answer.token.token_id == machine.expected(prompt_of(200))[0] and answer.store_hit_tokens == 192
+        fetches = (await second.load()).fetches
+        assert (fetches.local.num_blocks, fetches.remote.num_blocks) == (12, 0)
+        assert len(machine.stores[0].arena.blocks()) == 12, "and there they are as before"
+
+
 async def test_follows_a_prefill_chunk_by_chunk(machine: Machine) -> None:
     await machine.store()
     first, second = await machine.node(engine={"max_num_batched_tokens": 16}), await machine.node()
