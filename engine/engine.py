@@ -16,7 +16,7 @@ import torch
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig, ModelConfig, kv_layout
-from engine.cuda_graphs import on_device
+from engine.cuda_graphs import GraphedModel, on_device
 from engine.errors import InvalidRequest, NoRoom, UnknownRequest
 from engine.kv_cache import TORCH_DTYPES, KVCache
 from engine.model import Model
@@ -63,7 +63,8 @@ class Engine:
             engine_config.enable_prefix_caching,
         )
         self._cache = KVCache(self.layout, num_blocks, torch.device(engine_config.device))
-        self._runner = Runner(on_device(model, self._cache), self._cache.tensor, model_config.eos_token_ids)
+        self._model = on_device(model, self._cache)
+        self._runner = Runner(self._model, self._cache.tensor, model_config.eos_token_ids)
         self._pins: Counter[int] = Counter()
         self._speed = self._new_meter()
         self.timing = StepTiming()  # of all steps so far, added up; a new value for each step, so any thread may look
@@ -84,8 +85,10 @@ class Engine:
         """
         if self._scheduler.requests:
             raise ValueError("an engine is warmed up before its first request")
-        # A device that records its work for replay (CUDA graphs) adds a step here for each size of batch.
-        steps: list[Callable[[], object]] = [self._run_throw_away, self._measure_prefill]
+        steps: list[Callable[[], object]] = [self._run_throw_away]
+        if isinstance(self._model, GraphedModel):
+            steps += self._model.captures(self.config.max_num_requests, self.max_model_len)
+        steps.append(self._measure_prefill)
         for done, step in enumerate(steps):
             progress(done, len(steps))
             step()
