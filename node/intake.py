@@ -13,6 +13,7 @@ from batonpb import node_pb2
 from kvstore.blocks import Payload
 from kvstore.client import KVClient, Match, ReceivedPayload
 from kvstore.links import Traffic
+from kvstore.quotas import Owner
 from node.choice import Choice, choose
 from node.replicator import Replicator
 
@@ -60,17 +61,21 @@ class Intake:
         self.choices.count(choice, match.num_blocks)
         return match.head(choice.num_blocks)
 
-    def keep(self, match: Match, payloads: Sequence[Payload]) -> None:
-        """Has what came from other machines of `match`, whose leading run `payloads` is, published on this one too."""
+    def keep(self, match: Match, payloads: Sequence[Payload], owner: Owner) -> None:
+        """Has what came from other machines of `match`, whose leading run `payloads` is, published on this one too.
+
+        The blocks are `owner`'s.
+        """
         if self.replicator is None:
             return
         here = self.store.local_arena_id
         found = zip(match.places, match.hashes, payloads, strict=False)
-        self.replicator.replicate(
+        blocks = [
             (block_hash, payload)
             for (arena_id, _), block_hash, payload in found
             if arena_id != here and isinstance(payload, ReceivedPayload)
-        )
+        ]
+        self.replicator.replicate(blocks, owner)
 
     def patience_s(self, num_blocks: int) -> float:
         """How long to wait for that many blocks that are said to come: not longer than it takes to compute them."""

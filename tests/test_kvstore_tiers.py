@@ -20,6 +20,7 @@ from kvstore import tiers
 from kvstore.blocks import BlockHash
 from kvstore.client import KVClient
 from kvstore.directory import ON_DISK, Directory
+from kvstore.quotas import SHARED, Owner
 from kvstore.server import StoreConfig, StoreServer
 from kvstore.ssd import HEADER_BYTES, BlockFile, Record, record_stride
 
@@ -60,8 +61,8 @@ class Here:
         await self.far.close()
         await self.store.stop()
 
-    async def publish(self, hashes: Sequence[BlockHash]) -> None:
-        await self.near.publish(hashes, writer_of(hashes))
+    async def publish(self, hashes: Sequence[BlockHash], owner: Owner = SHARED) -> None:
+        await self.near.publish(hashes, writer_of(hashes), owner)
 
     async def crowd_out(self) -> None:
         """Others need all slots."""
@@ -70,11 +71,11 @@ class Here:
             self._next += 1000
         assert not any(self.store.arena.holds(block_hash) for block_hash in OURS)
 
-    async def publish_twice(self) -> None:
+    async def publish_twice(self, owner: Owner = SHARED) -> None:
         """OURS is asked for again after a while, and then loses its slots."""
-        await self.publish(OURS)
+        await self.publish(OURS, owner)
         await self.publish(chain(900, 2))
-        await self.publish(OURS)
+        await self.publish(OURS, owner)
         await self.crowd_out()
 
     async def tiers(self) -> list[int]:
@@ -197,6 +198,23 @@ async def test_all_that_is_evicted_is_written_where_that_is_asked_for(
         await eventually(here.is_on_disk)
         assert await read(here.near) == KNOWN
         here.store.arena.check_integrity()
+
+
+@pytest.mark.parametrize(("quota_blocks", "is_kept"), [(None, True), (4, False)])
+async def test_no_disk_holds_what_a_quota_does_not_allow(
+    config: StoreConfig, directory: Directory, quota_blocks: int | None, is_kept: bool
+) -> None:
+    async with Here(config, directory) as here:
+        await here.publish_twice(Owner(b"t" * 16, quota_blocks))
+        assert await _settled(here) is is_kept
+
+
+async def _settled(here: Here) -> bool:
+    """Whether OURS is on disk, when all that was evicted has been written."""
+    disk = here.store._disk
+    assert disk is not None
+    await asyncio.gather(*disk._tasks)
+    return disk.is_needed(OURS)
 
 
 async def test_blocks_survive_a_restart(config: StoreConfig, directory: Directory) -> None:

@@ -10,6 +10,7 @@ import xxhash
 
 from kvstore.blocks import BlockHash, Payload
 from kvstore.client import ReceivedPayload
+from kvstore.quotas import SHARED, Owner
 from node import replicator as module
 from node.replicator import Replicator
 
@@ -35,12 +36,14 @@ class Store:
         self.error: Exception | None = None
         self.present: set[BlockHash] = set()
         self.batches: list[list[BlockHash]] = []
+        self.owners: list[Owner] = []  # of each batch
         self.blocks: dict[BlockHash, bytes] = {}
 
-    async def publish(self, hashes: Sequence[BlockHash], write: Callable[..., Sequence[int]]) -> int:
+    async def publish(self, hashes: Sequence[BlockHash], write: Callable[..., Sequence[int]], owner: Owner) -> int:
         if self.error is not None:
             raise self.error
         self.batches.append(list(hashes))
+        self.owners.append(owner)
         await asyncio.sleep(0)
         indices = [index for index, block_hash in enumerate(hashes) if block_hash not in self.present]
         slots = [bytearray(8) for _ in indices]
@@ -106,6 +109,19 @@ async def test_what_waits_is_bounded_and_the_head_of_the_chain_is_kept(
     replicator.replicate(given[MAX_WAITING:])
     await settle()
     assert len(store.blocks) == len(given), "there is room again"
+
+
+async def test_a_write_is_of_one_owner_and_counts_for_him(
+    replicator: Replicator, store: Store, publisher: Publisher
+) -> None:
+    one, none, given = Owner(b"1" * 16, 7), Owner(b"2" * 16, 0), blocks(6)
+    for number, owner in enumerate((SHARED, one, one, one, SHARED, none)):
+        replicator.replicate([given[number]], owner)
+    publisher.is_done.set()
+    await settle()
+    names = [name for name, _ in given]
+    assert store.batches == [names[:1], names[1:3], names[3:4], names[4:5]]
+    assert store.owners == [SHARED, one, one, SHARED]
 
 
 async def test_without_an_arena_nothing_is_kept(replicator: Replicator, store: Store, publisher: Publisher) -> None:
