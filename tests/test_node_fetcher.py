@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from node_harness import (
 )
 
 from engine.request import RequestOutput
-from kvstore.blocks import BlockHash
 from node.fetcher import DIRECTORY_PACE, LOCAL_PACE
 from node.intake import MAX_PATIENCE_S, MIN_WIRE_LIMIT_S, PATIENCE_S
 
@@ -42,9 +41,9 @@ def hold_up(node: Node, gate: asyncio.Event) -> None:
     store: Any = node.server.publisher._store
     publish = store.publish
 
-    async def late(hashes: Sequence[BlockHash], write: Callable[..., None]) -> int:
+    async def late(*arguments: Any) -> int:
         await gate.wait()
-        return int(await publish(hashes, write))
+        return int(await publish(*arguments))
 
     store.publish = late
 

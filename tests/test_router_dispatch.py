@@ -260,11 +260,13 @@ async def test_an_invalid_argument_is_passed_on_and_not_retried(cluster: FakeClu
 
 async def test_a_refused_admit_tries_another_before_any_prefill(cluster: FakeCluster) -> None:
     cluster.nodes["decode0"].faults["admit"] = grpc.StatusCode.RESOURCE_EXHAUSTED
-    for _ in range(8):
+    num_asked = 0
+    while not cluster.nodes["decode0"].seen.admits:  # each time one of the two is asked first, at random
         answer = await ask_and_check(cluster)
         assert answer.timeline.decode_node == "decode1" and answer.timeline.migrations == 0
-    assert cluster.nodes["decode0"].seen.admits, "it was asked at least once"
-    assert sum(len(node.seen.prefills) for node in cluster.nodes.values()) == 8
+        num_asked += 1
+        assert num_asked < 64
+    assert sum(len(node.seen.prefills) for node in cluster.nodes.values()) == num_asked
 
 
 async def test_all_refused_is_resource_exhausted(cluster: FakeCluster) -> None:
