@@ -20,6 +20,7 @@ from kvstore import tiers
 from kvstore.blocks import BlockHash
 from kvstore.client import KVClient
 from kvstore.directory import ON_DISK, Directory
+from kvstore.eviction import ADMISSIONS
 from kvstore.quotas import SHARED, Owner
 from kvstore.server import StoreConfig, StoreServer
 from kvstore.ssd import HEADER_BYTES, BlockFile, Record, record_stride
@@ -302,10 +303,11 @@ async def test_a_disk_that_cannot_be_used_is_a_tier_less(
         assert here.store._disk is None and await here.tiers() == []
 
 
-async def test_readers_and_writers_all_at_once(config: StoreConfig, directory: Directory) -> None:
+@pytest.mark.parametrize("admission", sorted(ADMISSIONS))
+async def test_readers_and_writers_all_at_once(config: StoreConfig, directory: Directory, admission: str) -> None:
     """Blocks go to disk and come back under many readers and writers: what is valid is right, and the books balance."""
     chains = [chain(1000 * number, 6) for number in range(8)]
-    async with Here(config, directory) as here:
+    async with Here(replace(config, disk_admission=admission), directory) as here:
         deadline_s, num_read, num_on_disk = time.monotonic() + 2.0, 0, 0
 
         async def work(seed: int) -> None:
