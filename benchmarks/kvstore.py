@@ -215,8 +215,10 @@ def mooncake(args: argparse.Namespace, option: str) -> Contender:
 
 
 def lmcache(args: argparse.Namespace) -> Contender:
+    """One thread a client, as all others; it would say at length that it evicts."""
     python = str(args.peers.absolute() / "lmcache/bin/python")
-    return Contender("lmcache", "benchmarks.kvstore_lmcache", "", python)
+    extra = {"OMP_NUM_THREADS": "1", "LMCACHE_LOG_LEVEL": "ERROR"}
+    return Contender("lmcache", "benchmarks.kvstore_lmcache", "", python, extra)
 
 
 def both_ways(peers: Iterable[Contender], is_quick: bool) -> list[Contender]:
@@ -281,7 +283,7 @@ class Bench:
             client = WorkerProcess(contender.python, contender.module, [json.dumps(asdict(setting))], contender.extra)
             self._stack.callback(client.stop)
             clients.append(client)
-            shared = client.greeting["shared"]
+            shared = client.greeting["shared"] or None
         return clients
 
     def _num_clients(self, contender: Contender) -> int:

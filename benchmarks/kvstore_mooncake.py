@@ -51,13 +51,12 @@ class MooncakeClient:
     """Gets into, and puts from, registered memory, many blocks a call."""
 
     def __init__(self, setting: Setting, shared: dict[str, Any], services: ExitStack) -> None:
-        self.version = f"{importlib.metadata.version('mooncake-transfer-engine-non-cuda')}"
-        self.shared = shared
+        self.version = importlib.metadata.version("mooncake-transfer-engine-non-cuda")
+        self.shared = {} if setting.option == "process" else shared  # there, each client is a store of its own
         self._services = services
         self._block_bytes = setting.block_bytes
         self._num_published = setting.num_published
-        self._is_full = setting.shared is not None or setting.num_blocks == 0
-        self._num_filled, self._num_blocks = 0, setting.num_blocks
+        self._num_blocks = setting.num_blocks
         self._meanwhile: collections.deque[str] = collections.deque()
         self._store = MooncakeDistributedStore()
         own_bytes = setting.num_positions * setting.block_bytes
@@ -132,7 +131,7 @@ def done(status: int) -> None:
 async def start(setting: Setting) -> MooncakeClient:
     with ExitStack() as stack:
         shared = setting.shared
-        if shared is None or setting.option == "process":  # there, each client is a store of its own
+        if shared is None:
             shared = stack.enter_context(master())
             if setting.option == "tcp":
                 command = [sys.executable, "-m", "benchmarks.kvstore_mooncake", "own", str(segment(setting))]

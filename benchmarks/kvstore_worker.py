@@ -62,7 +62,7 @@ class Client(Protocol):
     """What a module brings."""
 
     version: str
-    shared: dict[str, Any]  # for those who join
+    shared: dict[str, Any]  # for those who join; empty: nobody can
     operations: Mapping[str, Operation]  # each times only what a user of the store would wait for
 
     def put(self, position: int, data: bytes) -> None:
