@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import typing
@@ -79,9 +80,14 @@ def _object(text: bytes | str | None) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+@functools.cache  # each look-up reads records, and evaluating annotations takes longer than all the rest of it
+def _types(cls: type[ArenaRecord | NodeRecord]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _build(cls: type[RecordT], data: Mapping[str, Any]) -> RecordT | None:
     values: dict[str, Any] = {}
-    for name, expected in typing.get_type_hints(cls).items():
+    for name, expected in _types(cls).items():
         if name in data:
             value = data[name]
             if not _is_usable(value):
@@ -101,4 +107,4 @@ def _is_usable(value: object) -> bool:
     """JSON lets pass what breaks its reader later: NaN compares with nothing, half a surrogate pair has no bytes."""
     if isinstance(value, int | float):
         return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
-    return not isinstance(value, str) or not any("\ud800" <= char <= "\udfff" for char in value)
+    return not isinstance(value, str) or value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
