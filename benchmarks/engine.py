@@ -1,6 +1,6 @@
 """The engine alone, beside vLLM and transformers on the CPU, and beside what the machine could do at best.
 
-    benchmarks/install_peers.sh /somewhere
+    benchmarks/install_peers.sh /somewhere vllm
     python -m benchmarks.engine --model 135m --threads 2 --peer vllm,transformers \\
         --peer-python /somewhere/vllm/bin/python --json docs/results/engine_135m_2.jsonl
 
