@@ -3,11 +3,11 @@
     benchmarks/install_peers.sh /somewhere mooncake lmcache
     python -m benchmarks.kvstore --peers /somewhere --json docs/results/kvstore.jsonl
 
-Every contender has its client, and whatever serves it, in processes of their own; a client's own memory is what an
-engine has, huge pages that are all touched. All are started and filled once for a table and then take turns at each
-row: one turn to warm up, then 7 that count. A turn's figure is the median of all that fit into a quarter of a second.
-Blocks and memory are taken in random order out of 256 MiB each, so that nothing is in a cache. What comes is checked
-once before the clock runs. `--peer none` leaves the peers out, `--quick` is a look at 1 MiB blocks within a minute.
+Every contender has its client, and whatever serves it, in processes of their own. All are started and filled once for
+a table and then take turns at each row: one turn to warm up, then 7 that count. A turn's figure is the median of all
+that fit into a quarter of a second. Blocks and memory are taken in random order out of 256 MiB each, so that nothing
+is in a cache. What comes is checked once before the clock runs. `--peer none` leaves the peers out, `--quick` is a look
+at 1 MiB blocks within a minute.
 
 Same machine. "fetch" copies blocks whose place is known into scattered blocks of the engine: for Baton
 `KVClient.fetch` and `KVCache.write`. "publish" brings them the other way, for Baton into an arena that is full, with
@@ -16,11 +16,14 @@ blocks out of the same arena. "two clients" are two processes at once, and their
 then have two stores.
 
 Over TCP, loopback. Baton's client has no arena, checks what comes, and gets "as received" memory of its own;
-Mooncake and the bare socket receive straight into the engine's blocks, and have the same figure in both rows. Peers
-encrypt nothing: they stand beside Baton's encrypted rows with the figures of the plain ones.
+Mooncake and the bare socket receive straight into the engine's blocks in both rows. Peers encrypt nothing: they stand
+beside Baton's encrypted rows with the figures of the plain ones.
 
 Look-up. "locate" is `Directory.locate` over Redis, all blocks found, "match" `KVClient.match_local`. Peers have one
 call for both: Mooncake's `batch_is_exist`, LMCache's look at its own memory.
+
+Clients' own memory asks for huge pages, but for Mooncake's `shm`, whose pool is shared memory. LMCache is its local
+tier alone, without a connector to an engine, of which it has none for CPUs. Redis is asked through redis-py.
 
 "nt" behind a peer's name: with glibc's threshold for non-temporal stores lowered as is best here, which no peer does
 itself. Baton runs without.

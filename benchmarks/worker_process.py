@@ -56,17 +56,16 @@ class WorkerProcess:
         return json.loads(line)
 
     def stop(self) -> None:
-        """The end of its input is its sign to end."""
+        """The end of its input is its sign to end. What it started and left behind, as when it crashed, ends too."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._kill()
+        self._kill()
         self._log.close()
 
     def _kill(self) -> None:
-        with suppress(ProcessLookupError):  # ended by itself
+        with suppress(ProcessLookupError):  # all ended by themselves
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import typing
@@ -80,9 +79,13 @@ def _object(text: bytes | str | None) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-@functools.cache  # each look-up reads records, and evaluating annotations takes longer than all the rest of it
-def _types(cls: type[ArenaRecord | NodeRecord]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+_types_of: dict[type, dict[str, Any]] = {}  # each look-up reads records; evaluating annotations is the most of that
+
+
+def _types(cls: type) -> dict[str, Any]:
+    if cls not in _types_of:
+        _types_of[cls] = typing.get_type_hints(cls)
+    return _types_of[cls]
 
 
 def _build(cls: type[RecordT], data: Mapping[str, Any]) -> RecordT | None:
