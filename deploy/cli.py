@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     args.address = client.address_from(args)
+    args.api_key = client.api_key_from(args)
     return bench.run(args)
 
 

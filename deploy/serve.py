@@ -68,6 +68,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("addresses").add_argument
     add("--host", default="127.0.0.1", help="that the router listens on (default 127.0.0.1)")
     add("--port", type=int, default=0, help="that the router listens on (default: the kernel chooses)")
+    add(
+        "--tenants",
+        type=Path,
+        metavar="FILE",
+        help="TOML: who may use the router, by which key, and how much of each arena they get; without, everybody"
+        " may, and all share one cache",
+    )
     add("--routers", type=int, default=1, metavar="N", help="the first one takes --port, the next one more")
     add("--redis-url", default="", metavar="URL", help="default: an embedded Redis")
     add("--cluster", default="default", metavar="NAME", help="keeps clusters in one Redis apart")
@@ -110,6 +117,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         redis_url=args.redis_url,
         ray_address=args.ray_address,
         served_model_name=args.served_model_name,
+        tenants_file=args.tenants,
         dtype=args.dtype,
         block_size=args.block_size,
         kv_bytes=args.kv_memory,

@@ -105,6 +105,7 @@ class Specs:
         )
 
     def _router(self, index: int, own: Machine) -> ServerSpec:
+        tenants = self.config.tenants_file
         config = RouterConfig(
             host=self.config.host,
             port=self.config.port + index if self.config.port else 0,
@@ -113,5 +114,6 @@ class Specs:
             cluster=self.config.cluster,
             model_dir=str(self.config.model_dir.resolve()),
             model=self.config.model_name,
+            tenants_file=str(tenants.resolve()) if tenants is not None else "",
         )
         return ServerSpec("router", f"router-{index}", config, self.folder(own), self.config.log_level)

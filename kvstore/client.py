@@ -28,10 +28,11 @@ from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnava
 from kvstore.frames import MAX_BLOCKS, Get, Got
 from kvstore.links import Links
 from kvstore.local import LocalArena, StorePaths, to_end
+from kvstore.quotas import SHARED, Owner
 
 logger = logging.getLogger(__name__)
 
-Write = Callable[[Sequence[int], Sequence[memoryview]], None]
+Write = Callable[[Sequence[int], Sequence[memoryview]], Sequence[int]]
 
 _REQUEST_BYTES = 32 << 20  # of one answer: what a reader has to hold at a time beyond what it keeps
 _MIN_BYTES_PER_S = 100e6  # a slower transfer counts as broken
@@ -179,14 +180,15 @@ class KVClient:
             payloads.append(found[len(payloads)])
         return payloads
 
-    async def publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
-        """Stores blocks; returns how many were committed (those already present do not count).
+    async def publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner = SHARED) -> int:
+        """Stores blocks, within their owner's quota; returns how many were committed (those present do not count).
 
         `write(indices, views)` is called on a thread with the indices into `hashes` of the blocks to write and as
-        many writable views of `slot_bytes`. `publish` does not end before `write` has, not even when cancelled, so
-        what `write` reads may be freed afterwards. Only errors of `write` itself are raised.
+        many writable views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. `publish` does not end
+        before `write` has, not even when cancelled, so what `write` reads may be freed afterwards. Only errors of
+        `write` itself are raised.
         """
-        task = asyncio.create_task(self._publish(hashes, write))
+        task = asyncio.create_task(self._publish(hashes, write, owner))
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
         await to_end(task)
@@ -203,7 +205,7 @@ class KVClient:
         self._troubles.discard("directory")
         return cover
 
-    async def _publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
+    async def _publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner) -> int:
         num_committed = 0
         for start in range(0, len(hashes), MAX_BLOCKS):
             if self._local is not None and self._local.is_broken:
@@ -212,7 +214,8 @@ class KVClient:
             if local is None or time.monotonic() < self._publish_after_s:
                 break
             try:
-                num_committed += await self._publish_part(local, hashes[start : start + MAX_BLOCKS], start, write)
+                part = hashes[start : start + MAX_BLOCKS]
+                num_committed += await self._publish_part(local, part, start, write, owner)
                 self._troubles.discard("publish")
             except ArenaFull as error:
                 self._begin_trouble("publish", error)
@@ -223,11 +226,13 @@ class KVClient:
                 break
         return num_committed
 
-    async def _publish_part(self, local: LocalArena, hashes: Sequence[BlockHash], start: int, write: Write) -> int:
+    async def _publish_part(
+        self, local: LocalArena, hashes: Sequence[BlockHash], start: int, write: Write, owner: Owner
+    ) -> int:
         """Reserve, copy, commit. A failure in between retires `local`: its slots go back once no copy is under way."""
         is_whole = False
         try:
-            reservations = await local.reserve(hashes)
+            reservations = await local.reserve(hashes, owner)
             todo = [(start + i, item) for i, item in enumerate(reservations) if item is not None]
             num_committed = 0
             if todo:
@@ -331,12 +336,11 @@ class KVClient:
 
 
 def _copy(local: LocalArena, todo: Sequence[tuple[int, Reservation]], write: Write) -> list[Written]:
-    """Fills reserved slots and sums them up. Runs on the copier's thread."""
+    """Fills reserved slots. Runs on the copier's thread."""
     views = [local.map.view(reservation.slot) for _, reservation in todo]
 
     def fill() -> list[Written]:
-        write([index for index, _ in todo], views)
-        sums = [xxhash.xxh3_64_intdigest(view) for view in views]
+        sums = write([index for index, _ in todo], views)
         return [Written(item.slot, item.generation, sum_) for (_, item), sum_ in zip(todo, sums, strict=True)]
 
     return local.copy(fill)

@@ -16,15 +16,18 @@ from typing import Any, ClassVar, Self
 from kvstore.arena import Reservation, Written
 from kvstore.blocks import BlockHash
 from kvstore.errors import BadFrame
+from kvstore.quotas import SHARED, Owner
 
 MAGIC = b"BATN"
-VERSION = 1
+VERSION = 2
 MAX_BLOCKS = 4096  # in one message
 _HEADER = struct.Struct("<4sBBHIQ")  # magic, version, kind, status, count, request id
 _IDS = struct.Struct("<16s16s")  # arena and writer; 32 hex digits each everywhere else
+_IDS_AND_OWNER = struct.Struct("<16s16s16sI")  # arena, writer, tenant, quota in blocks
 _NO_SLOT = 0xFFFFFFFF
+_NO_QUOTA = 0xFFFFFFFF
 
-MAX_FRAME_BYTES = _HEADER.size + _IDS.size + MAX_BLOCKS * 28  # of every frame but the payloads
+MAX_FRAME_BYTES = _HEADER.size + _IDS_AND_OWNER.size + MAX_BLOCKS * 28  # of every frame but the payloads
 
 
 class Status(enum.IntEnum):
@@ -67,25 +70,29 @@ class Message:
 
 @dataclass(frozen=True)
 class Reserve(Message):
-    """Writer to store: slots for these blocks."""
+    """Writer to store: slots for these blocks, all of one owner."""
 
     arena_id: str
     writer_id: str
     hashes: Sequence[BlockHash]
+    owner: Owner = SHARED
 
     kind = 1
-    fixed = _IDS
+    fixed = _IDS_AND_OWNER
     item = struct.Struct("<16s")
 
     def _fixed(self) -> tuple[Any, ...]:
-        return bytes.fromhex(self.arena_id), bytes.fromhex(self.writer_id)
+        quota = _NO_QUOTA if self.owner.quota_blocks is None else min(self.owner.quota_blocks, _NO_QUOTA - 1)
+        return bytes.fromhex(self.arena_id), bytes.fromhex(self.writer_id), self.owner.tenant, quota
 
     def _items(self) -> Iterable[tuple[Any, ...]]:
         return ((block_hash,) for block_hash in self.hashes)
 
     @classmethod
     def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
-        return cls(request_id, fixed[0].hex(), fixed[1].hex(), [BlockHash(item[0]) for item in items])
+        arena_id, writer_id, tenant, quota = fixed
+        owner = Owner(tenant, None if quota == _NO_QUOTA else quota)
+        return cls(request_id, arena_id.hex(), writer_id.hex(), [BlockHash(item[0]) for item in items], owner)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class StoreService:
         if question.arena_id != self._arena_id:
             return Reserved(question.request_id, Status.STALE)
         try:
-            reservations = self._arena.reserve(question.hashes, question.writer_id)
+            reservations = self._arena.reserve(question.hashes, question.writer_id, owner=question.owner)
         except ArenaFull:
             return Reserved(question.request_id, Status.FULL)
         evicted = self._arena.take_evicted()

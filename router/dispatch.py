@@ -49,7 +49,8 @@ class RoutedRequest:
     sampling: common_pb2.SamplingParams  # seed and max_tokens set, within the model's length
     end_ids: frozenset[int]  # tokens that end it, once min_tokens are there
     deadline_s: float | None = None  # on the dispatcher's clock
-    salt: bytes = b""
+    salt: bytes = b""  # the tenant's; never anything that a client has sent
+    kv_quota_bytes: int = 0  # that the tenant's blocks may take in each arena; 0: no bound
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Journey:
             num_prompt_tokens=len(self.request.prompt_ids),
             sampling=self.request.sampling,
             salt=self.request.salt,
+            kv_quota_bytes=self.request.kv_quota_bytes,
         )
 
     def take(self, tokens: Sequence[common_pb2.Token]) -> None:

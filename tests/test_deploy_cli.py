@@ -63,6 +63,7 @@ def test_every_option_arrives() -> None:
     config = config_from(parse("--store-eviction", "lru", "--store-disk-bytes", "3G", "--store-disk-dir", "/var/x"))
     assert (config.store_eviction, config.store_disk_bytes) == ("lru", 3 << 30)
     assert config.store_disk_dir == Path("/var/x")
+    assert config.tenants_file is None
     assert config.pin_cores and not config_from(parse("--no-pin-cores")).pin_cores
 
 
@@ -144,11 +145,13 @@ class EchoRouter(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self) -> None:
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.keys: list[str | None] = []
 
     def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[inference_pb2.GenerateResponse]:
         self.requests.append(request)
+        self.keys.append(dict(context.invocation_metadata()).get("authorization"))
         said = request.text or request.chat.messages[-1].content
         if said == "refuse":
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "all busy")
@@ -164,6 +167,7 @@ class EchoRouter(inference_pb2_grpc.InferenceServicer):
     def GetModel(
         self, request: inference_pb2.GetModelRequest, context: grpc.ServicerContext
     ) -> inference_pb2.GetModelResponse:
+        self.keys.append(dict(context.invocation_metadata()).get("authorization"))
         return inference_pb2.GetModelResponse(model="echo", has_chat_template=True)
 
 
@@ -203,6 +207,29 @@ def test_generate_from_standard_input_as_json(
 def test_generate_names_the_status(router: tuple[EchoRouter, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "refuse", "--address", router[1]]) == 1
     assert capsys.readouterr().err == "baton: error: RESOURCE_EXHAUSTED: all busy\n"
+
+
+def test_the_key_comes_from_the_flag_or_the_environment(
+    router: tuple[EchoRouter, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servicer, address = router
+    monkeypatch.delenv("BATON_API_KEY", raising=False)
+    assert main(["generate", "hello", "--address", address]) == 0
+    monkeypatch.setenv("BATON_API_KEY", "from-env\n")
+    assert main(["generate", "hello", "--address", address]) == 0
+    assert main(["generate", "hello", "--address", address, "--api-key", "from-flag"]) == 0
+    monkeypatch.setattr("builtins.input", lambda prompt: "/quit")
+    assert main(["chat", "--address", address]) == 0
+    assert servicer.keys == [None, "Bearer from-env", "Bearer from-flag", "Bearer from-env"]
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["chat"], ["bench"]])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in ("sécret", "sec ret", "sec\nret"):
+        assert main([*command, "--address", "127.0.0.1:1", "--api-key", key]) == 1
+    assert capsys.readouterr().err == "baton: error: the API key must be printable ASCII without spaces\n" * 3
 
 
 def test_router_is_found_through_the_state(

@@ -44,6 +44,7 @@ from kvstore.frames import (
     Status,
     decode,
 )
+from kvstore.quotas import Owner
 from kvstore.server import decode_question
 
 NUM_DECODED = 100_000
@@ -62,6 +63,7 @@ def seeds_of(arena_id: str) -> list[Message]:
     return [
         Reserve(1, arena_id, WRITER_ID, hashes),
         Reserve(2, ARENA_ID, WRITER_ID, []),
+        Reserve(2, arena_id, WRITER_ID, hashes, Owner(b"t" * 16, 3)),
         Reserved(3, Status.OK, [Reservation(1, 3), None]),
         Commit(4, arena_id, WRITER_ID, [Written(slot, 1, 7) for slot in range(5)]),
         Commit(5, arena_id, WRITER_ID, [Written(2**32 - 1, 2**64 - 1, 0)] * 3),

@@ -17,6 +17,7 @@ from kvstore_support import SLOT_BYTES, chain, content, store_config, take, writ
 from kvstore.blocks import BlockHash
 from kvstore.client import KVClient
 from kvstore.directory import ON_DISK, Directory
+from kvstore.quotas import SHARED, Owner
 from kvstore.server import StoreConfig, StoreServer
 from kvstore.ssd import HEADER_BYTES, BlockFile, record_stride
 
@@ -57,8 +58,8 @@ class Here:
         await self.far.close()
         await self.store.stop()
 
-    async def publish(self, hashes: Sequence[BlockHash]) -> None:
-        await self.near.publish(hashes, writer_of(hashes))
+    async def publish(self, hashes: Sequence[BlockHash], owner: Owner = SHARED) -> None:
+        await self.near.publish(hashes, writer_of(hashes), owner)
 
     async def crowd_out(self) -> None:
         """Others need all slots."""
@@ -67,11 +68,11 @@ class Here:
             self._next += 1000
         assert not any(self.store.arena.holds(block_hash) for block_hash in OURS)
 
-    async def publish_twice(self) -> None:
+    async def publish_twice(self, owner: Owner = SHARED) -> None:
         """OURS is asked for again after a while, and then loses its slots."""
-        await self.publish(OURS)
+        await self.publish(OURS, owner)
         await self.publish(chain(900, 2))
-        await self.publish(OURS)
+        await self.publish(OURS, owner)
         await self.crowd_out()
 
     async def tiers(self) -> list[int]:
@@ -114,7 +115,24 @@ async def test_what_was_used_once_is_not_written(config: StoreConfig, directory:
         await here.publish(OURS)
         assert len(await read(here.far)) == len(OURS), "the hand-off is no second use"
         await here.crowd_out()
-        assert await here.tiers() == [] and here.store._inventory() == here.store.arena.blocks()
+        assert await here.tiers() == [] and here.store._service.inventory() == here.store.arena.blocks()
+
+
+@pytest.mark.parametrize(("quota_blocks", "is_kept"), [(None, True), (4, False)])
+async def test_no_disk_holds_what_a_quota_does_not_allow(
+    config: StoreConfig, directory: Directory, quota_blocks: int | None, is_kept: bool
+) -> None:
+    async with Here(config, directory) as here:
+        await here.publish_twice(Owner(b"t" * 16, quota_blocks))
+        assert await _settled(here) is is_kept
+
+
+async def _settled(here: Here) -> bool:
+    """Whether OURS is on disk, when all that was evicted has been written."""
+    disk = here.store._disk
+    assert disk is not None
+    await asyncio.gather(*disk._tasks)
+    return disk.is_needed(OURS)
 
 
 async def test_blocks_survive_a_restart(config: StoreConfig, directory: Directory) -> None:
@@ -188,7 +206,7 @@ async def test_the_disk_keeps_to_its_bound(config: StoreConfig, directory: Direc
         await eventually(lambda: not disk._tasks)
         assert len(disk._index) == NUM_RECORDS
         disk._index.check_integrity()
-        inventory = dict(here.store._inventory())
+        inventory = dict(here.store._service.inventory())
         assert len(inventory) == NUM_SLOTS + NUM_RECORDS
     assert (tmp_path / "blocks.kv").stat().st_size <= config.disk_bytes
 
@@ -234,6 +252,6 @@ async def test_readers_and_writers_all_at_once(config: StoreConfig, directory: D
 
 async def _is_told(here: Here, hashes: Sequence[BlockHash]) -> bool:
     """Whether the directory says of each block what the store would."""
-    inventory, arena_id = dict(here.store._inventory()), here.store.record().arena_id
+    inventory, arena_id = dict(here.store._service.inventory()), here.store.record().arena_id
     told = [(await here.directory.locate([block_hash])).get(arena_id, [None])[0] for block_hash in hashes]
     return told == [inventory.get(block_hash) for block_hash in hashes]
