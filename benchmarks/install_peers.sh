@@ -68,7 +68,7 @@ install_mooncake() {
         echo "no libibverbs1 and librdmacm1 to be had, without which Mooncake does not start: install them" >&2
         exit 1
     fi
-    echo "for benchmarks/kvstore.py: --peers $folder"
+    echo "for benchmarks/kvstore.py: --peer-folder $folder"
 }
 
 install_lmcache() {
@@ -83,7 +83,7 @@ install_lmcache() {
         'opentelemetry-exporter-otlp<=1.40.0' 'opentelemetry-exporter-prometheus<=0.61b0' \
         'prometheus_client<=0.24.1' 'protobuf<7' psutil py-cpuinfo pyyaml pyzmq redis safetensors sortedcontainers \
         'transformers>=5.4' uvicorn
-    echo "for benchmarks/kvstore.py: --peers $folder"
+    echo "for benchmarks/kvstore.py: --peer-folder $folder"
 }
 
 if [ $# -eq 0 ]; then

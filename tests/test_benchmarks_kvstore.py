@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kvstore import (
+from benchmarks.kvstore import arguments, run, wanted
+from benchmarks.kvstore_tables import (
     ENCRYPTED,
     Contender,
     Measurement,
     Own,
     Table,
-    arguments,
     baton,
     both_ways,
     choose,
     here_measurements,
-    run,
     tables,
     wire_measurements,
 )
@@ -76,11 +75,11 @@ def test_peers_run_both_ways_but_for_the_bare_socket() -> None:
 
 
 def test_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = tables(arguments(["--quick", "--peer", "none"]))
+    quick = tables(wanted(arguments(["--quick", "--peer", "none"])))
     assert [one.title for one in quick] == ["same machine, 1 MiB blocks", "over TCP, 1 MiB blocks", quick[-1].title]
     assert all(one.name.startswith("baton") for table in quick for one in table.contenders)
     with pytest.raises(SystemExit):
-        arguments(["--peer", "mooncake", "--peers", str(tmp_path)])
+        arguments(["--peer", "mooncake", "--peer-folder", str(tmp_path)])
     assert "install_peers.sh" in capsys.readouterr().err
 
 
