@@ -102,7 +102,7 @@ class DecodeWorker:
         """
         with self._admission.leg(request) as outputs:
             free_blocks = await self._admission.hold(request)
-            fetcher = Fetcher(self._loop, self._intake, request)
+            fetcher = Fetcher(self._loop, self._intake, request, owner)
             publish = partial(self._publisher.publish, owner=owner)
             leg = DecodeLeg(fetcher, publish, request, outputs, free_blocks)
             try:

@@ -60,6 +60,7 @@ class ClusterConfig:
     store_encryption: bool = True  # between machines, blocks go to holders of this cluster's key alone, encrypted
     store_eviction: str = "s3fifo"
     store_disk_bytes: int = 0  # of each machine; 0: no disk
+    store_disk_admission: str = "all"
     store_disk_dir: Path | None = None  # kept when the cluster stops; each machine has a folder of its own in it
     max_model_len: int = 0
     max_num_batched_tokens: int = 512

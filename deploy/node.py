@@ -38,6 +38,7 @@ from node.admission import Admission
 from node.control import Identity, NodeControlService
 from node.intake import Intake
 from node.publisher import Publisher
+from node.replicator import Replicator
 from prefill_node.service import PrefillService
 from prefill_node.worker import PrefillWorker
 
@@ -101,9 +102,17 @@ class NodeServer:
         load = await loop.call(Engine.load)
         publisher = Publisher(loop, store, load.total_blocks)
         stack.push_async_callback(publisher.flush)
+        replicator = Replicator(store, publisher, engine.layout.block_bytes)
+        stack.push_async_callback(replicator.close)
         self.admission = Admission(loop, config.max_queued_requests, config.room_wait_s)
         self.publisher = publisher
-        self.intake = intake = Intake(store, engine.layout.block_size, engine.layout.block_bytes)
+        self.intake = intake = Intake(
+            store,
+            engine.layout.block_size,
+            engine.layout.block_bytes,
+            engine.long_prefill_tokens_per_s,
+            replicator=replicator,
+        )
         # 3. The server, and the heartbeat that tells where it is.
         server = self._server(
             PrefillService(PrefillWorker(loop, intake, publisher, self.admission), engine),

@@ -24,7 +24,7 @@ from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
 from kvstore.directory import ArenaRecord, Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
-from kvstore.eviction import POLICIES
+from kvstore.eviction import ADMISSIONS, POLICIES
 
 WATCH_S = 1.0
 DOWN_TIMEOUT_S = 60.0
@@ -52,6 +52,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store-eviction", choices=sorted(POLICIES), default="s3fifo", help="of arenas (default %(default)s)")
     add(
         "--store-disk-bytes", type=_bytes, default="0", metavar="BYTES", help="disk behind each arena (default 0: none)"
+    )
+    add(
+        "--store-disk-admission",
+        choices=sorted(ADMISSIONS),
+        default="all",
+        help="blocks that go to disk when they are evicted: all (default), or those that were asked for again after a"
+        " while, which spares the disk and hits less",
     )
     add("--store-disk-dir", type=Path, metavar="DIR", help="where blocks on disk lie, also after the cluster stops")
     add("--max-model-len", type=int, default=0, metavar="TOKENS", help="default: the model's")
@@ -132,6 +139,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         store_encryption=args.store_encryption,
         store_eviction=args.store_eviction,
         store_disk_bytes=args.store_disk_bytes,
+        store_disk_admission=args.store_disk_admission,
         store_disk_dir=args.store_disk_dir,
         max_model_len=args.max_model_len,
         max_num_batched_tokens=args.max_batched_tokens,

@@ -63,6 +63,7 @@ class Specs:
             eviction=self.config.store_eviction,
             disk_bytes=self.config.store_disk_bytes,
             disk_dir=str(disk.resolve() / machine.address) if disk is not None else "",
+            disk_admission=self.config.store_disk_admission,
             disk_root=self.layout.root().hex(),
             advertise_host=machine.address,
             host=machine.label,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvstore.arena_map import FREE, NO_KEY, READY, WRITING, ArenaMap
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
-from kvstore.eviction import LRU, Eviction, SecondTouch
+from kvstore.eviction import LRU, Admission, AdmitAll, Eviction
 from kvstore.quotas import SHARED, Owner, Quotas
 
 
@@ -46,24 +46,28 @@ class Evicted:
     block_hash: BlockHash
     slot: int
     checksum: int
-    # Asked for again after a while: such a block is worth keeping somewhere cheaper. Never that of a tenant with a
-    # quota, for which that place would be a way out.
-    was_reused: bool
+    # Worth a place somewhere cheaper. Never that of a tenant with a quota, for which that place would be a way out.
+    is_admitted: bool
 
 
 class Arena:
     """The books of an arena. Each slot is free, being written by one writer, or ready; only ready ones are evicted.
 
-    `eviction` says which; it knows all ready blocks and no others.
+    `eviction` says which; it knows all ready blocks and no others. `admission` says which of those are worth a disk.
 
     The headers are what other processes see; the books never read anything back from them but the time of the last
     read, so a process that scribbles on a header harms blocks, not books.
     """
 
-    def __init__(self, arena_map: ArenaMap, eviction: Eviction[BlockHash] | None = None) -> None:
+    def __init__(
+        self,
+        arena_map: ArenaMap,
+        eviction: Eviction[BlockHash] | None = None,
+        admission: Admission[BlockHash] | None = None,
+    ) -> None:
         self._map = arena_map
         self._eviction: Eviction[BlockHash] = LRU() if eviction is None else eviction
-        self._reuse: SecondTouch[BlockHash] = SecondTouch(arena_map.num_slots)
+        self._admission: Admission[BlockHash] = AdmitAll() if admission is None else admission
         self._quotas = Quotas()
         self._free = list(range(arena_map.num_slots - 1, -1, -1))
         self._ready: dict[int, BlockHash] = {}  # by slot
@@ -102,8 +106,8 @@ class Arena:
         if slot is None or slot not in self._ready:
             return None
         self._eviction.touch(block_hash)
+        self._admission.saw(block_hash)
         self._quotas.touch(block_hash)
-        self._reuse.saw(block_hash)
         return slot
 
     def holds(self, block_hash: BlockHash) -> bool:
@@ -151,7 +155,7 @@ class Arena:
             self._eviction.insert(pending.block_hash)
             self._quotas.finished(pending.block_hash)
             done.append((pending.block_hash, item.slot))
-        self._reuse.came(block_hash for block_hash, _ in done)
+        self._admission.came(block_hash for block_hash, _ in done)
         done.reverse()
         return done
 
@@ -226,9 +230,9 @@ class Arena:
         slot = self._slots.pop(block_hash)
         del self._ready[slot]
         checksum = self._map.header(slot).checksum
-        was_reused = self._reuse.admits(block_hash) and not self._quotas.is_bounded(block_hash)
+        is_admitted = self._admission.admits(block_hash) and not self._quotas.is_bounded(block_hash)
         self._quotas.gone(block_hash)
-        self._evicted.append(Evicted(block_hash, slot, checksum, was_reused))
+        self._evicted.append(Evicted(block_hash, slot, checksum, is_admitted))
         return slot
 
     def check_integrity(self) -> None:

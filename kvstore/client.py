@@ -26,7 +26,7 @@ from kvstore.curve import Curve
 from kvstore.directory import ON_DISK, ArenaRecord, Cover, Directory
 from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS, Get, Got
-from kvstore.links import Links
+from kvstore.links import Links, link_of
 from kvstore.local import LocalArena, StorePaths, to_end
 from kvstore.quotas import SHARED, Owner
 
@@ -160,19 +160,19 @@ class KVClient:
         """
         deadline_s = time.monotonic() + limit_s
         found: dict[int, Payload] = {}
-        remote: dict[str, list[int]] = {}
+        remote: dict[tuple[str, bool], list[int]] = {}  # what lies in memory does not wait for the disk behind it
         local = self._mapped()
         for index, (arena_id, slot) in enumerate(match.places):
             if local is None or arena_id != local.arena_id or slot == ON_DISK:
                 if arena_id not in match.arenas:
                     break  # this machine's arena, given up meanwhile
-                remote.setdefault(arena_id, []).append(index)
+                remote.setdefault((arena_id, slot == ON_DISK), []).append(index)
                 continue
             payload = local.map.read(slot, match.hashes[index], time.monotonic_ns())
             if payload is None:
                 break  # the run ends here, whatever others hold of the rest
             found[index] = payload
-        runs = [self._fetch_from(match.arenas[name], match, indices, deadline_s) for name, indices in remote.items()]
+        runs = [self._fetch_from(match.arenas[name], match, part, deadline_s) for (name, _), part in remote.items()]
         for got in await asyncio.gather(*runs):
             found.update(got)
         payloads: list[Payload] = []
@@ -286,7 +286,7 @@ class KVClient:
     async def _fetch_from(
         self, record: ArenaRecord, match: Match, indices: Sequence[int], deadline_s: float
     ) -> dict[int, Payload]:
-        """Blocks of one other arena, by index; the leading run of `indices` that could be had."""
+        """Blocks that come over one link, by index; the leading run of `indices` that could be had."""
         found: dict[int, Payload] = {}
         step = max(1, min(MAX_BLOCKS, _REQUEST_BYTES // self._slot_bytes))
         for start in range(0, len(indices), step):
@@ -295,7 +295,7 @@ class KVClient:
             timeout_s = self._timeout_s + len(part) * self._slot_bytes / _MIN_BYTES_PER_S
             timeout_s = min(timeout_s, deadline_s - time.monotonic())
             began_s, payloads = time.monotonic(), list[Payload]()
-            transfer = self.links.begin(record.arena_id, len(part))
+            transfer = self.links.begin(link_of(match.places[part[0]]), len(part))
             try:
                 answer = await self._remote(record).request(partial(Get, hashes=hashes), timeout_s)
                 payloads = check_blocks(answer, hashes, self._slot_bytes)

@@ -83,10 +83,19 @@ def _object(text: bytes | str | None) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+_types_of: dict[type, dict[str, Any]] = {}  # each look-up reads records; evaluating annotations is the most of that
+
+
+def _types(cls: type) -> dict[str, Any]:
+    if cls not in _types_of:
+        _types_of[cls] = typing.get_type_hints(cls)
+    return _types_of[cls]
+
+
 def build(cls: type[T], data: Mapping[str, Any]) -> T | None:
     """A dataclass of numbers, texts and truths out of a JSON object, by the rules of `parse_record`."""
     values: dict[str, Any] = {}
-    for name, expected in typing.get_type_hints(cls).items():
+    for name, expected in _types(cls).items():
         if name in data:
             value = data[name]
             if not _is_usable(value):
@@ -106,4 +115,4 @@ def _is_usable(value: object) -> bool:
     """JSON lets pass what breaks its reader later: NaN compares with nothing, half a surrogate pair has no bytes."""
     if isinstance(value, int | float):
         return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
-    return not isinstance(value, str) or not any("\ud800" <= char <= "\udfff" for char in value)
+    return not isinstance(value, str) or value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)

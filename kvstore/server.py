@@ -30,7 +30,7 @@ from kvstore.blocks import BlockHash
 from kvstore.curve import CURVE_BYTES, Curve, Doorkeeper, is_loopback
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import BadFrame, DirectoryUnavailable
-from kvstore.eviction import POLICIES
+from kvstore.eviction import ADMISSIONS, POLICIES, AdmitAll
 from kvstore.folder import StoreFolder
 from kvstore.frames import MAX_FRAME_BYTES, Ask, Commit, Get, Message, Reserve, Told
 from kvstore.frames import decode as decode_frame
@@ -60,6 +60,7 @@ class StoreConfig:
     eviction: str = "s3fifo"  # or "lru"
     disk_bytes: int = 0  # for blocks that the arena has no room for; 0: none
     disk_dir: str = ""  # kept from one start to the next; no two stores may share it
+    disk_admission: str = "all"  # or "second-touch": which of the blocks that are evicted it gets
     disk_root: str = ""  # hex of KVLayout.root(): blocks of other models that lie there are not taken over
     cluster: str = "default"
     advertise_host: str = "127.0.0.1"  # where other machines find it
@@ -141,7 +142,8 @@ class StoreServer:
     async def _make_service(self, memory: memoryview) -> StoreService:
         config = self.config
         arena_map = ArenaMap(memory, self._num_slots, config.slot_bytes)
-        self.arena = Arena(arena_map, POLICIES[config.eviction](self._num_slots))
+        admit = ADMISSIONS[config.disk_admission] if config.disk_bytes else AdmitAll
+        self.arena = Arena(arena_map, POLICIES[config.eviction](self._num_slots), admit(self._num_slots))
         self._announcer = Announcer(
             self._directory, lambda: self._service.inventory(), self.record, config.heartbeat_s, config.ttl_s
         )
@@ -184,9 +186,10 @@ class StoreServer:
             raise ValueError(f"bind_host: {self._bind_host} {problem}")
         if self._num_slots < 1:
             raise ValueError(f"memory_bytes: {self.config.memory_bytes} hold no slot of {self.config.slot_bytes} bytes")
-
         if self.config.eviction not in POLICIES:
             raise ValueError(f"eviction: {self.config.eviction!r} is none of {', '.join(POLICIES)}")
+        if self.config.disk_admission not in ADMISSIONS:
+            raise ValueError(f"disk_admission: {self.config.disk_admission!r} is none of {', '.join(ADMISSIONS)}")
 
     async def _forget(self, predecessor: str) -> None:
         """The arena of a store that was killed is gone now, not only when its time to live ends."""

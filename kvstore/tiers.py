@@ -1,11 +1,12 @@
 """What happens between an arena and the disk behind it: demotion of what is evicted, promotion of what is asked for.
 
-A block that was asked for again after a while and is then evicted is copied at once, before its slot's next writer
-hears of the slot, and written behind. The directory is told that this arena has it `ON_DISK`; a reader then asks the
-store for it, also one on the same machine, and the store brings it back into a slot before it answers.
+A block that is evicted and worth a place on disk (`eviction.ADMISSIONS`) is copied at once, before its slot's next
+writer hears of the slot, and written behind. The directory is told that this arena has it `ON_DISK`; a reader then asks
+the store for it, also one on the same machine, and the store brings it back into a slot before it answers.
 
-All I/O runs on one thread, in the order in which it was asked for, so no record is overwritten under a reader. A disk
-that is full or broken is left alone for a while, and nobody but the log hears of it: every failure is a miss.
+All I/O runs on one thread, so no record is overwritten under a reader. Writes come to it one at a time, so a read waits
+for one of them at most; those that it overtakes are to other records, for the one that it reads is held. A disk that is
+full or broken is left alone for a while, and nobody but the log hears of it: every failure is a miss.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ Changed = Callable[[Iterable[tuple[BlockHash, int]], Iterable[BlockHash]], None]
 
 _MAX_PENDING_BYTES = 64 << 20  # copies on their way to the disk; what is evicted beyond that is lost
 _PAUSE_S = 30.0  # after an error
-_READ_S = 1.0  # of one question: less than a reader waits for a store
+# Of one question: less than a reader waits who could compute the blocks soon. The rest comes when it is asked for.
+_READ_S = 0.15
 
 
 class DiskTier:
@@ -52,6 +54,7 @@ class DiskTier:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-disk")
         self._tasks: set[asyncio.Task[None]] = set()
         self._promoting = asyncio.Lock()
+        self._writing = asyncio.Lock()
         self._writer_id = ""  # under which a promotion holds slots
         self._pending_bytes = 0
         self._paused_until_s = 0.0
@@ -106,7 +109,7 @@ class DiskTier:
         kept = [(block.block_hash, ON_DISK) for block in evicted if block.block_hash in self._index]
         self._changed(kept, [block.block_hash for block in evicted if block.block_hash not in self._index])
         for block in evicted:
-            if block.was_reused and not self._is_paused() and self._pending_bytes < _MAX_PENDING_BYTES:
+            if block.is_admitted and not self._is_paused() and self._pending_bytes < _MAX_PENDING_BYTES:
                 self._begin(block)
 
     def is_needed(self, hashes: Iterable[BlockHash]) -> bool:
@@ -209,7 +212,8 @@ class DiskTier:
         task.add_done_callback(self._tasks.discard)
 
     async def _write(self, number: int, block: Evicted, payload: bytes) -> None:
-        record = await self._on_thread(partial(self._write_one, number, block, payload))
+        async with self._writing:
+            record = await self._on_thread(partial(self._write_one, number, block, payload))
         self._pending_bytes -= len(payload)
         self._index.finish(block.block_hash, record)
         self._tally.num_demoted += record is not None

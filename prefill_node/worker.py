@@ -52,7 +52,7 @@ class PrefillWorker:
         received = time.perf_counter()  # the engine's clock
         with self._admission.leg(request) as outputs:
             await self._admission.hold_in_turn(request)
-            await Fetcher(self._loop, self._intake, request).fetch()
+            await Fetcher(self._loop, self._intake, request, owner).fetch()
             await self._loop.call(lambda engine: engine.release(request.request_id))
             token, finish_reason, is_coming = await self._first_token(outputs, owner)
             computed = time.perf_counter()

@@ -63,7 +63,8 @@ def test_every_option_arrives() -> None:
     assert (config.max_num_batched_tokens, config.max_num_requests) == (99, 7)
     config = config_from(parse("--store-eviction", "lru", "--store-disk-bytes", "3G", "--store-disk-dir", "/var/x"))
     assert (config.store_eviction, config.store_disk_bytes) == ("lru", 3 << 30)
-    assert config.store_disk_dir == Path("/var/x")
+    assert (config.store_disk_dir, config.store_disk_admission) == (Path("/var/x"), "all")
+    assert config_from(parse("--store-disk-admission", "second-touch")).store_disk_admission == "second-touch"
     assert config.tenants_file is None
     assert config.pin_cores and not config_from(parse("--no-pin-cores")).pin_cores
     assert config.metrics and not config_from(parse("--no-metrics")).metrics

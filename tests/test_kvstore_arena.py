@@ -13,7 +13,7 @@ from kvstore.arena import Arena, Reservation, Written
 from kvstore.arena_map import FREE, READY, WRITING, ArenaMap, MappedPayload, arena_bytes, slots_offset, slots_within
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
-from kvstore.eviction import POLICIES
+from kvstore.eviction import POLICIES, Admission, SecondTouch
 from kvstore.quotas import NO_TENANT, SHARED, Owner
 
 SLOT_BYTES = 96
@@ -27,9 +27,11 @@ def content(block_hash: bytes) -> bytes:
     return (block_hash * 6)[:SLOT_BYTES]
 
 
-def new_arena(num_slots: int, policy: str = "lru") -> tuple[Arena, ArenaMap]:
+def new_arena(
+    num_slots: int, policy: str = "lru", admission: Admission[BlockHash] | None = None
+) -> tuple[Arena, ArenaMap]:
     arena_map = ArenaMap(memoryview(bytearray(arena_bytes(num_slots, SLOT_BYTES))), num_slots, SLOT_BYTES)
-    return Arena(arena_map, POLICIES[policy](num_slots)), arena_map
+    return Arena(arena_map, POLICIES[policy](num_slots), admission), arena_map
 
 
 def evicted(arena: Arena) -> list[BlockHash]:
@@ -192,15 +194,19 @@ def test_any_policy_keeps_what_is_being_written_and_the_chain(policy: str) -> No
 
 
 def test_evicted_says_what_the_slot_still_holds_and_whether_it_was_asked_for_again() -> None:
-    arena, arena_map = new_arena(2)
+    arena, arena_map = new_arena(2, admission=SecondTouch(2))
     store(arena, arena_map, 1)
     assert arena.find(name(1)) is not None, "at once: the hand-off"
     store(arena, arena_map, 2)
     assert arena.find(name(1)) is not None
     store(arena, arena_map, 3, 4)
     first, second = arena.take_evicted()
-    assert (first.block_hash, first.was_reused, first.checksum) == (name(2), False, 7)
-    assert (second.block_hash, second.was_reused, second.checksum) == (name(1), True, 7)
+    assert (first.block_hash, first.is_admitted, first.checksum) == (name(2), False, 7)
+    assert (second.block_hash, second.is_admitted, second.checksum) == (name(1), True, 7)
+    arena, arena_map = new_arena(1)
+    store(arena, arena_map, 1)
+    store(arena, arena_map, 2)
+    assert [block.is_admitted for block in arena.take_evicted()] == [True], "unless it is told otherwise"
 
 
 # --- tenants ---
@@ -290,7 +296,7 @@ def test_what_a_bounded_tenant_loses_is_not_kept_elsewhere() -> None:
         store(arena, arena_map, 10, 11)
         assert arena.find(name(1)) is not None
         store(arena, arena_map, 12, 13, 14, 15)
-        gone = {block.block_hash: block.was_reused for block in arena.take_evicted()}
+        gone = {block.block_hash: block.is_admitted for block in arena.take_evicted()}
         assert gone[name(1)] is is_kept, owner
 
 

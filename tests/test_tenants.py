@@ -104,7 +104,7 @@ async def serving(machine: Machine, roles: Sequence[str], file: Path) -> AsyncIt
     plan = policy.plan
 
     def watch(view: policy.RequestView, *rest: object) -> object:
-        views.append(dict(view.hit_blocks))
+        views.append({arena_id: hit.num_blocks for arena_id, hit in view.hits.items()})
         return plan(view, *rest)  # type: ignore[arg-type]
 
     router = RouterServer(RouterConfig(str(machine.model_dir), machine.redis_url, tenants_file=str(file)))
