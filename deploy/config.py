@@ -67,6 +67,7 @@ class ClusterConfig:
     max_num_requests: int = 64
     num_threads: int = 0  # 0: the machine's cores shared out among its nodes
     pin_cores: bool = True  # each node computes on its share of them, where they suffice
+    metrics: bool = True  # of each store and node, for Prometheus, over HTTP
     prefill_hosts: tuple[str, ...] = ()  # addresses or names of Ray machines; (): any
     decode_hosts: tuple[str, ...] = ()
     start_timeout_s: float = 300.0

@@ -69,6 +69,7 @@ class Specs:
             host=machine.label,
             wire_key=self.wire_key,
             trusts_network=not self.config.store_encryption,
+            metrics=self.config.metrics,
         )
         return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
 
@@ -89,6 +90,7 @@ class Specs:
             advertise_host=machine.address,
             host=machine.label,
             wire_key=self.wire_key,
+            metrics=self.config.metrics,
         )
         environment = CROWDED if placement.is_crowded else {}
         return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level, environment)

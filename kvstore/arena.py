@@ -5,7 +5,7 @@ They live in the store process; `kvstore.arena_map` is what everybody else sees 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from kvstore.arena_map import FREE, NO_KEY, READY, WRITING, ArenaMap
@@ -79,6 +79,14 @@ class Arena:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def num_writing(self) -> int:
+        return len(self._writing)
+
+    def slot(self, block_hash: BlockHash) -> int | None:
+        """Where a block is that is ready or being written. Not a use, unlike `find`."""
+        return self._slots.get(block_hash)
 
     def writers(self) -> set[str]:
         """Writers that hold reservations."""
@@ -162,6 +170,19 @@ class Arena:
             self._free.append(slot)
         return len(slots)
 
+    def evict(self, hashes: Iterable[BlockHash]) -> None:
+        """Drops those of these blocks that are ready, for a reason of the caller's; their slots are free then.
+
+        They are among those that `take_evicted` returns. Who is reading one sees it by the slot's generation.
+        """
+        for block_hash in hashes:
+            if self.holds(block_hash):
+                self._eviction.remove(block_hash)
+                slot = self._evict(block_hash)
+                self._map.begin(slot, NO_KEY)  # readers of the mapping see at once that it is gone
+                self._map.clear(slot)
+                self._free.append(slot)
+
     def take_evicted(self) -> list[Evicted]:
         """The blocks evicted since the last call."""
         evicted, self._evicted = self._evicted, []
@@ -180,11 +201,7 @@ class Arena:
             block_hash = self._quotas.victim(owner.tenant, chain, lambda key: self._was_read(key, self._eviction.touch))
             if block_hash is None:
                 return False
-            self._eviction.remove(block_hash)
-            slot = self._evict(block_hash)
-            self._map.begin(slot, NO_KEY)  # readers of the mapping see at once that it is gone
-            self._map.clear(slot)
-            self._free.append(slot)
+            self.evict([block_hash])
         return True
 
     def _take_slot(self, chain: Set[BlockHash]) -> int | None:

@@ -24,7 +24,7 @@ from kvstore.blocks import BlockHash, Payload
 from kvstore.channel import Answer, Channel
 from kvstore.curve import Curve
 from kvstore.directory import ON_DISK, ArenaRecord, Cover, Directory
-from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
+from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS, Get, Got
 from kvstore.links import Links, link_of
 from kvstore.local import LocalArena, StorePaths, to_end
@@ -219,6 +219,8 @@ class KVClient:
                 self._troubles.discard("publish")
             except ArenaFull as error:
                 self._begin_trouble("publish", error)
+                if isinstance(error, ArenaDraining):  # `can_publish` says so meanwhile, and nobody waits for blocks
+                    self._publish_after_s = time.monotonic() + self._timeout_s
                 break
             except ArenaUnavailable as error:
                 self._begin_trouble("publish", error)

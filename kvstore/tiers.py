@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -28,6 +28,7 @@ from kvstore.blocks import BlockHash
 from kvstore.directory import ON_DISK
 from kvstore.errors import ArenaFull
 from kvstore.ssd import BlockFile, DiskIndex, Record
+from kvstore.tally import DISK, StoreTally
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,9 @@ _READ_S = 0.15
 class DiskTier:
     """The disk behind one arena. All methods are called on one event loop, and none fails for the disk's sake."""
 
-    def __init__(self, file: BlockFile, arena: Arena, arena_map: ArenaMap, changed: Changed) -> None:
+    def __init__(self, file: BlockFile, arena: Arena, arena_map: ArenaMap, changed: Changed, tally: StoreTally) -> None:
         self._file = file
+        self._tally = tally
         self._index = DiskIndex(file.num_records)
         self._arena = arena
         self._map = arena_map
@@ -59,11 +61,16 @@ class DiskTier:
 
     @classmethod
     async def open(
-        cls, make_file: Callable[[], BlockFile], arena: Arena, arena_map: ArenaMap, changed: Changed
+        cls,
+        make_file: Callable[[], BlockFile],
+        arena: Arena,
+        arena_map: ArenaMap,
+        changed: Changed,
+        tally: StoreTally,
     ) -> DiskTier | None:
         """The tier, with what an earlier store has left; None, and a line in the log, where the disk cannot be used."""
         try:
-            tier = cls(make_file(), arena, arena_map, changed)
+            tier = cls(make_file(), arena, arena_map, changed, tally)
         except OSError as error:
             logger.warning("event=no_disk error=%r", str(error))
             return None
@@ -87,12 +94,18 @@ class DiskTier:
         """The writer that needs no lock: it lives as long as the store does."""
         return self._writer_id
 
+    @property
+    def index(self) -> DiskIndex:
+        """The books, to be looked at."""
+        return self._index
+
     def inventory(self) -> list[tuple[BlockHash, int]]:
         """What only the disk holds."""
         return [(block_hash, ON_DISK) for block_hash in self._index if not self._arena.holds(block_hash)]
 
     def demote(self, evicted: Sequence[Evicted]) -> None:
         """Takes what is worth it from slots that nobody writes to yet, and tells where each block is now."""
+        self._tally.lost((block.block_hash, self._map.last_access(block.slot)) for block in evicted)
         kept = [(block.block_hash, ON_DISK) for block in evicted if block.block_hash in self._index]
         self._changed(kept, [block.block_hash for block in evicted if block.block_hash not in self._index])
         for block in evicted:
@@ -116,6 +129,29 @@ class DiskTier:
         finally:
             self._promoting.release()
 
+    def remove(self, hashes: Iterable[BlockHash]) -> tuple[list[BlockHash], Awaitable[None]]:
+        """Forgets those of these blocks that are held, and returns them; their records are erased when awaited."""
+        records = {block_hash: record for block_hash in hashes if (record := self._index.peek(block_hash)) is not None}
+        for block_hash in records:
+            self._index.drop(block_hash)
+        # Handed over now, before anybody else can have a write to one of these records.
+        erasing = asyncio.get_running_loop().run_in_executor(
+            self._thread, self._erase_all, [record.number for record in records.values()]
+        )
+        return list(records), erasing
+
+    async def verifies(self, record: Record) -> bool:
+        """Whether the record's bytes sum up to its checksum."""
+
+        def check() -> bool:
+            try:
+                return self._file.read(record, memoryview(bytearray(self._map.slot_bytes)))
+            except OSError as error:
+                self._pause(error)
+                return False
+
+        return await self._on_thread(check)
+
     async def _promote(self, hashes: Sequence[BlockHash], deadline_s: float) -> None:
         wanted = [block_hash for block_hash in hashes if self.is_needed([block_hash])]
         if not wanted or self._is_paused():
@@ -133,7 +169,9 @@ class DiskTier:
                 todo.append((block_hash, item, record))
         # Cancelled only when the store ends; the slots stay reserved then.
         written, damaged = await self._on_thread(partial(self._read_all, todo, deadline_s))
-        self._changed(self._arena.commit(self._writer_id, written), ())
+        promoted = self._arena.commit(self._writer_id, written)
+        self._tally.num_promoted += len(promoted)
+        self._changed(promoted, ())
         self._arena.abandon(self._writer_id)
         for block_hash in damaged:
             self._index.drop(block_hash)
@@ -163,8 +201,10 @@ class DiskTier:
         if begun is None:
             return
         number, lost = begun
-        if lost is not None and not self._arena.holds(lost):
-            self._changed((), [lost])
+        if lost is not None:
+            self._tally.evicted(lost, DISK)
+            if not self._arena.holds(lost):
+                self._changed((), [lost])
         payload = bytes(self._map.view(block.slot))
         self._pending_bytes += len(payload)
         task = asyncio.create_task(self._write(number, block, payload))
@@ -176,6 +216,7 @@ class DiskTier:
             record = await self._on_thread(partial(self._write_one, number, block, payload))
         self._pending_bytes -= len(payload)
         self._index.finish(block.block_hash, record)
+        self._tally.num_demoted += record is not None
         if record is not None and not self._arena.holds(block.block_hash):
             self._changed([(block.block_hash, ON_DISK)], ())
 
@@ -188,6 +229,14 @@ class DiskTier:
         except OSError as error:
             self._pause(error)
             return None
+
+    def _erase_all(self, numbers: Sequence[int]) -> None:
+        """On the disk's thread."""
+        try:
+            for number in numbers:
+                self._file.erase(number)
+        except OSError as error:
+            self._pause(error)
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent import futures
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -66,6 +67,7 @@ def test_every_option_arrives() -> None:
     assert config_from(parse("--store-disk-admission", "second-touch")).store_disk_admission == "second-touch"
     assert config.tenants_file is None
     assert config.pin_cores and not config_from(parse("--no-pin-cores")).pin_cores
+    assert config.metrics and not config_from(parse("--no-metrics")).metrics
 
 
 # --- the bar of a start ---
@@ -289,6 +291,11 @@ def test_tables_show_every_member() -> None:
     assert node_table([node, node]).row_count == 2
     arena = ArenaRecord(arena_id="x", address="tcp://x", host="x", num_slots=4, free_slots=1, slot_bytes=2**20)
     assert list(arena_table([arena]).columns[3].cells) == ["3/4"]
+    assert list(arena_table([arena]).columns[5].cells) == ["none"]
+    arena = replace(arena, draining=True, metrics_address="10.0.0.1:9100")
+    assert list(arena_table([arena]).columns[0].cells) == ["x (draining)"]
+    assert list(arena_table([arena]).columns[5].cells) == [":9100"]
+    assert list(node_table([replace(node, metrics_address="[::1]:9101")]).columns[9].cells) == [":9101"]
 
 
 def test_status_of_a_cluster_that_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

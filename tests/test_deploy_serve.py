@@ -86,6 +86,10 @@ def test_served_asked_and_taken_down(serve: Serve, tiny_model_dir: Path) -> None
     assert [(node["role"], node["node_id"]) for node in members["nodes"]] == [("both", "both-0")]
     assert members["nodes"][0]["arena_id"] == members["arenas"][0]["arena_id"]
     assert "both-0" in serve.baton("status").stdout
+    assert all(one["metrics_address"] for one in members["nodes"] + members["arenas"])
+    assert "wire_key" in (serve.state_dir / "serve.json").read_text()
+    (store,) = json.loads(serve.baton("kv", "stats", "--json").stdout)["arenas"]
+    assert store["arena_id"] == members["arenas"][0]["arena_id"] and not store["draining"]
 
     answer = json.loads(serve.baton("generate", "Hello", "--max-tokens", "3", "--ignore-eos", "--json").stdout)
     assert len(answer["token_ids"]) == 3
