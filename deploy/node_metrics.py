@@ -28,7 +28,7 @@ class NodeCollector(Collector):
         yield from self._steps()
 
     def _fetches(self) -> Iterator[Metric]:
-        """By source: `local` is this machine's mapped arena, `remote` all others."""
+        """By source: `local` is the mapped arena, `remote` the wire: other arenas, and the disk behind this one."""
         sources = {"local": self._intake.store.links.local, "remote": self._intake.store.links.remote}
         for name, words, values in (
             ("blocks", "Blocks fetched.", {source: link.num_blocks for source, link in sources.items()}),

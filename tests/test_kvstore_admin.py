@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import xxhash
 import zmq
 import zmq.asyncio
 from conftest import eventually
+from hypothesis import given
+from hypothesis import strategies as st
 from kvstore_support import SLOT_BYTES, chain, content, store_config, take, writer_of
 
 from kvstore import told
@@ -26,6 +30,7 @@ from kvstore.operate import StoreOperator
 from kvstore.quotas import SHARED
 from kvstore.server import StoreConfig, StoreServer
 from kvstore.ssd import record_stride
+from kvstore.tally import TIERS
 from kvstore.told import BlockRow, StoreStats
 
 HASHES = chain(0, 6)
@@ -389,6 +394,22 @@ def test_rows_that_cannot_be(harm: dict[str, object]) -> None:
             told.one(BlockRow, value)
     with pytest.raises(BadFrame):
         told.many(BlockRow, [ROW, ROW | harm])
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner))
+
+
+@given(
+    st.binary(max_size=100) | values.map(lambda value: json.dumps(value).encode()), st.sampled_from(sorted(ROW)), values
+)
+def test_answers_of_any_origin_are_right_or_refused(text: bytes, name: str, value: object) -> None:
+    """Anything but a `BadFrame` fails the test, and so does a row with a field of another kind."""
+    with suppress(BadFrame):
+        assert isinstance(told.decode(text), dict)
+    with suppress(BadFrame):
+        row = told.one(BlockRow, ROW | {name: value})
+        assert type(getattr(row, name)) is type(ROW[name]) and row.tier in TIERS and len(bytes.fromhex(row.hash)) == 16
 
 
 @pytest.mark.parametrize("value", [None, -1, 2**63, 1.0, True, "1"])
