@@ -1,7 +1,8 @@
 """The store: one process on each machine that owns an arena in shared memory and the two sockets in front of it.
 
-Writers of this machine reserve and commit over a unix socket; readers of other machines get blocks over TCP, sent
-from the slots without a copy. It knows nothing of what the bytes mean, and no message can make it fail.
+Writers of this machine reserve and commit over a unix stream (`kvstore/control.py`); readers of other machines get
+blocks over TCP, sent from the slots without a copy. It knows nothing of what the bytes mean, and no message can make it
+fail.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kvstore.announcer import Announcer
 from kvstore.arena import Arena
 from kvstore.arena_map import ArenaMap, arena_bytes, slots_within
 from kvstore.blocks import BlockHash
+from kvstore.control import ControlDoor
 from kvstore.curve import CURVE_BYTES, Curve, Doorkeeper, is_loopback
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import BadFrame, DirectoryUnavailable
@@ -40,6 +42,7 @@ from kvstore.metrics import StoreCollector
 from kvstore.scrape import ScrapeDoor
 from kvstore.service import StoreService
 from kvstore.ssd import BlockFile
+from kvstore.stream import pack
 from kvstore.tally import CONTROL, DATA, StoreTally
 from kvstore.tiers import DiskTier
 
@@ -86,6 +89,7 @@ class StoreServer:
         self._directory = Directory(config.redis_url, config.cluster)
         self._disk: DiskTier | None = None
         self._tally = StoreTally(time.monotonic)  # the clock that readers of the mapping stamp slots by
+        self._control_door = ControlDoor(self._answer_writer, partial(self._refuse, CONTROL))
         self._scrape_door, self._metrics_address = ScrapeDoor(), ""
         self._curve = Curve(config.wire_key) if config.wire_key else None
 
@@ -102,7 +106,7 @@ class StoreServer:
         try:
             memory = await asyncio.to_thread(create_memory, self._paths.memory(self._arena_id), self._arena_bytes)
             self._service = await self._make_service(memory)
-            self._open_sockets()
+            await self._open_sockets()
             if self.config.metrics:
                 host = self.config.advertise_host
                 self._metrics_address = await self._scrape_door.open(self._metrics, self._bind_host, host)
@@ -114,10 +118,10 @@ class StoreServer:
         except BaseException:
             if self._disk is not None:
                 await self._disk.stop()
-            await self._scrape_door.close()
+            await self._close_doors()
             self._leave()
             raise
-        for loop in (self._announcer.run(), self._serve_writers(), self._serve_readers(), self._reap()):
+        for loop in (self._announcer.run(), self._serve_readers(), self._reap()):
             self._spawn(loop)
         if self._curve is not None:
             self._spawn(self._doorkeeper.run())
@@ -129,7 +133,7 @@ class StoreServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._scrape_door.close()
+        await self._close_doors()
         if self._disk is not None:
             await self._disk.stop()
         try:
@@ -199,13 +203,16 @@ class StoreServer:
         except DirectoryUnavailable as error:
             logger.info("event=predecessor_not_removed arena=%s error=%r", predecessor, error)
 
+    async def _close_doors(self) -> None:
+        await self._control_door.close()
+        await self._scrape_door.close()
+
     def _leave(self) -> None:
         self._context.destroy(linger=0)
         self._folder.leave()
 
-    def _open_sockets(self) -> None:
-        self._control = self._router(f"ipc://{self._paths.control}")
-        self._paths.control.chmod(0o600)  # the folder may be older than this store, and open
+    async def _open_sockets(self) -> None:
+        await self._control_door.open(self._paths.control)
         if self._curve is not None:
             self._doorkeeper = Doorkeeper(self._context, self._curve)
         self._data = self._router(f"tcp://{self._bind_host}:*", self._curve)
@@ -230,23 +237,15 @@ class StoreServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve_writers(self) -> None:
-        while True:
-            frames = await self._control.recv_multipart()
-            try:
-                sender, question = decode_question(frames)
-                if isinstance(question, Reserve):
-                    await self._control.send_multipart([sender, self._service.reserve(question).encode()])
-                elif isinstance(question, Commit):
-                    self._spawn(self._commit(sender, question))
-                elif isinstance(question, Ask):
-                    self._spawn(self._tell(self._control, sender, question))
-                else:
-                    raise BadFrame(f"{type(question).__name__} is no question to this socket")
-            except BadFrame as error:
-                self._refuse(CONTROL, error)
-            except Exception:  # whatever one message does, the next one is served
-                logger.exception("event=message_failed socket=control")
+    def _answer_writer(self, question: Message) -> bytes | Coroutine[Any, Any, bytes]:
+        match question:
+            case Reserve():
+                return pack(self._service.reserve(question))
+            case Commit():
+                return pack(self._service.commit(question))
+            case Ask():
+                return self._tell_operator(question)
+        raise BadFrame(f"{type(question).__name__} is no question to this socket")
 
     async def _serve_readers(self) -> None:
         while True:
@@ -260,17 +259,13 @@ class StoreServer:
                 elif (
                     isinstance(question, Ask) and self._curve is not None
                 ):  # nobody but holders of the wire key got here
-                    self._spawn(self._tell(self._data, sender, question))
+                    self._spawn(self._tell_far_operator(sender, question))
                 else:
                     raise BadFrame(f"{type(question).__name__} is no question to this socket")
             except BadFrame as error:
                 self._refuse(DATA, error)
             except Exception:
                 logger.exception("event=message_failed socket=data")
-
-    async def _commit(self, sender: bytes, question: Commit) -> None:
-        answer = await self._service.commit(question)
-        await self._control.send_multipart([sender, answer.encode()])
 
     async def _answer_from_disk(self, sender: bytes, question: Get) -> None:
         await self._answer(sender, question, await self._service.promote(question))
@@ -279,13 +274,21 @@ class StoreServer:
         answer, payloads = self._service.get(question, promoted)
         await self._data.send_multipart([sender, answer.encode(), *payloads], copy=False)
 
-    async def _tell(self, socket: zmq.asyncio.Socket, sender: bytes, question: Ask) -> None:
+    async def _tell_operator(self, question: Ask) -> bytes:
+        told, text = await self._tell(question)
+        return pack(told, text)
+
+    async def _tell_far_operator(self, sender: bytes, question: Ask) -> None:
+        told, text = await self._tell(question)
+        await self._data.send_multipart([sender, told.encode(), text])
+
+    async def _tell(self, question: Ask) -> tuple[Told, bytes]:
         try:
             text = await self._admin.answer(question)
         except Exception:
             logger.exception("event=ask_failed verb=%s", question.verb.name)
             text = b'{"error": "the store failed to answer; its log says why"}'
-        await socket.send_multipart([sender, Told(question.request_id, len(text)).encode(), text])
+        return Told(question.request_id, len(text)), text
 
     def _refuse(self, socket: str, error: BadFrame) -> None:
         num_frames = self._tally.refused(socket)
