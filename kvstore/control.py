@@ -28,6 +28,7 @@ MAX_QUESTIONS = 64  # of one connection under way
 MAX_PEERS = 512
 _MAX_UNREAD_BYTES = 1 << 20  # that are kept for one who does not read
 _BACKLOG = 128
+_RETRY_S = 0.005
 
 # The answer to a question, packed; one that takes time is awaited. `BadFrame` for what is no question to this store.
 Serve = Callable[[Message], bytes | Coroutine[Any, Any, bytes]]
@@ -37,12 +38,13 @@ class ControlChannel(asyncio.Protocol):
     """A connection to this machine's store. Whoever gets an `ArenaUnavailable` closes it and makes a new one."""
 
     def __init__(self, path: Path) -> None:
+        """Connects with the first question."""
         self._path = path
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._turns = asyncio.Semaphore(MAX_QUESTIONS)
         self._unpacker = Unpacker(MAX_TOLD_BYTES)
-        self._connecting: asyncio.Task[Any] | None = None
+        self._connecting: asyncio.Task[None] | None = None
         self._transport: asyncio.Transport | None = None
         self.is_broken = False  # the store went away; a new channel may find it again
 
@@ -70,8 +72,7 @@ class ControlChannel(asyncio.Protocol):
 
     async def _connect(self) -> asyncio.Transport:
         if self._connecting is None and not self.is_broken:
-            opening = asyncio.get_running_loop().create_unix_connection(lambda: self, str(self._path))
-            self._connecting = asyncio.create_task(opening)
+            self._connecting = asyncio.create_task(self._open())
         if self._connecting is not None:
             await asyncio.wait([self._connecting])
             if not self._connecting.cancelled() and (error := self._connecting.exception()) is not None:
@@ -80,6 +81,20 @@ class ControlChannel(asyncio.Protocol):
         if self._transport is None:
             raise ArenaUnavailable("the connection is broken")
         return self._transport
+
+    async def _open(self) -> None:
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            while True:
+                try:
+                    stream.connect(str(self._path))
+                    break
+                except BlockingIOError:  # others wait to be let in; asyncio would take this for a connection
+                    await asyncio.sleep(_RETRY_S)
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=stream)
+        except BaseException:
+            stream.close()
+            raise
 
     def _send(self, transport: asyncio.Transport, data: bytes) -> None:
         transport.write(data)
