@@ -29,8 +29,9 @@ from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import BadFrame, DirectoryUnavailable
 from kvstore.eviction import POLICIES
 from kvstore.folder import StoreFolder
-from kvstore.frames import MAX_FRAME_BYTES, Commit, Get, Message, Reserve
+from kvstore.frames import MAX_FRAME_BYTES, MAX_QUESTIONS, Commit, Get, Message, Reserve
 from kvstore.frames import decode as decode_frame
+from kvstore.inbox import Inbox, plain_socket
 from kvstore.local import MAX_SOCKET_PATH, Description, StorePaths
 from kvstore.memory import create_memory
 from kvstore.service import StoreService
@@ -77,6 +78,7 @@ class StoreServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory = Directory(config.redis_url, config.cluster)
         self._disk: DiskTier | None = None
+        self._readers: Inbox | None = None
         self._curve = Curve(config.wire_key) if config.wire_key else None
 
     async def start(self) -> ArenaRecord:
@@ -103,8 +105,9 @@ class StoreServer:
                 await self._disk.stop()
             self._leave()
             raise
-        for loop in (self._announcer.run(), self._serve_writers(), self._serve_readers(), self._reap()):
+        for loop in (self._announcer.run(), self._serve_writers(), self._reap()):
             self._spawn(loop)
+        self._readers = Inbox(self._data, self._serve_reader)
         if self._curve is not None:
             self._spawn(self._doorkeeper.run())
         logger.info("event=store_up arena=%s slots=%d address=%s", self._arena_id, self._num_slots, self._address)
@@ -178,30 +181,32 @@ class StoreServer:
             logger.info("event=predecessor_not_removed arena=%s error=%r", predecessor, error)
 
     def _leave(self) -> None:
+        if self._readers is not None:
+            self._readers.close()
         self._context.destroy(linger=0)
         self._folder.leave()
 
     def _open_sockets(self) -> None:
-        self._control = self._router(f"ipc://{self._paths.control}")
+        self._control = self._context.socket(zmq.ROUTER)
+        self._bind(self._control, f"ipc://{self._paths.control}")
         self._paths.control.chmod(0o600)  # the folder may be older than this store, and open
+        self._data = plain_socket(self._context, zmq.ROUTER)
         if self._curve is not None:
             self._doorkeeper = Doorkeeper(self._context, self._curve)
-        self._data = self._router(f"tcp://{self._bind_host}:*", self._curve)
+            self._curve.guard(self._data)
+        self._data.setsockopt(zmq.SNDHWM, 2 * MAX_QUESTIONS)  # what a reader does not read is dropped beyond that
+        self._bind(self._data, f"tcp://{self._bind_host}:*")
         port = str(self._data.getsockopt_string(zmq.LAST_ENDPOINT)).rsplit(":", 1)[1]
         self._address = f"tcp://{self.config.advertise_host}:{port}"
 
-    def _router(self, address: str, curve: Curve | None = None) -> zmq.asyncio.Socket:
-        router = self._context.socket(zmq.ROUTER)
+    def _bind(self, router: zmq.Socket[Any], address: str) -> None:
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + CURVE_BYTES)
         router.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        if curve is not None:
-            curve.guard(router)
         try:
             router.bind(address)
         except zmq.ZMQError as error:
             raise OSError(error.errno, f"{address}: {error}") from error
-        return router
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -222,19 +227,17 @@ class StoreServer:
             except Exception:  # whatever one message does, the next one is served
                 logger.exception("event=message_failed socket=control")
 
-    async def _serve_readers(self) -> None:
-        while True:
-            frames = await self._data.recv_multipart()
-            try:
-                sender, question = decode_question(frames)
-                if isinstance(question, Get) and self._service.needs_disk(question):
-                    self._spawn(self._answer_from_disk(sender, question))
-                elif isinstance(question, Get):
-                    await self._answer(sender, question)
-            except BadFrame as error:
-                logger.warning("event=bad_frame socket=data error=%r", error)
-            except Exception:
-                logger.exception("event=message_failed socket=data")
+    def _serve_reader(self, frames: list[zmq.Frame]) -> None:
+        try:
+            sender, question = decode_question([frame.bytes for frame in frames])
+            if isinstance(question, Get) and self._service.needs_disk(question):
+                self._spawn(self._answer_from_disk(sender, question))
+            elif isinstance(question, Get):
+                self._answer(sender, question)
+        except BadFrame as error:
+            logger.warning("event=bad_frame socket=data error=%r", error)
+        except Exception:
+            logger.exception("event=message_failed socket=data")
 
     async def _commit(self, sender: bytes, question: Commit) -> None:
         answer = await self._service.commit(question)
@@ -242,11 +245,13 @@ class StoreServer:
 
     async def _answer_from_disk(self, sender: bytes, question: Get) -> None:
         await self._service.promote(question)
-        await self._answer(sender, question)
+        self._answer(sender, question)
 
-    async def _answer(self, sender: bytes, question: Get) -> None:
+    def _answer(self, sender: bytes, question: Get) -> None:
         answer, payloads = self._service.get(question)
-        await self._data.send_multipart([sender, answer.encode(), *payloads], copy=False)
+        self._data.send_multipart([sender, answer.encode(), *payloads], zmq.NOBLOCK, copy=False)
+        if self._readers is not None:
+            self._readers.wake()
 
     async def _reap(self) -> None:
         while True:

@@ -76,7 +76,7 @@ def test_message_cut_or_longer(message: Message, data: st.DataObject) -> None:
 
 def test_other_version_and_kind() -> None:
     frame = bytearray(Get(1, []).encode())
-    for at, value in ((0, 0), (4, 2), (5, 0), (5, 7)):
+    for at, value in ((0, 0), (4, 1), (4, 3), (5, 0), (5, 255)):
         wrong = frame.copy()
         wrong[at] = value
         with pytest.raises(BadFrame):
