@@ -36,4 +36,4 @@ $(STAMP): pyproject.toml requirements.lock $(wildcard engine/csrc/*)
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info engine/_native*.so
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info engine/_native*.so kvstore/_copies*.so

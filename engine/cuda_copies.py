@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvstore.copies import copy_and_sum
+
 STAGED_BLOCKS = 8  # on their way at once, in each direction
 
 
@@ -40,9 +42,9 @@ class BlockCopies:
         staging.events[slot].record(staging.stream)
         self._runtime.current_stream(self._blocks.device).wait_event(staging.events[slot])
 
-    def read(self, block_ids: Sequence[int], destinations: Sequence[NDArray[np.uint8]]) -> None:
-        """Returns when all destinations are filled."""
-        staging = self._outgoing
+    def read(self, block_ids: Sequence[int], destinations: Sequence[NDArray[np.uint8]]) -> list[int]:
+        """Returns when all destinations are filled; xxh3_64 of each."""
+        staging, sums = self._outgoing, list[int]()
         with self._lock:
             for first in range(0, len(block_ids), STAGED_BLOCKS):
                 part = slice(first, first + STAGED_BLOCKS)
@@ -52,7 +54,8 @@ class BlockCopies:
                     staging.events[slot].record(staging.stream)
                 for slot, destination in enumerate(destinations[part]):
                     staging.events[slot].synchronize()  # lets other threads run
-                    np.copyto(destination, staging.host[slot])
+                    sums.append(copy_and_sum(destination, staging.host[slot]))
+        return sums
 
 
 class _Staging:

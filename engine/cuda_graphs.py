@@ -2,20 +2,21 @@
 and replays decode steps as graphs. Not yet run on a GPU; on a CPU the tests run all of it but the capture.
 
 A graph is a step of fixed shape: the number of sequences and the width of their block tables are rounded up to buckets.
-Rows that are too many read and write the cache's spare block. A graph is captured when its bucket is first needed.
+Rows that are too many read and write the cache's spare block. Graphs are captured at warm-up, or when first needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.attention import ForwardBatch, Kernel, SequenceSpan
 from engine.cuda_attention import Backend, FlashInferKernel, choose_backend, planned_kernels, table_kernels
-from engine.device_batch import BatchShape, decode_shape, pack, pad_decode, unpack
+from engine.device_batch import BatchShape, decode_shape, decode_shapes, pack, pad_decode, unpack
 from engine.kv_cache import KVCache
 from engine.model import Model, Transformer
 
@@ -80,6 +81,21 @@ class GraphedModel:
         if len(batch.logits_indices) == len(batch.spans):
             return logits[: len(batch.spans)]
         return logits[batch.logits_indices.to(logits.device)]  # one token of a prompt wants no logits
+
+    def captures(self, max_sequences: int, max_context_len: int) -> list[Callable[[], object]]:
+        """What captures the graphs of all decode steps that an engine can ask for, one call a graph.
+
+        They read and write the spare block alone. The largest comes first: the others find its memory.
+        """
+        shapes = decode_shapes(max_sequences, max_context_len, self._block_size)
+        return [partial(self._capture, shape) for shape in reversed(shapes)]
+
+    def _capture(self, shape: BatchShape) -> None:
+        if shape in self._graphs:
+            return
+        nothing = torch.empty(0, dtype=torch.int64)
+        self._graphs[shape] = self._graph(shape)
+        self._replay(self._graphs[shape], ForwardBatch(nothing, nothing, nothing, (), nothing))
 
     def _run(self, batch: ForwardBatch) -> Tensor:
         shape = BatchShape.of(batch, self._block_size)

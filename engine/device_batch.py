@@ -62,6 +62,15 @@ def decode_shape(batch: ForwardBatch, block_size: int) -> BatchShape | None:
     return BatchShape(rows, rows, rows, max(MIN_WIDTH, 1 << (blocks - 1).bit_length()))
 
 
+def decode_shapes(max_sequences: int, max_context_len: int, block_size: int) -> list[BatchShape]:
+    """All buckets that decode steps of an engine fall into, the smallest first; `max_context_len` in tokens."""
+    rows = [bucket for bucket, last in zip(BATCH_BUCKETS, (0, *BATCH_BUCKETS), strict=False) if last < max_sequences]
+    widths, max_blocks = [MIN_WIDTH], -(-max_context_len // block_size)
+    while widths[-1] < max_blocks:
+        widths.append(2 * widths[-1])
+    return [BatchShape(count, count, count, width) for count in rows for width in widths]
+
+
 def pad_decode(batch: ForwardBatch, num_rows: int, spare_block: int, block_size: int) -> ForwardBatch:
     """A decode step with rows added that read and write `spare_block` alone; the logits of all rows are wanted."""
     num_sequences = len(batch.spans)

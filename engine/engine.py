@@ -15,7 +15,7 @@ import torch
 
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig, ModelConfig, kv_layout
-from engine.cuda_graphs import on_device
+from engine.cuda_graphs import GraphedModel, on_device
 from engine.errors import InvalidRequest, NoRoom, UnknownRequest
 from engine.kv_cache import TORCH_DTYPES, KVCache
 from engine.model import Model
@@ -61,7 +61,8 @@ class Engine:
             engine_config.enable_prefix_caching,
         )
         self._cache = KVCache(self.layout, num_blocks, torch.device(engine_config.device))
-        self._runner = Runner(on_device(model, self._cache), self._cache.tensor, model_config.eos_token_ids)
+        self._model = on_device(model, self._cache)
+        self._runner = Runner(self._model, self._cache.tensor, model_config.eos_token_ids)
         self._pins: Counter[int] = Counter()
         self._speed = SpeedMeter()
         self.timing = StepTiming()  # of all steps so far, added up; a new value for each step, so any thread may look
@@ -82,8 +83,9 @@ class Engine:
         """
         if self._scheduler.requests:
             raise ValueError("an engine is warmed up before its first request")
-        # A device that records its work for replay (CUDA graphs) adds a step here for each size of batch.
         steps: list[Callable[[], object]] = [self._run_throw_away]
+        if isinstance(self._model, GraphedModel):
+            steps += self._model.captures(self.config.max_num_requests, self.max_model_len)
         for done, step in enumerate(steps):
             progress(done, len(steps))
             step()
@@ -232,12 +234,15 @@ class Engine:
 
     # --- blocks that leave ---
 
-    def export_blocks(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> None:
-        """Copies pinned blocks out, each to its destination of `block_bytes` bytes. Any thread may call this."""
+    def export_blocks(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
+        """Copies pinned blocks out, each to its destination of `block_bytes` bytes. Any thread may call this.
+
+        Returns xxh3_64 of each block as it was copied.
+        """
         loose = [block_id for block_id in block_ids if not self._pins[block_id]]
         if loose:
             raise ValueError(f"blocks {loose} are not pinned: their bytes may change at any time")
-        self._cache.read(block_ids, destinations)
+        return self._cache.read(block_ids, destinations)
 
     def unpin(self, block_ids: Sequence[int]) -> None:
         """Gives back the pins that `RequestOutput.full_blocks` came with, one for each time a block was reported."""

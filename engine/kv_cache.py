@@ -11,6 +11,7 @@ import torch
 
 from engine.cuda_copies import BlockCopies
 from kvstore.blocks import KVLayout
+from kvstore.copies import copy, copy_and_sum
 
 logger = logging.getLogger(__name__)
 
@@ -44,23 +45,25 @@ class KVCache:
         """
         if source.nbytes != self.block_bytes:
             return False
-        payload = np.frombuffer(source, np.uint8)
         if self._host is not None:
-            np.copyto(self._host[block_id], payload)
+            copy(self._host[block_id], source)
         elif self._copies is not None:
-            self._copies.write(block_id, payload)
+            self._copies.write(block_id, np.frombuffer(source, np.uint8))
         return True
 
-    def read(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> None:
-        """Copies blocks out, each to its destination of `block_bytes` bytes; `ValueError` when one has another size."""
+    def read(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
+        """Copies blocks out, each to its destination of `block_bytes` bytes; returns xxh3_64 of each.
+
+        `ValueError` when a destination has another size.
+        """
         targets = [np.frombuffer(destination, np.uint8) for destination in destinations]
         if len(block_ids) != len(targets) or any(target.nbytes != self.block_bytes for target in targets):
             raise ValueError(f"{len(block_ids)} blocks need as many destinations of {self.block_bytes} bytes each")
         if self._host is not None:
-            for block_id, target in zip(block_ids, targets, strict=True):
-                np.copyto(target, self._host[block_id])
-        elif self._copies is not None:
-            self._copies.read(block_ids, targets)
+            pairs = zip(targets, block_ids, strict=True)
+            return [copy_and_sum(target, self._host[block_id]) for target, block_id in pairs]
+        assert self._copies is not None
+        return self._copies.read(block_ids, targets)
 
 
 def _host_memory(num_bytes: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ from kvstore.zmq_wire import ZmqWire
 
 logger = logging.getLogger(__name__)
 
-Write = Callable[[Sequence[int], Sequence[memoryview]], None]
+Write = Callable[[Sequence[int], Sequence[memoryview]], Sequence[int]]
 
 _MIN_BYTES_PER_S = 100e6  # a slower transfer counts as broken
 _AVOID_S = 5.0  # a store that did not answer is left alone for so long
@@ -161,8 +161,9 @@ class KVClient:
         """Stores blocks; returns how many were committed (those already present do not count).
 
         `write(indices, views)` is called on a thread with the indices into `hashes` of the blocks to write and as
-        many writable views of `slot_bytes`. `publish` does not end before `write` has, not even when cancelled, so
-        what `write` reads may be freed afterwards. Only errors of `write` itself are raised.
+        many writable views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. `publish` does not end
+        before `write` has, not even when cancelled, so what `write` reads may be freed afterwards. Only errors of
+        `write` itself are raised.
         """
         task = asyncio.create_task(self._publish(hashes, write))
         self._publishing.add(task)
@@ -295,12 +296,11 @@ class KVClient:
 
 
 def _copy(local: LocalArena, todo: Sequence[tuple[int, Reservation]], write: Write) -> list[Written]:
-    """Fills reserved slots and sums them up. Runs on the copier's thread."""
+    """Fills reserved slots. Runs on the copier's thread."""
     views = [local.map.view(reservation.slot) for _, reservation in todo]
 
     def fill() -> list[Written]:
-        write([index for index, _ in todo], views)
-        sums = [xxhash.xxh3_64_intdigest(view) for view in views]
+        sums = write([index for index, _ in todo], views)
         return [Written(item.slot, item.generation, sum_) for (_, item), sum_ in zip(todo, sums, strict=True)]
 
     return local.copy(fill)

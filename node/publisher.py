@@ -97,8 +97,8 @@ class Publisher:
         # two requests may have filled the same block in the same step
         blocks = list({block.block_hash: block for block in batch}.values())
 
-        def write(indices: Sequence[int], views: Sequence[memoryview]) -> None:
-            self._loop.engine.export_blocks([blocks[index].block_id for index in indices], views)
+        def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
+            return self._loop.engine.export_blocks([blocks[index].block_id for index in indices], views)
 
         await self._store.publish([block.block_hash for block in blocks], write)
 

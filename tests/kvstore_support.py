@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kvstore.blocks import BlockHash, Payload, hash_blocks
+from kvstore.copies import copy_and_sum
 from kvstore.server import StoreConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -99,12 +100,13 @@ def content(block_hash: BlockHash) -> bytes:
     return (block_hash * (SLOT_BYTES // 16 + 1))[:SLOT_BYTES]
 
 
-def writer_of(hashes: Sequence[BlockHash]) -> Callable[[Sequence[int], Sequence[memoryview]], None]:
+def writer_of(hashes: Sequence[BlockHash]) -> Callable[[Sequence[int], Sequence[memoryview]], list[int]]:
     """What `publish` takes, for these hashes."""
 
-    def write(indices: Sequence[int], views: Sequence[memoryview]) -> None:
-        for index, view in zip(indices, views, strict=True):
-            view[:] = content(hashes[index])
+    def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
+        return [
+            copy_and_sum(view, memoryview(content(hashes[index]))) for index, view in zip(indices, views, strict=True)
+        ]
 
     return write
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.attention import ForwardBatch
 from engine.cuda_attention import Backend, table_kernels
 from engine.cuda_graphs import GraphedModel, GraphRecorder, on_device
-from engine.device_batch import BatchShape, pack, unpack
+from engine.device_batch import BatchShape, decode_shapes, pack, unpack
 from engine.kv_cache import KVCache
 from engine.model import Transformer
 from engine.request import SamplingParams
@@ -131,6 +131,32 @@ def test_logits_and_blocks_are_those_without_graphs(
         torch.testing.assert_close(cache.tensor[blocks].cpu(), plain.tensor[blocks], atol=1e-4, rtol=0)
     assert recorder.num_recorded == 3
     assert cache.tensor[cache.spare_block].any() and not plain.tensor[plain.spare_block].any()
+
+
+def test_warm_up_captures_all_that_steps_need_and_touches_no_block(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama", tmp_path)
+    recorder = Recorder(device)
+    monkeypatch.setattr("engine.engine.fastest", lambda model: model)
+    monkeypatch.setattr("engine.engine.on_device", lambda model, cache: GraphedModel(model, cache, "padded", recorder))
+    engine = make_engine(tmp_path, device=device, max_num_requests=5, enable_prefix_caching=False)
+    told: list[tuple[int, int]] = []
+    engine.warm_up(lambda done, total: told.append((done, total)))
+    num_graphs = recorder.num_recorded
+    assert told[-1] == (num_graphs + 1, num_graphs + 1)
+    requests = [make_request(engine, name, prompt, GREEDY) for name, prompt in PROMPTS.items()]
+    drive(engine, requests)
+    assert_all_free(engine)
+    assert recorder.num_recorded == num_graphs
+
+
+def test_buckets_cover_what_an_engine_can_ask_for() -> None:
+    shapes = decode_shapes(max_sequences=5, max_context_len=1000, block_size=16)
+    assert {shape.num_sequences for shape in shapes} == {1, 2, 4, 8}
+    assert {shape.width for shape in shapes} == {16, 32, 64}
+    assert {shape.num_sequences for shape in decode_shapes(4, 16, 16)} == {1, 2, 4}
+    assert max(shape.num_sequences for shape in decode_shapes(1000, 16, 16)) == 256
 
 
 def test_logits_of_the_wanted_rows_alone(pair: Pair, device: str) -> None:

@@ -13,7 +13,7 @@ OURS = {"engine", "kvstore", "node", "prefill_node", "decode_node", "router", "d
 
 # package -> (our modules it may import, outside packages that it may not)
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "engine": ({"engine", "kvstore.blocks"}, {"ray", "grpc", "redis", "zmq", "transformers"}),
+    "engine": ({"engine", "kvstore.blocks", "kvstore.copies"}, {"ray", "grpc", "redis", "zmq", "transformers"}),
     "kvstore": ({"kvstore"}, {"ray", "torch", "grpc", "transformers"}),
     "node": ({"node", "batonpb", "engine", "kvstore"}, {"ray", "redis", "zmq", "transformers"}),
     "prefill_node": ({"prefill_node", "node", "batonpb", "engine", "kvstore"}, {"ray", "redis", "zmq", "transformers"}),

@@ -223,9 +223,10 @@ async def test_store_restarts_during_a_copy_and_somebody_else_sees_it_first(
     client, hashes = make_client(config.dir), chain(0, 2)
     copying, may_end = threading.Event(), threading.Event()
 
-    def write(indices: Sequence[int], views: Sequence[memoryview]) -> None:
+    def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
         copying.set()
         may_end.wait(20)
+        return [0] * len(views)
 
     publishing = asyncio.create_task(client.publish(hashes, write))
     await eventually(copying.is_set)
@@ -547,11 +548,12 @@ async def test_cancelled_publish_ends_after_its_copy_and_leaves_nothing_half_wri
     hashes = chain(0, 4)
     begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def write(indices: Sequence[int], views: Sequence[memoryview]) -> None:
+    def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
         begun.set()
         go_on.wait(20)
-        writer_of(hashes)(indices, views)
+        sums = writer_of(hashes)(indices, views)
         ended.set()
+        return sums
 
     task = asyncio.create_task(client.publish(hashes, write))
     await eventually(begun.is_set)
@@ -569,7 +571,7 @@ async def test_cancelled_publish_ends_after_its_copy_and_leaves_nothing_half_wri
 async def test_write_that_fails_is_raised_and_its_slots_come_back(store: StoreServer, make_client: MakeClient) -> None:
     client = make_client(store.config.dir)
 
-    def write(indices: Sequence[int], views: Sequence[memoryview]) -> None:
+    def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
         raise ZeroDivisionError("the engine is gone")
 
     with pytest.raises(ZeroDivisionError):
@@ -584,11 +586,11 @@ async def test_write_gets_indices_of_what_is_missing(store: StoreServer, make_cl
     await client.publish(hashes[2:4], writer_of(hashes[2:4]))
     seen: list[int] = []
 
-    def write(indices: Sequence[int], views: Sequence[memoryview]) -> None:
+    def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
         assert threading.current_thread() is not threading.main_thread()
         assert all(len(view) == SLOT_BYTES and not view.readonly for view in views)
         seen.extend(indices)
-        writer_of(hashes)(indices, views)
+        return writer_of(hashes)(indices, views)
 
     assert await client.publish(hashes, write) == 4
     assert seen == [0, 1, 4, 5]
@@ -607,9 +609,9 @@ async def test_full_store_is_no_error(store: StoreServer, make_client: MakeClien
     go_on = threading.Event()
     hashes = chain(0, store.record().num_slots)
 
-    def write(indices: Sequence[int], views: Sequence[memoryview]) -> None:
+    def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
         go_on.wait(20)
-        writer_of(hashes)(indices, views)
+        return writer_of(hashes)(indices, views)
 
     task = asyncio.create_task(slow.publish(hashes, write))
     await eventually(lambda: store.arena.num_free == 0)

@@ -16,6 +16,7 @@ from zmq.utils import z85
 
 from kvstore.channel import Channel
 from kvstore.client import KVClient
+from kvstore.copies import copy_and_sum
 from kvstore.curve import Curve, is_loopback, new_wire_key, zap_answer
 from kvstore.directory import Directory
 from kvstore.errors import ArenaUnavailable
@@ -112,9 +113,8 @@ async def test_frames_of_the_greatest_size_pass_encrypted(redis_url: str, short_
     reader = KVClient(directory, slot_bytes, None, wire_key=KEY)
     data = [bytes([index]) * slot_bytes for index in range(3)]
 
-    def write(indices: list[int], views: list[memoryview]) -> None:
-        for index, view in zip(indices, views, strict=True):
-            view[:] = data[index]
+    def write(indices: list[int], views: list[memoryview]) -> list[int]:
+        return [copy_and_sum(view, memoryview(data[index])) for index, view in zip(indices, views, strict=True)]
 
     assert await writer.publish(HASHES[:3], write) == 3
     assert take(await reader.fetch(await reader.match(HASHES[:3]))) == data

@@ -114,7 +114,7 @@ async def test_what_was_used_once_is_not_written(config: StoreConfig, directory:
         await here.publish(OURS)
         assert len(await read(here.far)) == len(OURS), "the hand-off is no second use"
         await here.crowd_out()
-        assert await here.tiers() == [] and here.store._inventory() == here.store.arena.blocks()
+        assert await here.tiers() == [] and here.store._service.inventory() == here.store.arena.blocks()
 
 
 async def test_blocks_survive_a_restart(config: StoreConfig, directory: Directory) -> None:
@@ -188,7 +188,7 @@ async def test_the_disk_keeps_to_its_bound(config: StoreConfig, directory: Direc
         await eventually(lambda: not disk._tasks)
         assert len(disk._index) == NUM_RECORDS
         disk._index.check_integrity()
-        inventory = dict(here.store._inventory())
+        inventory = dict(here.store._service.inventory())
         assert len(inventory) == NUM_SLOTS + NUM_RECORDS
     assert (tmp_path / "blocks.kv").stat().st_size <= config.disk_bytes
 
@@ -234,6 +234,6 @@ async def test_readers_and_writers_all_at_once(config: StoreConfig, directory: D
 
 async def _is_told(here: Here, hashes: Sequence[BlockHash]) -> bool:
     """Whether the directory says of each block what the store would."""
-    inventory, arena_id = dict(here.store._inventory()), here.store.record().arena_id
+    inventory, arena_id = dict(here.store._service.inventory()), here.store.record().arena_id
     told = [(await here.directory.locate([block_hash])).get(arena_id, [None])[0] for block_hash in hashes]
     return told == [inventory.get(block_hash) for block_hash in hashes]

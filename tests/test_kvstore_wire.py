@@ -196,10 +196,10 @@ async def test_store_lost_in_the_middle_of_a_write(redis_url: str, short_dir: Pa
     begun, may_end = threading.Event(), threading.Event()
     more = chain(100, 4)
 
-    def write(indices: Sequence[int], views: Sequence[memoryview]) -> None:
+    def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
         begun.set()
         may_end.wait(20)
-        writer_of(more)(indices, views)
+        return writer_of(more)(indices, views)
 
     publishing = asyncio.create_task(client.publish(more, write))
     await eventually(begun.is_set)
