@@ -12,10 +12,9 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import xxhash
 import zmq.asyncio
 
 from kvstore.arena import Reservation, Written
@@ -50,18 +49,13 @@ class Match:
 
     def head(self, num_blocks: int) -> Match:
         """Its first `num_blocks`."""
-        return (
-            self
-            if num_blocks >= len(self.hashes)
-            else Match(self.hashes[:num_blocks], self.places[:num_blocks], self.arenas)
-        )
+        return replace(self, hashes=self.hashes[:num_blocks], places=self.places[:num_blocks])
 
 
 class KVClient:
     """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; with None all
     goes over the wire and nothing is published. `timeout_s` bounds each wait for a store, plus what the bytes take.
-    Without a `wire` of the caller's it is ZeroMQ; with a `wire_key` that reads from stores that have the same one,
-    without from those that have none. `close` closes it.
+    Where no `wire` is given it is ZeroMQ, and stores with the same `wire_key` are read, "" being a key like others.
     """
 
     def __init__(  # noqa: PLR0913
@@ -260,8 +254,7 @@ class KVClient:
     ) -> dict[int, Payload]:
         """Blocks of one other arena, by index; the leading run of `indices` that could be had."""
         found: dict[int, Payload] = {}
-        limits = self._wire.capabilities
-        step = max(1, min(limits.max_blocks, limits.max_bytes // self._slot_bytes))
+        step = self._wire.capabilities.num_blocks(self._slot_bytes)
         for start in range(0, len(indices), step):
             part = indices[start : start + step]
             payloads = await self._transfer(record, [match.hashes[index] for index in part], deadline_s)
@@ -273,8 +266,8 @@ class KVClient:
     async def _transfer(self, record: ArenaRecord, hashes: Sequence[BlockHash], deadline_s: float) -> Sequence[Payload]:
         """The leading run of `hashes` that came. An arena that failed is left alone for a while."""
         began_s, outcome = time.monotonic(), Outcome(State.PENDING)
-        timeout_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
-        timeout_s = max(0.0, min(timeout_s, deadline_s - began_s))
+        patience_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
+        timeout_s = max(0.0, min(patience_s, deadline_s - began_s))
         transfer = self.links.begin(record.arena_id, len(hashes))
         ticket = self._wire.submit(record, hashes, timeout_s)
         try:

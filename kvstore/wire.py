@@ -31,6 +31,10 @@ class Capabilities:
     max_bytes: int
     is_encrypted: bool  # nobody on the way can read or change what is sent
 
+    def num_blocks(self, slot_bytes: int) -> int:
+        """Blocks of this size that one transfer may ask for."""
+        return max(1, min(self.max_blocks, self.max_bytes // slot_bytes))
+
 
 @dataclass(frozen=True)
 class Outcome:
