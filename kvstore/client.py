@@ -257,14 +257,14 @@ class KVClient:
         step = self._wire.capabilities.num_blocks(self._slot_bytes)
         for start in range(0, len(indices), step):
             part = indices[start : start + step]
-            payloads = await self._transfer(record, [match.hashes[index] for index in part], deadline_s)
-            found.update(zip(part, payloads, strict=False))
-            if len(payloads) < len(part):
+            outcome = await self._transfer(record, [match.hashes[index] for index in part], deadline_s)
+            found.update(zip(part, outcome.payloads, strict=False))
+            if outcome.state is not State.COMPLETED or len(outcome.payloads) < len(part):
                 break
         return found
 
-    async def _transfer(self, record: ArenaRecord, hashes: Sequence[BlockHash], deadline_s: float) -> Sequence[Payload]:
-        """The leading run of `hashes` that came. An arena that failed is left alone for a while."""
+    async def _transfer(self, record: ArenaRecord, hashes: Sequence[BlockHash], deadline_s: float) -> Outcome:
+        """Brings the leading run of `hashes`. An arena that failed is left alone for a while."""
         began_s, outcome = time.monotonic(), Outcome(State.PENDING)
         patience_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
         timeout_s = max(0.0, min(patience_s, deadline_s - began_s))
@@ -279,7 +279,7 @@ class KVClient:
             reason = outcome.reason or f"no answer within {timeout_s:.1f} s"
             logger.warning("event=fetch_failed arena=%s error=%r", record.arena_id, reason)
             self._avoided[record.arena_id] = time.monotonic() + _AVOID_S
-        return outcome.payloads
+        return outcome
 
     def _begin_trouble(self, name: str, error: Exception) -> None:
         """Logs a trouble when it begins, not each time that it shows."""
