@@ -41,6 +41,7 @@ from kvstore.tiers import DiskTier
 logger = logging.getLogger(__name__)
 
 _REAP_S = 0.5
+_MAX_KEPT_FRAMES = 1 << 16
 _HANDSHAKE_MS = 5_000  # who connects and does not say who he is holds a descriptor for so long
 
 
@@ -79,6 +80,7 @@ class StoreServer:
         self._directory = Directory(config.redis_url, config.cluster)
         self._disk: DiskTier | None = None
         self._readers: Inbox | None = None
+        self._frames: dict[int, zmq.Frame] = {}  # by slot
         self._curve = Curve(config.wire_key) if config.wire_key else None
 
     async def start(self) -> ArenaRecord:
@@ -129,7 +131,7 @@ class StoreServer:
 
     async def _make_service(self, memory: memoryview) -> StoreService:
         config = self.config
-        arena_map = ArenaMap(memory, self._num_slots, config.slot_bytes)
+        arena_map = self._map = ArenaMap(memory, self._num_slots, config.slot_bytes)
         self.arena = Arena(arena_map, POLICIES[config.eviction](self._num_slots))
         self._announcer = Announcer(
             self._directory, lambda: self._service.inventory(), self.record, config.heartbeat_s, config.ttl_s
@@ -184,6 +186,7 @@ class StoreServer:
         if self._readers is not None:
             self._readers.close()
         self._context.destroy(linger=0)
+        self._frames.clear()
         self._folder.leave()
 
     def _open_sockets(self) -> None:
@@ -248,10 +251,19 @@ class StoreServer:
         self._answer(sender, question)
 
     def _answer(self, sender: bytes, question: Get) -> None:
-        answer, payloads = self._service.get(question)
-        self._data.send_multipart([sender, answer.encode(), *payloads], zmq.NOBLOCK, copy=False)
+        answer, slots = self._service.get(question)
+        self._data.send_multipart([sender, answer.encode(), *map(self._frame, slots)], zmq.NOBLOCK, copy=False)
         if self._readers is not None:
             self._readers.wake()
+
+    def _frame(self, slot: int) -> zmq.Frame:
+        """The slot's bytes. Kept, as each frame that is let go of costs a turn of a thread and of Python's lock."""
+        frame = self._frames.get(slot)
+        if frame is None:
+            frame = zmq.Frame(self._map.view(slot), copy=False, copy_threshold=0)
+            if len(self._frames) < _MAX_KEPT_FRAMES:
+                self._frames[slot] = frame
+        return frame
 
     async def _reap(self) -> None:
         while True:

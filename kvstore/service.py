@@ -58,16 +58,16 @@ class StoreService:
         if self._disk is not None:
             await self._disk.promote(question.hashes)
 
-    def get(self, question: Get) -> tuple[Got, list[memoryview]]:
-        """The blocks as they are. One that is evicted while it is on its way fails the reader's check of the bytes."""
-        infos, payloads = [], []
+    def get(self, question: Get) -> tuple[Got, list[int]]:
+        """What there is, and in which slots. One that is evicted on its way fails the reader's check of the bytes."""
+        infos, slots = [], []
         for block_hash in question.hashes[: part_blocks(self._map.slot_bytes)]:
             slot = self._arena.find(block_hash)
             if slot is None:
                 break  # whoever asks wants a run
             infos.append(BlockInfo(block_hash, self._map.slot_bytes, self._map.header(slot).checksum))
-            payloads.append(self._map.view(slot))
-        return Got(question.request_id, infos), payloads
+            slots.append(slot)
+        return Got(question.request_id, infos), slots
 
     def abandon(self, writer_id: str) -> int:
         """Takes back what a writer that is dead had reserved."""

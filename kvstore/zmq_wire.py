@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import xxhash
@@ -24,28 +22,15 @@ from kvstore.channel import Answer, Channel
 from kvstore.curve import Curve
 from kvstore.errors import ArenaUnavailable, BadFrame
 from kvstore.frames import MAX_BLOCKS, MAX_QUESTIONS, Get, Got, part_blocks
+from kvstore.memory import reuse_freed_memory
 from kvstore.records import ArenaRecord
 from kvstore.wire import Capabilities, Outcome, ReceivedPayload, State, Ticket
 
-logger = logging.getLogger(__name__)
-
 _TRANSFER_BYTES = 32 << 20
 _AHEAD_BYTES = 16 << 20  # more than any network between two machines holds
+_KEPT_BYTES = 64 << 20  # of freed memory: what a node fetches in one go
 _TURNS = 2  # transfers over one connection that ask at a time
 _IDLE_S = 60.0  # a connection that nobody used for so long is closed when the next one is made
-
-
-@dataclass
-class _Connection:
-    channel: Channel
-    used_at_s: float
-    turns: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, _TURNS))
-
-
-@dataclass(frozen=True)
-class _Transfer:
-    task: asyncio.Task[Outcome]
-    payloads: list[Payload]  # grows
 
 
 class ZmqWire:
@@ -53,124 +38,165 @@ class ZmqWire:
 
     def __init__(self, slot_bytes: int, wire_key: str = "") -> None:
         self._slot_bytes = slot_bytes
-        self._part_blocks = part_blocks(slot_bytes)
-        part_bytes = self._part_blocks * slot_bytes
-        self._num_ahead = min(MAX_QUESTIONS // _TURNS, max(2, _AHEAD_BYTES // part_bytes))
         self._curve = Curve(wire_key) if wire_key else None
         self._context = zmq.asyncio.Context()
+        reuse_freed_memory(_KEPT_BYTES)
         self._connections: dict[str, _Connection] = {}  # by arena id
         self._tickets = itertools.count(1)
         self._transfers: dict[Ticket, _Transfer] = {}
-        self._drains: set[asyncio.Task[None]] = set()
 
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(max_blocks=MAX_BLOCKS, max_bytes=_TRANSFER_BYTES, is_encrypted=self._curve is not None)
 
     def submit(self, record: ArenaRecord, hashes: Sequence[BlockHash], timeout_s: float) -> Ticket:
-        ticket, payloads = Ticket(next(self._tickets)), list[Payload]()
-        task = asyncio.create_task(self._transfer(record, hashes, timeout_s, payloads))
-        self._transfers[ticket] = _Transfer(task, payloads)
+        ticket, transfer = Ticket(next(self._tickets)), _Transfer(hashes, self._slot_bytes)
+        self._transfers[ticket] = transfer
+        try:
+            if timeout_s <= 0.0:
+                raise ArenaUnavailable("no time was left")
+            transfer.begin(self._connection(record), timeout_s)
+        except ArenaUnavailable as error:
+            transfer.finish(State.FAILED, str(error))
         return ticket
 
     async def poll(self, ticket: Ticket, wait_s: float) -> Outcome:
-        transfer = self._transfers.get(ticket)
-        if transfer is None:
-            return Outcome(State.FAILED, reason="cancelled")
-        await asyncio.wait([transfer.task], timeout=wait_s)
-        if transfer.task.cancelled():
-            return Outcome(State.FAILED, reason="cancelled")
-        return transfer.task.result() if transfer.task.done() else Outcome(State.PENDING, list(transfer.payloads))
+        transfer = self._transfers[ticket]
+        if not transfer.outcome.done():
+            await asyncio.wait([transfer.outcome], timeout=wait_s)
+        return transfer.outcome.result() if transfer.outcome.done() else transfer.so_far(State.PENDING)
 
     def cancel(self, ticket: Ticket) -> None:
-        transfer = self._transfers.pop(ticket, None)
-        if transfer is not None:
-            transfer.task.cancel()
+        self._transfers.pop(ticket).finish(State.FAILED, "cancelled")
 
     async def close(self) -> None:
         for connection in self._connections.values():
-            connection.channel.close()
+            connection.close()
         self._connections.clear()
-        tasks = [*(transfer.task for transfer in self._transfers.values()), *self._drains]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # so that those who wait are told
         self._context.destroy(linger=0)
-
-    async def _transfer(
-        self, record: ArenaRecord, hashes: Sequence[BlockHash], timeout_s: float, payloads: list[Payload]
-    ) -> Outcome:
-        deadline_s = time.monotonic() + timeout_s
-        try:
-            if timeout_s <= 0.0:
-                raise TimeoutError
-            connection = self._connection(record)
-            async with asyncio.timeout(timeout_s):
-                await connection.turns.acquire()
-            await self._bring(connection, hashes, deadline_s, payloads)
-        except TimeoutError:
-            return Outcome(State.FAILED, payloads, f"no answer within {timeout_s:.1f} s")
-        except (ArenaUnavailable, BadFrame) as error:
-            return Outcome(State.FAILED, payloads, str(error))
-        return Outcome(State.COMPLETED, payloads)
-
-    async def _bring(
-        self, connection: _Connection, hashes: Sequence[BlockHash], deadline_s: float, payloads: list[Payload]
-    ) -> None:
-        """Appends the leading run of `hashes` to `payloads`. It has a turn, and gives it back."""
-        channel = connection.channel
-        asked: deque[tuple[Sequence[BlockHash], asyncio.Future[Answer]]] = deque()
-        todo = deque(hashes[at : at + self._part_blocks] for at in range(0, len(hashes), self._part_blocks))
-        try:
-            async with asyncio.timeout(deadline_s - time.monotonic()):
-                while todo or asked:
-                    while todo and len(asked) < self._num_ahead:
-                        part = todo.popleft()
-                        asked.append((part, channel.ask(partial(Get, hashes=part), max_payloads=len(part))))
-                    part, waiting = asked[0]
-                    answer = await asyncio.shield(waiting)  # cancelled, it is still on its way
-                    asked.popleft()
-                    checked = check_blocks(answer, part, self._slot_bytes)
-                    payloads += checked
-                    if len(checked) < len(part):
-                        break
-        except (TimeoutError, ArenaUnavailable, BadFrame):
-            channel.close()
-            raise
-        finally:
-            self._give_back(connection, [waiting for _, waiting in asked if not waiting.done()], deadline_s)
-
-    def _give_back(self, connection: _Connection, late: list[asyncio.Future[Answer]], deadline_s: float) -> None:
-        """Ends a turn, once nothing of it is on its way any more."""
-        if not late or connection.channel.is_broken:
-            connection.turns.release()
-            return
-        task = asyncio.create_task(_drain(connection, late, deadline_s - time.monotonic()))
-        self._drains.add(task)
-        task.add_done_callback(self._drains.discard)
 
     def _connection(self, record: ArenaRecord) -> _Connection:
         now = time.monotonic()
         connection = self._connections.get(record.arena_id)
         if connection is None or connection.channel.is_broken:
             if connection is not None:
-                connection.channel.close()
+                connection.close()
             for arena_id in [name for name, other in self._connections.items() if other.used_at_s < now - _IDLE_S]:
-                self._connections.pop(arena_id).channel.close()
+                self._connections.pop(arena_id).close()
             channel = Channel(self._context, record.address, self._slot_bytes, self._curve)
-            connection = self._connections[record.arena_id] = _Connection(channel, now)
+            connection = self._connections[record.arena_id] = _Connection(channel)
         connection.used_at_s = now
         return connection
 
 
-async def _drain(connection: _Connection, late: Sequence[asyncio.Future[Answer]], timeout_s: float) -> None:
-    """Drops answers that nobody waits for any more; a store that does not send them is given up like any other."""
-    try:
-        _, missing = await asyncio.wait(late, timeout=timeout_s)
-        if missing:
+class _Connection:
+    """To one store. A transfer enters, has its turn, and leaves when nothing of it is on its way any more."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.used_at_s = 0.0
+        self.asking: list[_Transfer] = []
+        self.queue: deque[_Transfer] = deque()
+        self._is_choosing = False
+
+    def enter(self, transfer: _Transfer) -> None:
+        self.queue.append(transfer)
+        self._next()
+
+    def leave(self, transfer: _Transfer) -> None:
+        (self.asking if transfer in self.asking else self.queue).remove(transfer)
+        self._next()
+
+    def close(self) -> None:
+        self.channel.close()
+        for transfer in list(self.queue):
+            transfer.finish(State.FAILED, "the connection was given up")
+
+    def _next(self) -> None:
+        """Who fails at once leaves at once: then the loop that is running goes on, however many wait."""
+        if self._is_choosing:
+            return
+        self._is_choosing = True
+        while self.queue and len(self.asking) < _TURNS:
+            transfer = self.queue.popleft()
+            self.asking.append(transfer)
+            transfer.advance()
+        self._is_choosing = False
+
+
+class _Transfer:
+    """One transfer. It has an outcome as soon as there is one, and a connection as long as anything is on its way."""
+
+    def __init__(self, hashes: Sequence[BlockHash], slot_bytes: int) -> None:
+        step = part_blocks(slot_bytes)
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._slot_bytes = slot_bytes
+        self._num_ahead = min(MAX_QUESTIONS // _TURNS, max(2, _AHEAD_BYTES // (step * slot_bytes)))
+        self._todo = deque(hashes[at : at + step] for at in range(0, len(hashes), step))
+        self._asked: deque[tuple[Sequence[BlockHash], asyncio.Future[Answer]]] = deque()
+        self._payloads: list[Payload] = []
+        self._connection: _Connection | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, connection: _Connection, timeout_s: float) -> None:
+        self._connection = connection
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
+        connection.enter(self)
+
+    def so_far(self, state: State, reason: str = "") -> Outcome:
+        return Outcome(state, list(self._payloads), reason)
+
+    def finish(self, state: State, reason: str = "") -> None:
+        """Asks for nothing more. What was asked for still comes, and is dropped."""
+        self._todo.clear()
+        if not self.outcome.done():
+            self.outcome.set_result(self.so_far(state, reason))
+        self._leave_if_idle()
+
+    def advance(self) -> None:
+        """Takes the answers that are there, in order, and asks ahead."""
+        connection = self._connection
+        if connection is None:
+            return
+        try:
+            while self._asked and self._asked[0][1].done():
+                self._take(*self._asked.popleft())
+            # Many questions at a time, half of what may be under way: each time wakes four threads.
+            num_ahead = self._num_ahead if len(self._asked) <= self._num_ahead // 2 else 0
+            while self._todo and len(self._asked) < num_ahead:
+                part = self._todo.popleft()
+                answer = connection.channel.ask(partial(Get, hashes=part), max_payloads=len(part))
+                answer.add_done_callback(lambda _: self.advance())
+                self._asked.append((part, answer))
+        except (ArenaUnavailable, BadFrame) as error:
             connection.channel.close()
-    finally:
-        connection.turns.release()
+            self.finish(State.FAILED, str(error))
+        if not self._todo and not self._asked:
+            self.finish(State.COMPLETED)
+
+    def _take(self, part: Sequence[BlockHash], answer: asyncio.Future[Answer]) -> None:
+        if self.outcome.done():
+            return
+        payloads = check_blocks(answer.result(), part, self._slot_bytes)
+        self._payloads += payloads
+        if len(payloads) < len(part):
+            self.finish(State.COMPLETED)
+
+    def _expire(self, timeout_s: float) -> None:
+        """A store that owes an answer by now is given up; one that was busy with other transfers is not."""
+        is_owed = bool(self._asked)
+        self.finish(State.FAILED, f"no answer within {timeout_s:.1f} s")
+        if is_owed and self._connection is not None:
+            self._connection.channel.close()
+
+    def _leave_if_idle(self) -> None:
+        if self._connection is None or self._asked:
+            return
+        connection, self._connection = self._connection, None
+        if self._timer is not None:
+            self._timer.cancel()
+        connection.leave(self)
 
 
 def check_blocks(answer: Answer, hashes: Sequence[BlockHash], slot_bytes: int) -> list[Payload]:

@@ -100,8 +100,8 @@ async def zeromq(
     setup = Setup(reader, wire, record, store)
     yield setup
     assert setup.in_flight_bytes == 0 and not inner._transfers
-    await eventually(lambda: not inner._drains)
-    assert all(connection.channel.num_waiting == 0 for connection in inner._connections.values())
+    for connection in inner._connections.values():
+        await eventually(lambda c=connection: not c.asking and not c.queue and not c.channel.num_waiting)
     await reader.close()
     await store.stop()
 

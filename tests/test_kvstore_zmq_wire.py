@@ -85,6 +85,10 @@ def num_waiting(wire: ZmqWire) -> int:
     return sum(connection.channel.num_waiting for connection in wire._connections.values())
 
 
+def is_idle(wire: ZmqWire) -> bool:
+    return not any(connection.asking or connection.queue for connection in wire._connections.values())
+
+
 async def end(wire: ZmqWire, record: ArenaRecord, timeout_s: float = 20.0) -> Outcome:
     """Brings HASHES; what came is right."""
     ticket = wire.submit(record, HASHES, timeout_s)
@@ -110,11 +114,11 @@ async def test_a_transfer_is_asked_for_in_parts(wire: ZmqWire, store: ScriptedSt
     wire.cancel(ticket)
 
 
-@pytest.mark.parametrize(("slot_bytes", "num_questions"), [(1 << 20, MAX_QUESTIONS), (24 << 20, 4)])
+@pytest.mark.parametrize(("slot_bytes", "num_questions"), [(4096, MAX_QUESTIONS), (1 << 20, 16), (24 << 20, 4)])
 async def test_what_is_under_way_is_bounded(store: ScriptedStore, slot_bytes: int, num_questions: int) -> None:
     """Whatever is submitted, a store has so many questions of one reader at a time: fewer where blocks are large."""
-    wire = ZmqWire(slot_bytes)
-    tickets = [wire.submit(store.record, chain(100 * n, 40), 20.0) for n in range(4)]
+    wire, hashes = ZmqWire(slot_bytes), chain(0, 16 * part_blocks(slot_bytes))
+    tickets = [wire.submit(store.record, hashes, 20.0) for _ in range(4)]
     await eventually(lambda: len(store.questions) == num_questions)
     await asyncio.sleep(0.1)
     assert len(store.questions) == num_questions == num_waiting(wire)
@@ -134,7 +138,7 @@ async def test_late_answers_of_a_cancelled_transfer_are_waited_for_and_dropped(
     await asyncio.sleep(0.05)
     assert num_waiting(wire) == 8
     await store.answer_next(8)
-    await eventually(lambda: num_waiting(wire) == 0 and not wire._drains)
+    await eventually(lambda: num_waiting(wire) == 0 and is_idle(wire))
     (connection,) = wire._connections.values()
     store.answer = good
     outcome = await end(wire, store.record)
@@ -177,6 +181,16 @@ async def test_transfers_beside_each_other(wire: ZmqWire, store: ScriptedStore) 
     outcomes = await asyncio.gather(*(end(wire, store.record) for _ in range(12)))
     assert all(len(outcome.payloads) == NUM_BLOCKS for outcome in outcomes)
     assert len(wire._connections) == 1
+
+
+async def test_many_that_wait_for_a_store_that_dies_fail_at_once(wire: ZmqWire, store: ScriptedStore) -> None:
+    tickets = [wire.submit(store.record, HASHES, 100.0) for _ in range(2000)]
+    await eventually(lambda: store.questions)
+    store.close()
+    for ticket in tickets:
+        assert (await wire.poll(ticket, 20.0)).state is State.FAILED
+        wire.cancel(ticket)
+    assert is_idle(wire)
 
 
 async def test_close_ends_what_is_under_way(store: ScriptedStore) -> None:
@@ -287,7 +301,7 @@ async def test_damaged_answers_are_misses(wire: ZmqWire, store: ScriptedStore) -
     assert {outcome.state for outcome in outcomes} == {State.COMPLETED, State.FAILED}
     store.answer = good
     assert len((await end(wire, store.record)).payloads) == NUM_BLOCKS
-    assert num_waiting(wire) == 0 and not wire._transfers
+    assert num_waiting(wire) == 0 and is_idle(wire) and not wire._transfers
 
 
 # --- the store's side ---
@@ -326,4 +340,4 @@ async def test_a_store_queues_little_for_a_reader_that_does_not_read(redis_url: 
 
 def test_parts_are_bounded_in_frames_and_in_bytes() -> None:
     assert part_blocks(1) == 256 and part_blocks(1 << 30) == 1
-    assert all(part_blocks(size) * size <= 1 << 20 for size in (64, 4096, 100_000, 1 << 20))
+    assert all(part_blocks(size) * size <= 2 << 20 for size in (64, 4096, 100_000, 1 << 20))
