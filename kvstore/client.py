@@ -144,7 +144,7 @@ class KVClient:
                 break  # the run ends here, whatever others hold of the rest
             found[index] = payload
         runs = [self._fetch_from(match.arenas[name], match, indices, deadline_s) for name, indices in remote.items()]
-        for got in await asyncio.gather(*runs):
+        for got in await asyncio.gather(*runs) if len(runs) > 1 else [await run for run in runs]:
             found.update(got)
         payloads: list[Payload] = []
         while len(payloads) in found:
