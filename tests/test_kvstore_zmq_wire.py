@@ -43,6 +43,7 @@ class ScriptedStore:
         self.context = zmq.asyncio.Context()
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.SNDHWM, 0)
+        self.socket.setsockopt(zmq.LINGER, 0)  # from the start: what is queued for a peer that went away is kept else
         self.record = record_of(f"tcp://127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}")
         self.questions: list[tuple[bytes, Get]] = []
         self.answer: Callable[[Get], list[bytes]] | None = None
