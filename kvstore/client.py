@@ -20,10 +20,11 @@ import zmq.asyncio
 from kvstore.arena import Reservation, Written
 from kvstore.blocks import BlockHash, Payload
 from kvstore.directory import ON_DISK, ArenaRecord, Cover, Directory
-from kvstore.errors import ArenaFull, ArenaUnavailable, DirectoryUnavailable
+from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS
-from kvstore.links import Links
+from kvstore.links import Links, link_of
 from kvstore.local import LocalArena, StorePaths, to_end
+from kvstore.quotas import SHARED, Owner
 from kvstore.wire import Outcome, State, Wire
 from kvstore.zmq_wire import ZmqWire
 
@@ -131,19 +132,19 @@ class KVClient:
         """
         deadline_s = time.monotonic() + limit_s
         found: dict[int, Payload] = {}
-        remote: dict[str, list[int]] = {}
+        remote: dict[tuple[str, bool], list[int]] = {}  # what lies in memory does not wait for the disk behind it
         local = self._mapped()
         for index, (arena_id, slot) in enumerate(match.places):
             if local is None or arena_id != local.arena_id or slot == ON_DISK:
                 if arena_id not in match.arenas:
                     break  # this machine's arena, given up meanwhile
-                remote.setdefault(arena_id, []).append(index)
+                remote.setdefault((arena_id, slot == ON_DISK), []).append(index)
                 continue
             payload = local.map.read(slot, match.hashes[index], time.monotonic_ns())
             if payload is None:
                 break  # the run ends here, whatever others hold of the rest
             found[index] = payload
-        runs = [self._fetch_from(match.arenas[name], match, indices, deadline_s) for name, indices in remote.items()]
+        runs = [self._fetch_from(match.arenas[name], match, part, deadline_s) for (name, _), part in remote.items()]
         for got in await asyncio.gather(*runs) if len(runs) > 1 else [await run for run in runs]:
             found.update(got)
         payloads: list[Payload] = []
@@ -151,15 +152,15 @@ class KVClient:
             payloads.append(found[len(payloads)])
         return payloads
 
-    async def publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
-        """Stores blocks; returns how many were committed (those already present do not count).
+    async def publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner = SHARED) -> int:
+        """Stores blocks, within their owner's quota; returns how many were committed (those present do not count).
 
         `write(indices, views)` is called on a thread with the indices into `hashes` of the blocks to write and as
         many writable views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. `publish` does not end
         before `write` has, not even when cancelled, so what `write` reads may be freed afterwards. Only errors of
         `write` itself are raised.
         """
-        task = asyncio.create_task(self._publish(hashes, write))
+        task = asyncio.create_task(self._publish(hashes, write, owner))
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
         await to_end(task)
@@ -176,7 +177,7 @@ class KVClient:
         self._troubles.discard("directory")
         return cover
 
-    async def _publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
+    async def _publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner) -> int:
         num_committed = 0
         for start in range(0, len(hashes), MAX_BLOCKS):
             if self._local is not None and self._local.is_broken:
@@ -185,10 +186,13 @@ class KVClient:
             if local is None or time.monotonic() < self._publish_after_s:
                 break
             try:
-                num_committed += await self._publish_part(local, hashes[start : start + MAX_BLOCKS], start, write)
+                part = hashes[start : start + MAX_BLOCKS]
+                num_committed += await self._publish_part(local, part, start, write, owner)
                 self._troubles.discard("publish")
             except ArenaFull as error:
                 self._begin_trouble("publish", error)
+                if isinstance(error, ArenaDraining):  # `can_publish` says so meanwhile, and nobody waits for blocks
+                    self._publish_after_s = time.monotonic() + self._timeout_s
                 break
             except ArenaUnavailable as error:
                 self._begin_trouble("publish", error)
@@ -196,11 +200,13 @@ class KVClient:
                 break
         return num_committed
 
-    async def _publish_part(self, local: LocalArena, hashes: Sequence[BlockHash], start: int, write: Write) -> int:
+    async def _publish_part(
+        self, local: LocalArena, hashes: Sequence[BlockHash], start: int, write: Write, owner: Owner
+    ) -> int:
         """Reserve, copy, commit. A failure in between retires `local`: its slots go back once no copy is under way."""
         is_whole = False
         try:
-            reservations = await local.reserve(hashes)
+            reservations = await local.reserve(hashes, owner)
             todo = [(start + i, item) for i, item in enumerate(reservations) if item is not None]
             num_committed = 0
             if todo:
@@ -252,23 +258,26 @@ class KVClient:
     async def _fetch_from(
         self, record: ArenaRecord, match: Match, indices: Sequence[int], deadline_s: float
     ) -> dict[int, Payload]:
-        """Blocks of one other arena, by index; the leading run of `indices` that could be had."""
+        """Blocks that come over one link, by index; the leading run of `indices` that could be had."""
         found: dict[int, Payload] = {}
         step = self._wire.capabilities.num_blocks(self._slot_bytes)
         for start in range(0, len(indices), step):
             part = indices[start : start + step]
-            outcome = await self._transfer(record, [match.hashes[index] for index in part], deadline_s)
+            hashes = [match.hashes[index] for index in part]
+            outcome = await self._transfer(record, link_of(match.places[part[0]]), hashes, deadline_s)
             found.update(zip(part, outcome.payloads, strict=False))
             if outcome.state is not State.COMPLETED or len(outcome.payloads) < len(part):
                 break
         return found
 
-    async def _transfer(self, record: ArenaRecord, hashes: Sequence[BlockHash], deadline_s: float) -> Outcome:
+    async def _transfer(
+        self, record: ArenaRecord, link: str, hashes: Sequence[BlockHash], deadline_s: float
+    ) -> Outcome:
         """Brings the leading run of `hashes`. An arena that failed is left alone for a while."""
         began_s, outcome = time.monotonic(), Outcome(State.PENDING)
         patience_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
         timeout_s = max(0.0, min(patience_s, deadline_s - began_s))
-        transfer = self.links.begin(record.arena_id, len(hashes))
+        transfer = self.links.begin(link, len(hashes))
         ticket = self._wire.submit(record, hashes, timeout_s)
         try:
             outcome = await self._wire.poll(ticket, timeout_s)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from router.hits import NO_HIT, Hit, longest
+
 SHORTLIST = 4  # nodes of each role that are tried in pairs
 
 
@@ -25,6 +27,7 @@ class Rates:
     step_slope: float = 0.08  # how much longer a step takes with each further request
     memory_bytes_per_s: float = 4e9  # from an arena of the same machine
     wire_bytes_per_s: float = 1e9  # from another machine's
+    disk_bytes_per_s: float = 1e9  # from an arena's disk into the arena, before either
     request_s: float = 0.002  # what each request ahead costs besides its tokens
     handoff_s: float = 0.01  # what a second leg costs besides its bytes: calls, publishing, the tail's recomputation
     no_room_s: float = 1.0  # waiting until a full node has room for a prefill
@@ -65,11 +68,11 @@ class NodeView:
 
 @dataclass(frozen=True)
 class RequestView:
-    """What the choice depends on. `hit_blocks`: arena id -> length of the leading run of blocks that it holds."""
+    """What the choice depends on. `hits`: arena id -> the leading run of blocks that it holds."""
 
     num_tokens: int  # the prompt, and what was put out before a failover
     max_new_tokens: int
-    hit_blocks: Mapping[str, int] = field(default_factory=dict)
+    hits: Mapping[str, Hit] = field(default_factory=dict)
     failed: frozenset[str] = frozenset()  # node ids that broke this request off: as good as dead
     no_prefill: frozenset[str] = frozenset()  # node ids that refused a leg for want of room: alive
     no_decode: frozenset[str] = frozenset()
@@ -192,14 +195,15 @@ def with_typical_speeds(nodes: Sequence[NodeView]) -> list[NodeView]:
 
 def prefill_terms(request: RequestView, node: NodeView, rates: Rates) -> PrefillTerms:
     """What a first leg on `node` would take."""
-    speed = node.prefill_tokens_per_s or rates.prefill_tokens_per_s
-    compute_s = uncached_tokens(request, node) / speed
+    speed = _prefill_speed(node, rates)
+    hits = hits_worth_it(request, node, rates)
+    compute_s = uncached_tokens(request, node, rates) / speed
     # Where requests run that are not first legs themselves, each of them waits for this one's chunks.
     is_shared = node.role != "prefill" and node.num_requests > 0
     return PrefillTerms(
         queue_s=node.queued_prefill_tokens / speed + node.num_requests * rates.request_s,
         room_s=rates.no_room_s if node.total_blocks and node.free_blocks < blocks_needed(request, node) else 0.0,
-        fetch_s=_fetch_s(node, request.hit_blocks, _best_run(request), rates),
+        fetch_s=_fetch_s(node, hits, longest(hits).num_blocks, rates),
         compute_s=compute_s,
         stall_s=compute_s if is_shared else 0.0,
     )
@@ -222,16 +226,26 @@ def handoff_s(request: RequestView, source: NodeView, target: NodeView, prefill:
     Blocks travel while the prompt is still being computed, so only what takes longer than that counts.
     """
     if not source.arena_id:  # it publishes nothing: the target computes all that no arena holds
-        speed = target.prefill_tokens_per_s or rates.prefill_tokens_per_s
-        return rates.handoff_s + uncached_tokens(request, target) / speed
+        return rates.handoff_s + uncached_tokens(request, target, rates) / _prefill_speed(target, rates)
     num_blocks = request.num_tokens // source.block_size
-    there = {**request.hit_blocks, source.arena_id: num_blocks}
+    there = {**hits_worth_it(request, target, rates), source.arena_id: Hit(num_blocks)}
     return rates.handoff_s + max(0.0, _fetch_s(target, there, num_blocks, rates) - prefill.compute_s)
 
 
-def uncached_tokens(request: RequestView, node: NodeView) -> int:
-    """How many tokens no arena holds. At least one is always computed."""
-    return max(1, request.num_tokens - _best_run(request) * node.block_size)
+def hits_worth_it(request: RequestView, node: NodeView, rates: Rates) -> Mapping[str, Hit]:
+    """The runs as far as `node` fetches them: up to a disk from which a block takes longer than computing it."""
+    if not any(hit.num_disk_blocks for hit in request.hits.values()):
+        return request.hits
+    block_s = node.block_size / _prefill_speed(node, rates)
+    return {
+        arena_id: hit if _fetch_s(node, {arena_id: Hit(1, 1)}, 1, rates) <= block_s else hit.in_memory()
+        for arena_id, hit in request.hits.items()
+    }
+
+
+def uncached_tokens(request: RequestView, node: NodeView, rates: Rates) -> int:
+    """How many tokens `node` computes: those that no arena holds within its reach. At least one always is."""
+    return max(1, request.num_tokens - longest(hits_worth_it(request, node, rates)).num_blocks * node.block_size)
 
 
 def blocks_needed(request: RequestView, node: NodeView) -> int:
@@ -251,15 +265,20 @@ def _speed(node: NodeView, nodes: Sequence[NodeView], speed: Callable[[NodeView]
     return 0.0
 
 
-def _best_run(request: RequestView) -> int:
-    return max(request.hit_blocks.values(), default=0)
+def _prefill_speed(node: NodeView, rates: Rates) -> float:
+    return node.prefill_tokens_per_s or rates.prefill_tokens_per_s
 
 
-def _fetch_s(node: NodeView, hit_blocks: Mapping[str, int], num_blocks: int, rates: Rates) -> float:
-    """Seconds until `node` has `num_blocks` blocks: from its machine's arena what that holds, the rest by wire."""
-    near = min(num_blocks, hit_blocks.get(node.arena_id, 0)) if node.arena_id else 0
-    near_s = near * node.block_bytes / rates.memory_bytes_per_s
-    return near_s + (num_blocks - near) * node.block_bytes / rates.wire_bytes_per_s
+def _fetch_s(node: NodeView, hits: Mapping[str, Hit], num_blocks: int, rates: Rates) -> float:
+    """Seconds until `node` has `num_blocks` blocks: from its machine's arena what that holds, the rest by wire.
+
+    What lies on disk, here or there, is read before it comes.
+    """
+    here = hits.get(node.arena_id, NO_HIT) if node.arena_id else NO_HIT
+    near = min(num_blocks, here.num_blocks)
+    on_disk = here.num_on_disk(0, near) + longest(hits).num_on_disk(near, num_blocks)
+    near_s, far_s = near / rates.memory_bytes_per_s, (num_blocks - near) / rates.wire_bytes_per_s
+    return node.block_bytes * (near_s + far_s + on_disk / rates.disk_bytes_per_s)
 
 
 def _that_fit(request: RequestView, nodes: list[NodeView]) -> list[NodeView]:
@@ -274,7 +293,8 @@ def _of_role(role: str, nodes: list[NodeView]) -> list[NodeView]:
 
 def _decode_rank(request: RequestView, node: NodeView, rates: Rates) -> float:
     num_blocks = request.num_tokens // node.block_size
-    return decode_terms(request, node, rates).cost_s + _fetch_s(node, request.hit_blocks, num_blocks, rates)
+    hits = hits_worth_it(request, node, rates)
+    return decode_terms(request, node, rates).cost_s + _fetch_s(node, hits, num_blocks, rates)
 
 
 def _shortlist(nodes: Iterable[NodeView], key: Callable[[NodeView], float], rng: random.Random) -> list[NodeView]:
@@ -293,6 +313,6 @@ def _choice(
         prefill=prefill,
         decode=decode_terms(request, decoder, rates),
         handoff_s=0.0 if is_skip else handoff_s(request, prefiller, decoder, prefill, rates),
-        prefill_tokens=uncached_tokens(request, prefiller),
+        prefill_tokens=uncached_tokens(request, prefiller, rates),
         blocks=blocks_needed(request, prefiller),
     )

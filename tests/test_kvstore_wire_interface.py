@@ -57,7 +57,7 @@ class Setup:
 
     @property
     def in_flight_bytes(self) -> int:
-        return self.reader.links.stretches([self.record.arena_id])[0].in_flight_bytes
+        return self.reader.links.stretches([(self.record.arena_id, 0)])[0].in_flight_bytes
 
 
 def reader_over(directory: Directory, wire: Wire, timeout_s: float = 0.5) -> tuple[KVClient, FaultyWire]:
@@ -184,7 +184,7 @@ async def test_a_fetch_over_two_arenas_ends_with_the_first_gap(setup: Setup) -> 
     both = Match(match.hashes, places, {**match.arenas, other.arena_id: other})
     assert len(await setup.reader.fetch(both, 5.0)) == 2
     assert set(setup.reader._avoided) == {other.arena_id}
-    assert setup.reader.links.stretches([other.arena_id])[0].in_flight_bytes == 0
+    assert setup.reader.links.stretches([(other.arena_id, 0)])[0].in_flight_bytes == 0
 
 
 async def test_an_arena_that_failed_is_not_found_for_a_while(memory: Setup, directory: Directory) -> None:
