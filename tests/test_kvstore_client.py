@@ -21,11 +21,12 @@ from kvstore_support import SLOT_BYTES, Process, chain, content, start_store, st
 from kvstore.arena_map import MappedPayload
 from kvstore.blocks import BlockHash
 from kvstore.channel import Channel
-from kvstore.client import KVClient, Match, ReceivedPayload
+from kvstore.client import KVClient, Match
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import ArenaUnavailable
 from kvstore.frames import BlockInfo, Get, Got, decode
 from kvstore.server import StoreConfig, StoreServer
+from kvstore.wire import ReceivedPayload
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ async def test_arena_given_up_between_match_and_fetch_is_a_miss(store: StoreServ
 async def test_many_requests_make_one_run(
     store: StoreServer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.client._REQUEST_BYTES", 3 * SLOT_BYTES)
+    monkeypatch.setattr("kvstore.zmq_wire._TRANSFER_BYTES", 3 * SLOT_BYTES)
     hashes = chain(0, 11)
     await make_client(store.config.dir).publish(hashes, writer_of(hashes))
     assert await read(make_client(None), hashes) == 11
