@@ -1,7 +1,7 @@
 """What handing a prompt over costs: prefill with publishing on and off, and the gap between first and second token.
 
 Repeat it with `python -m benchmarks.handoff` from the repository's root (`--quick` for a look). A random-weights model
-in SmolLM-135M's shape, float32; two prefill nodes that take turns on one core, one that publishes and one without a
+in SmolLM-135M's shape, bfloat16; two prefill nodes that take turns on one core, one that publishes and one without a
 store; a decode node on another core; a store. All are processes of their own on this machine. The client makes the
 calls that a router makes: Admit, Prefill, Start, tokens; one request in flight, each prompt new.
 
@@ -42,7 +42,7 @@ from loadtest.client import Clock
 
 LENGTHS = (1024, 4096, 16384)  # tokens
 OUTPUT_TOKENS = 24
-DTYPE = "float32"
+DTYPE = "bfloat16"
 CHUNK_TOKENS = EngineConfig().max_num_batched_tokens
 START_LIMIT_S = 120.0
 

@@ -1,7 +1,7 @@
 """The store as a node sees it: match, fetch, publish. Every failure is a miss within a bounded time, never an error.
 
-One `KVClient` a process. The arena of its own machine is mapped and read without any call; other arenas are read
-over ZeroMQ, many blocks a request.
+One `KVClient` a process. The arena of its own machine is mapped and read without any call; other arenas are read over
+a wire (`kvstore/wire.py`), many blocks a transfer.
 """
 
 from __future__ import annotations
@@ -12,34 +12,28 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import xxhash
-import zmq.asyncio
 
 from kvstore.arena import Reservation, Written
 from kvstore.blocks import BlockHash, Payload
-from kvstore.channel import Answer, Channel
-from kvstore.curve import Curve
 from kvstore.directory import ON_DISK, ArenaRecord, Cover, Directory
-from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
-from kvstore.frames import MAX_BLOCKS, Get, Got
+from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable, DirectoryUnavailable
+from kvstore.frames import MAX_BLOCKS
 from kvstore.links import Links, link_of
 from kvstore.local import LocalArena, StorePaths, to_end
 from kvstore.quotas import SHARED, Owner
+from kvstore.wire import Outcome, State, Wire
+from kvstore.zmq_wire import ZmqWire
 
 logger = logging.getLogger(__name__)
 
 Write = Callable[[Sequence[int], Sequence[memoryview]], Sequence[int]]
 
-_REQUEST_BYTES = 32 << 20  # of one answer: what a reader has to hold at a time beyond what it keeps
 _NUM_COPIERS = 2  # a single thread does not use up what memory can do
 _SHARED_BYTES = 4 << 20  # a batch of so much is worth waking both
 _MIN_BYTES_PER_S = 100e6  # a slower transfer counts as broken
 _AVOID_S = 5.0  # a store that did not answer is left alone for so long
-_IDLE_S = 60.0  # a connection that nobody used for so long is closed when the next one is made
 
 
 @dataclass(frozen=True)
@@ -56,58 +50,35 @@ class Match:
 
     def head(self, num_blocks: int) -> Match:
         """Its first `num_blocks`."""
-        return (
-            self
-            if num_blocks >= len(self.hashes)
-            else Match(self.hashes[:num_blocks], self.places[:num_blocks], self.arenas)
-        )
-
-
-@dataclass(frozen=True)
-class ReceivedPayload:
-    """A block that came over the wire, checked, in memory of its own."""
-
-    view: memoryview
-
-    def is_valid(self) -> bool:
-        return True
-
-
-@dataclass
-class _Remote:
-    """The connection to another machine's store."""
-
-    channel: Channel
-    used_at_s: float
+        return replace(self, hashes=self.hashes[:num_blocks], places=self.places[:num_blocks])
 
 
 class KVClient:
     """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; with None all
     goes over the wire and nothing is published. `timeout_s` bounds each wait for a store, plus what the bytes take.
-    With a `wire_key` it reads from stores that have the same one, without from those that have none.
+    Where no `wire` is given it is ZeroMQ, and stores with the same `wire_key` are read, "" being a key like others.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         directory: Directory,
         slot_bytes: int,
         local_dir: Path | None,
         timeout_s: float = 2.0,
         wire_key: str = "",
+        wire: Wire | None = None,
     ) -> None:
         self._directory = directory
         self._slot_bytes = slot_bytes
         self._paths = None if local_dir is None else StorePaths(local_dir)
         self._timeout_s = timeout_s
-        self._curve = Curve(wire_key) if wire_key else None
+        self._wire = wire or ZmqWire(slot_bytes, wire_key)
         self.links = Links(slot_bytes, time.monotonic)
-        self._context = zmq.asyncio.Context()
         self._copier = ThreadPoolExecutor(max_workers=_NUM_COPIERS, thread_name_prefix="kv-copy")
         self._local: LocalArena | None = None
         self._local_stamp: tuple[int, int] | None = None  # of the description that self._local came from
         self._publish_after_s = 0.0
         self._publishing: set[asyncio.Task[int]] = set()
-        self._remotes: dict[str, _Remote] = {}  # by arena id
         self._avoided: dict[str, float] = {}  # arena id -> until when
         self._troubles: set[str] = set()  # what was logged and has not ended
 
@@ -131,10 +102,7 @@ class KVClient:
         await asyncio.gather(*self._publishing, return_exceptions=True)
         await asyncio.to_thread(self._copier.shutdown)
         self._retire()
-        for remote in self._remotes.values():
-            remote.channel.close()
-        self._remotes.clear()
-        self._context.destroy(linger=0)
+        await self._wire.close()
 
     def match_local(self, hashes: Sequence[BlockHash]) -> Match:
         """The leading run of `hashes` in this machine's arena, as its headers tell it: asks nobody, never raises."""
@@ -175,7 +143,7 @@ class KVClient:
                 break  # the run ends here, whatever others hold of the rest
             found[index] = payload
         runs = [self._fetch_from(match.arenas[name], match, part, deadline_s) for (name, _), part in remote.items()]
-        for got in await asyncio.gather(*runs):
+        for got in await asyncio.gather(*runs) if len(runs) > 1 else [await run for run in runs]:
             found.update(got)
         payloads: list[Payload] = []
         while len(payloads) in found:
@@ -302,47 +270,35 @@ class KVClient:
     ) -> dict[int, Payload]:
         """Blocks that come over one link, by index; the leading run of `indices` that could be had."""
         found: dict[int, Payload] = {}
-        step = max(1, min(MAX_BLOCKS, _REQUEST_BYTES // self._slot_bytes))
+        step = self._wire.capabilities.num_blocks(self._slot_bytes)
         for start in range(0, len(indices), step):
             part = indices[start : start + step]
             hashes = [match.hashes[index] for index in part]
-            timeout_s = self._timeout_s + len(part) * self._slot_bytes / _MIN_BYTES_PER_S
-            timeout_s = min(timeout_s, deadline_s - time.monotonic())
-            began_s, payloads = time.monotonic(), list[Payload]()
-            transfer = self.links.begin(link_of(match.places[part[0]]), len(part))
-            try:
-                answer = await self._remote(record).request(partial(Get, hashes=hashes), timeout_s)
-                payloads = check_blocks(answer, hashes, self._slot_bytes)
-            except (ArenaUnavailable, BadFrame) as error:
-                logger.warning("event=fetch_failed arena=%s error=%r", record.arena_id, str(error))
-                self._give_up(record.arena_id)
-                break
-            finally:
-                transfer.end(len(payloads), began_s, time.monotonic())
-            found.update(zip(part, payloads, strict=False))
-            if len(payloads) < len(part):
+            outcome = await self._transfer(record, link_of(match.places[part[0]]), hashes, deadline_s)
+            found.update(zip(part, outcome.payloads, strict=False))
+            if outcome.state is not State.COMPLETED or len(outcome.payloads) < len(part):
                 break
         return found
 
-    def _remote(self, record: ArenaRecord) -> Channel:
-        now = time.monotonic()
-        remote = self._remotes.get(record.arena_id)
-        if remote is None or remote.channel.is_broken:
-            if remote is not None:
-                remote.channel.close()
-            for arena_id in [name for name, other in self._remotes.items() if other.used_at_s < now - _IDLE_S]:
-                self._remotes.pop(arena_id).channel.close()
-            remote = _Remote(Channel(self._context, record.address, self._slot_bytes, self._curve), now)
-            self._remotes[record.arena_id] = remote
-        remote.used_at_s = now
-        return remote.channel
-
-    def _give_up(self, arena_id: str) -> None:
-        """Closes the connection, and leaves the arena alone for a while."""
-        self._avoided[arena_id] = time.monotonic() + _AVOID_S
-        remote = self._remotes.pop(arena_id, None)
-        if remote is not None:
-            remote.channel.close()
+    async def _transfer(
+        self, record: ArenaRecord, link: str, hashes: Sequence[BlockHash], deadline_s: float
+    ) -> Outcome:
+        """Brings the leading run of `hashes`. An arena that failed is left alone for a while."""
+        began_s, outcome = time.monotonic(), Outcome(State.PENDING)
+        patience_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
+        timeout_s = max(0.0, min(patience_s, deadline_s - began_s))
+        transfer = self.links.begin(link, len(hashes))
+        ticket = self._wire.submit(record, hashes, timeout_s)
+        try:
+            outcome = await self._wire.poll(ticket, timeout_s)
+        finally:
+            self._wire.cancel(ticket)
+            transfer.end(len(outcome.payloads), began_s, time.monotonic())
+        if outcome.state is not State.COMPLETED:
+            reason = outcome.reason or f"no answer within {timeout_s:.1f} s"
+            logger.warning("event=fetch_failed arena=%s error=%r", record.arena_id, reason)
+            self._avoided[record.arena_id] = time.monotonic() + _AVOID_S
+        return outcome
 
     def _begin_trouble(self, name: str, error: Exception) -> None:
         """Logs a trouble when it begins, not each time that it shows."""
@@ -360,18 +316,3 @@ def _copy(local: LocalArena, todo: Sequence[tuple[int, Reservation]], write: Wri
         return [Written(item.slot, item.generation, sum_) for (_, item), sum_ in zip(todo, sums, strict=True)]
 
     return local.copy(fill)
-
-
-def check_blocks(answer: Answer, hashes: Sequence[BlockHash], slot_bytes: int) -> list[Payload]:
-    """The leading run of `hashes` that an answer proves to hold. `BadFrame` when it is no answer to them."""
-    message = answer.message
-    if not isinstance(message, Got) or [block.key for block in message.blocks] != list(hashes):
-        raise BadFrame("the answer does not fit the question")
-    if len(answer.payloads) != sum(block.length > 0 for block in message.blocks):
-        raise BadFrame(f"{len(answer.payloads)} payloads")
-    payloads: list[Payload] = []
-    for block, view in zip(message.blocks, answer.payloads, strict=False):
-        if not block.length == len(view) == slot_bytes or xxhash.xxh3_64_intdigest(view) != block.checksum:
-            break
-        payloads.append(ReceivedPayload(view))
-    return payloads

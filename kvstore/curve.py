@@ -11,6 +11,7 @@ import hashlib
 import ipaddress
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -43,14 +44,14 @@ class Curve:
         self._store = _pair(b"store", secret)
         self._reader = _pair(b"reader", secret)
 
-    def guard(self, socket: zmq.asyncio.Socket) -> None:
+    def guard(self, socket: zmq.Socket[Any]) -> None:
         """Makes a store's socket, before it is bound, ask its context's `Doorkeeper` about each peer."""
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._store[1])
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it, nobody at the door means: everybody in
 
-    def identify(self, socket: zmq.asyncio.Socket) -> None:
+    def identify(self, socket: zmq.Socket[Any]) -> None:
         """Makes a reader's socket, before it connects, prove who it is, and ask for the same."""
         socket.setsockopt(zmq.CURVE_SERVERKEY, self._store[0])
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self._reader[0])

@@ -1,9 +1,12 @@
 """The wire: what stores and their clients say to each other, as bytes. Pure; knows no socket.
 
 Each message is one frame: a header (magic, version, kind, status, count, request id), fixed fields of its kind, then
-`count` items of fixed size. The answer to `Get` is followed by one frame of raw bytes for each block that was found,
+`count` items of fixed size. The answer to `Get` is followed by one frame of raw bytes for each block that it names,
 that to an operator's `Ask` by one frame of JSON (`kvstore.told` says of what). Everything read is checked: what breaks
 the format, or a limit, is a `BadFrame` and nothing else.
+
+A reader that wants more than `part_blocks` asks several times and need not wait in between: while one part is on its
+way, the one before it can be checked.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from kvstore.errors import BadFrame
 from kvstore.quotas import SHARED, Owner
 
 MAGIC = b"BATN"
-VERSION = 2
+VERSION = 3
 MAX_BLOCKS = 4096  # in one message
+MAX_QUESTIONS = 32  # of one reader that a store has to answer at a time; what is beyond, it may drop
+_PART_BLOCKS = 256  # frames of one answer
+_PART_BYTES = 1 << 21
 _HEADER = struct.Struct("<4sBBHIQ")  # magic, version, kind, status, count, request id
 _IDS = struct.Struct("<16s16s")  # arena and writer; 32 hex digits each everywhere else
 _IDS_AND_OWNER = struct.Struct("<16s16s16sI")  # arena, writer, tenant, quota in blocks
@@ -31,6 +37,11 @@ _NO_QUOTA = 0xFFFFFFFF
 MAX_FRAME_BYTES = _HEADER.size + _IDS_AND_OWNER.size + MAX_BLOCKS * 28  # of every frame but the payloads
 MAX_TOLD_BYTES = 1 << 16  # of the JSON behind a `Told`
 MAX_ROWS = 200  # blocks in one answer to an operator
+
+
+def part_blocks(slot_bytes: int) -> int:
+    """How many blocks one answer brings at most. One at a time where they are large."""
+    return max(1, min(_PART_BLOCKS, _PART_BYTES // slot_bytes))
 
 
 class Status(enum.IntEnum):
@@ -182,7 +193,7 @@ class Committed(Message):
 
 @dataclass(frozen=True)
 class Get(Message):
-    """Reader to store: send these blocks."""
+    """Reader to store: send the leading run of these blocks that is there, and no more than `part_blocks`."""
 
     hashes: Sequence[BlockHash]
 
@@ -199,7 +210,7 @@ class Get(Message):
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """What a payload frame has to be. A length of 0: the block is not there, and no frame follows for it."""
+    """What a payload frame has to be."""
 
     key: BlockHash
     length: int  # bytes
@@ -208,7 +219,7 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class Got(Message):
-    """Store to reader: for each block what its frame holds; then come the frames."""
+    """Store to reader: for each block of the run what its frame holds; then come the frames."""
 
     blocks: Sequence[BlockInfo]
 

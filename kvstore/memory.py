@@ -6,6 +6,7 @@ in shared memory no huge pages unless the mount asks for them (`huge=advise`); a
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import mmap
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; faults pages in as if written to, and leaves their bytes alone
 _STEP = 4 << 20  # bytes; Python's lock is held meanwhile
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_MAX_HEAP_BLOCK_BYTES = 32 << 20  # the C library takes no more
 
 
 def create_memory(path: Path, size: int) -> memoryview:
@@ -59,6 +62,20 @@ def touch(memory: mmap.mmap) -> bool:
 def touch_behind(memory: mmap.mmap) -> None:
     """The same on a thread: whoever maps an arena while it serves requests does not wait for it."""
     threading.Thread(target=touch, args=(memory,), name="kv-touch", daemon=True).start()
+
+
+def reuse_freed_memory(kept_bytes: int) -> None:
+    """Lets the C library keep up to so much freed memory a thread, of this whole process, for what is allocated next.
+
+    It would return large pieces to the kernel at once otherwise, and whoever receives block after block would touch
+    new pages all the time, which takes longer than receiving. Does nothing where the C library has no such thing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, _MAX_HEAP_BLOCK_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, kept_bytes)
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -34,8 +34,9 @@ from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import BadFrame, DirectoryUnavailable
 from kvstore.eviction import ADMISSIONS, POLICIES, AdmitAll
 from kvstore.folder import StoreFolder
-from kvstore.frames import MAX_FRAME_BYTES, Ask, Commit, Get, Message, Reserve, Told
+from kvstore.frames import MAX_FRAME_BYTES, MAX_QUESTIONS, Ask, Commit, Get, Message, Reserve, Told
 from kvstore.frames import decode as decode_frame
+from kvstore.inbox import Inbox, plain_socket
 from kvstore.local import MAX_SOCKET_PATH, Description, StorePaths
 from kvstore.memory import create_memory
 from kvstore.metrics import StoreCollector
@@ -49,6 +50,7 @@ from kvstore.tiers import DiskTier
 logger = logging.getLogger(__name__)
 
 _REAP_S = 0.5
+_MAX_KEPT_FRAMES = 1 << 16
 _HANDSHAKE_MS = 5_000  # who connects and does not say who he is holds a descriptor for so long
 
 
@@ -88,6 +90,8 @@ class StoreServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory = Directory(config.redis_url, config.cluster)
         self._disk: DiskTier | None = None
+        self._readers: Inbox | None = None
+        self._frames: dict[int, zmq.Frame] = {}  # by slot
         self._tally = StoreTally(time.monotonic)  # the clock that readers of the mapping stamp slots by
         self._control_door = ControlDoor(self._answer_writer, partial(self._refuse, CONTROL))
         self._scrape_door, self._metrics_address = ScrapeDoor(), ""
@@ -121,8 +125,9 @@ class StoreServer:
             await self._close_doors()
             self._leave()
             raise
-        for loop in (self._announcer.run(), self._serve_readers(), self._reap()):
+        for loop in (self._announcer.run(), self._reap()):
             self._spawn(loop)
+        self._readers = Inbox(self._data, self._serve_reader)
         if self._curve is not None:
             self._spawn(self._doorkeeper.run())
         logger.info("event=store_up arena=%s slots=%d address=%s", self._arena_id, self._num_slots, self._address)
@@ -145,7 +150,7 @@ class StoreServer:
 
     async def _make_service(self, memory: memoryview) -> StoreService:
         config = self.config
-        arena_map = ArenaMap(memory, self._num_slots, config.slot_bytes)
+        arena_map = self._map = ArenaMap(memory, self._num_slots, config.slot_bytes)
         admit = ADMISSIONS[config.disk_admission] if config.disk_bytes else AdmitAll
         self.arena = Arena(arena_map, POLICIES[config.eviction](self._num_slots), admit(self._num_slots))
         self._announcer = Announcer(
@@ -208,29 +213,31 @@ class StoreServer:
         await self._scrape_door.close()
 
     def _leave(self) -> None:
+        if self._readers is not None:
+            self._readers.close()
         self._context.destroy(linger=0)
+        self._frames.clear()
         self._folder.leave()
 
     async def _open_sockets(self) -> None:
         await self._control_door.open(self._paths.control)
+        self._data = plain_socket(self._context, zmq.ROUTER)
         if self._curve is not None:
             self._doorkeeper = Doorkeeper(self._context, self._curve)
-        self._data = self._router(f"tcp://{self._bind_host}:*", self._curve)
+            self._curve.guard(self._data)
+        self._data.setsockopt(zmq.SNDHWM, 2 * MAX_QUESTIONS)  # what a reader does not read is dropped beyond that
+        self._bind(self._data, f"tcp://{self._bind_host}:*")
         port = str(self._data.getsockopt_string(zmq.LAST_ENDPOINT)).rsplit(":", 1)[1]
         self._address = f"tcp://{self.config.advertise_host}:{port}"
 
-    def _router(self, address: str, curve: Curve | None = None) -> zmq.asyncio.Socket:
-        router = self._context.socket(zmq.ROUTER)
+    def _bind(self, router: zmq.Socket[Any], address: str) -> None:
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES + CURVE_BYTES)
         router.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        if curve is not None:
-            curve.guard(router)
         try:
             router.bind(address)
         except zmq.ZMQError as error:
             raise OSError(error.errno, f"{address}: {error}") from error
-        return router
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -247,42 +254,51 @@ class StoreServer:
                 return self._tell_operator(question)
         raise BadFrame(f"{type(question).__name__} is no question to this socket")
 
-    async def _serve_readers(self) -> None:
-        while True:
-            frames = await self._data.recv_multipart()
-            try:
-                sender, question = decode_question(frames)
-                if isinstance(question, Get) and self._service.needs_disk(question):
-                    self._spawn(self._answer_from_disk(sender, question))
-                elif isinstance(question, Get):
-                    await self._answer(sender, question)
-                elif (
-                    isinstance(question, Ask) and self._curve is not None
-                ):  # nobody but holders of the wire key got here
-                    self._spawn(self._tell_far_operator(sender, question))
-                else:
-                    raise BadFrame(f"{type(question).__name__} is no question to this socket")
-            except BadFrame as error:
-                self._refuse(DATA, error)
-            except Exception:
-                logger.exception("event=message_failed socket=data")
+    def _serve_reader(self, frames: list[zmq.Frame]) -> None:
+        try:
+            sender, question = decode_question([frame.bytes for frame in frames])
+            if isinstance(question, Get) and self._service.needs_disk(question):
+                self._spawn(self._answer_from_disk(sender, question))
+            elif isinstance(question, Get):
+                self._answer(sender, question)
+            elif isinstance(question, Ask) and self._curve is not None:  # only holders of the wire key got here
+                self._spawn(self._tell_reader(sender, question))
+            else:
+                raise BadFrame(f"{type(question).__name__} is no question to this socket")
+        except BadFrame as error:
+            self._refuse(DATA, error)
+        except Exception:
+            logger.exception("event=message_failed socket=data")
 
     async def _answer_from_disk(self, sender: bytes, question: Get) -> None:
-        await self._answer(sender, question, await self._service.promote(question))
+        self._answer(sender, question, await self._service.promote(question))
 
-    async def _answer(self, sender: bytes, question: Get, promoted: frozenset[BlockHash] = frozenset()) -> None:
-        answer, payloads = self._service.get(question, promoted)
-        await self._data.send_multipart([sender, answer.encode(), *payloads], copy=False)
+    def _answer(self, sender: bytes, question: Get, promoted: frozenset[BlockHash] = frozenset()) -> None:
+        answer, slots = self._service.get(question, promoted)
+        self._send([sender, answer.encode(), *map(self._frame, slots)])
+
+    def _send(self, frames: list[bytes | zmq.Frame]) -> None:
+        self._data.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        if self._readers is not None:
+            self._readers.wake()
+
+    def _frame(self, slot: int) -> zmq.Frame:
+        """The slot's bytes. Kept, as each frame that is let go of costs a turn of a thread and of Python's lock."""
+        frame = self._frames.get(slot)
+        if frame is None:
+            frame = zmq.Frame(self._map.view(slot), copy=False, copy_threshold=0)
+            if len(self._frames) < _MAX_KEPT_FRAMES:
+                self._frames[slot] = frame
+        return frame
 
     async def _tell_operator(self, question: Ask) -> bytes:
-        told, text = await self._tell(question)
-        return pack(told, text)
+        return pack(*await self._told(question))
 
-    async def _tell_far_operator(self, sender: bytes, question: Ask) -> None:
-        told, text = await self._tell(question)
-        await self._data.send_multipart([sender, told.encode(), text])
+    async def _tell_reader(self, sender: bytes, question: Ask) -> None:
+        told, text = await self._told(question)
+        self._send([sender, told.encode(), text])
 
-    async def _tell(self, question: Ask) -> tuple[Told, bytes]:
+    async def _told(self, question: Ask) -> tuple[Told, bytes]:
         try:
             text = await self._admin.answer(question)
         except Exception:

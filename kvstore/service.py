@@ -9,7 +9,7 @@ from kvstore.arena import Arena
 from kvstore.arena_map import ArenaMap
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
-from kvstore.frames import BlockInfo, Commit, Committed, Get, Got, Reserve, Reserved, Status
+from kvstore.frames import BlockInfo, Commit, Committed, Get, Got, Reserve, Reserved, Status, part_blocks
 from kvstore.tally import DISK, MEMORY, StoreTally
 from kvstore.tiers import DiskTier
 
@@ -80,22 +80,21 @@ class StoreService:
         await self._disk.promote(question.hashes)
         return on_disk
 
-    def get(self, question: Get, promoted: Set[BlockHash] = frozenset()) -> tuple[Got, list[memoryview]]:
-        """The blocks as they are; those of `promoted` count as the disk's.
+    def get(self, question: Get, promoted: Set[BlockHash] = frozenset()) -> tuple[Got, list[int]]:
+        """What there is, and in which slots; those of `promoted` count as the disk's.
 
         One that is evicted while it is on its way fails the reader's check of the bytes.
         """
-        infos, payloads = [], []
-        for block_hash in question.hashes:
+        infos, slots = [], []
+        for block_hash in question.hashes[: part_blocks(self._map.slot_bytes)]:
             slot = self._arena.find(block_hash)
             if slot is None:
-                infos.append(BlockInfo(block_hash, 0, 0))
                 self._tally.missed(block_hash, self._disk is not None)
-                continue
+                break  # whoever asks wants a run
             self._tally.read(block_hash, DISK if block_hash in promoted else MEMORY)
             infos.append(BlockInfo(block_hash, self._map.slot_bytes, self._map.header(slot).checksum))
-            payloads.append(self._map.view(slot))
-        return Got(question.request_id, infos), payloads
+            slots.append(slot)
+        return Got(question.request_id, infos), slots
 
     def drain(self, is_draining: bool) -> None:
         """Takes no new blocks from now on, or takes them again; the directory is told."""

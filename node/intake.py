@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 from batonpb import node_pb2
 from kvstore.blocks import Payload
-from kvstore.client import KVClient, Match, ReceivedPayload
+from kvstore.client import KVClient, Match
 from kvstore.links import Traffic
 from kvstore.quotas import Owner
+from kvstore.wire import ReceivedPayload
 from node.choice import Choice, choose
 from node.replicator import Replicator
 

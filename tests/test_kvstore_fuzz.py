@@ -27,7 +27,6 @@ from kvstore_support import REPOSITORY, ControlPeer, chain, store_config
 
 from kvstore.arena import Reservation, Written
 from kvstore.channel import Answer
-from kvstore.client import check_blocks
 from kvstore.curve import Curve, new_wire_key
 from kvstore.errors import BadFrame
 from kvstore.frames import (
@@ -49,6 +48,7 @@ from kvstore.frames import (
 )
 from kvstore.quotas import Owner
 from kvstore.server import decode_question
+from kvstore.zmq_wire import check_blocks
 
 NUM_DECODED = 100_000
 NUM_ANSWERS = 8_000

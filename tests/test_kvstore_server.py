@@ -101,7 +101,7 @@ async def test_write_announce_read(store: StoreServer, writer: ControlPeer, read
         store._service._map.view(item.slot)[:] = content(block_hash)
         written.append(Written(item.slot, item.generation, xxhash.xxh3_64_intdigest(content(block_hash))))
     got, payloads = await reader.ask(Get(1, hashes))
-    assert isinstance(got, Got) and payloads == [] and all(block.length == 0 for block in got.blocks)
+    assert got == Got(1, []) and payloads == []
     committed, _ = await writer.ask(Commit(2, arena_id, writer_id, written))
     assert committed == Committed(2, Status.OK, 3)
     slots = [item.slot for item in written]
@@ -112,8 +112,8 @@ async def test_write_announce_read(store: StoreServer, writer: ControlPeer, read
     await eventually(is_announced, what="committed is announced, by itself")
     got, payloads = await reader.ask(Get(7, [*hashes[:2], *chain(9, 1), hashes[2]]))
     assert isinstance(got, Got) and got.request_id == 7
-    assert [block.length for block in got.blocks] == [SLOT_BYTES, SLOT_BYTES, 0, SLOT_BYTES]
-    assert payloads == [content(block_hash) for block_hash in hashes]
+    assert [block.length for block in got.blocks] == [SLOT_BYTES, SLOT_BYTES], "the run ends where one is missing"
+    assert payloads == [content(block_hash) for block_hash in hashes[:2]]
     lock.remove()
 
 

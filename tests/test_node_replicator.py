@@ -9,8 +9,8 @@ import pytest
 import xxhash
 
 from kvstore.blocks import BlockHash, Payload
-from kvstore.client import ReceivedPayload
 from kvstore.quotas import SHARED, Owner
+from kvstore.wire import ReceivedPayload
 from node import replicator as module
 from node.replicator import Replicator
 
