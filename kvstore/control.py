@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_QUESTIONS = 64  # of one connection under way
 MAX_PEERS = 512
 _MAX_UNREAD_BYTES = 1 << 20  # that are kept for one who does not read
-_BACKLOG = 128
+_BACKLOG = 16
 _RETRY_S = 0.005
 
 # The answer to a question, packed; one that takes time is awaited. `BadFrame` for what is no question to this store.
