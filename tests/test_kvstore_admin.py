@@ -160,6 +160,7 @@ async def test_inspect_tells_a_damaged_block(store: StoreServer, operator: Store
 async def test_looking_is_no_use(store: StoreServer, operator: StoreOperator) -> None:
     (before,) = await operator.inspect(HASHES[0])
     await operator.blocks("", 10)
+    await asyncio.sleep(0.005)  # ages are told in milliseconds
     (after,) = await operator.inspect(HASHES[0])
     assert after.age_s > before.age_s
     assert (await operator.stats())[1][0].num_hits == 0

@@ -119,11 +119,14 @@ async def test_frames_of_the_greatest_size_pass_encrypted(redis_url: str, short_
         return [copy_and_sum(view, memoryview(data[index])) for index, view in zip(indices, views, strict=True)]
 
     assert await writer.publish(HASHES[:3], write) == 3
+    await announced(store)
     assert take(await reader.fetch(await reader.match(HASHES[:3]))) == data
-    channel = Channel(reader._context, store.record().address, slot_bytes, Curve(KEY))
+    context = zmq.asyncio.Context()
+    channel = Channel(context, store.record().address, slot_bytes, Curve(KEY))
     answer = await channel.request(lambda request_id: Get(request_id, chain(9, 4096)), 10.0)
     assert answer.message.blocks == []
     channel.close()
+    context.destroy(linger=0)
     for client in (writer, reader):
         await client.close()
     await directory.close()
