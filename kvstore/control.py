@@ -73,6 +73,7 @@ class ControlChannel(asyncio.Protocol):
     async def _connect(self) -> asyncio.Transport:
         if self._connecting is None and not self.is_broken:
             self._connecting = asyncio.create_task(self._open())
+            self._connecting.add_done_callback(lambda task: task.cancelled() or task.exception())  # or nobody asks
         if self._connecting is not None:
             await asyncio.wait([self._connecting])
             if not self._connecting.cancelled() and (error := self._connecting.exception()) is not None:

@@ -92,7 +92,7 @@ class StoreService:
                 self._tally.missed(block_hash, self._disk is not None)
                 break  # whoever asks wants a run
             self._tally.read(block_hash, DISK if block_hash in promoted else MEMORY)
-            infos.append(BlockInfo(block_hash, self._map.slot_bytes, self._map.header(slot).checksum))
+            infos.append(BlockInfo(block_hash, self._map.slot_bytes, self._map.checksum(slot)))
             slots.append(slot)
         return Got(question.request_id, infos), slots
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -169,6 +170,25 @@ async def test_nobody_listens(short_dir: Path) -> None:
             await channel.request(question, 60.0)
     assert channel.is_broken
     channel.close()
+
+
+async def test_a_store_that_lets_nobody_in_costs_the_time_out(short_dir: Path) -> None:
+    """As one that is stopped does. What waits before its door is no connection yet."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(short_dir / "control"))
+    listener.listen(0)
+    channels = [ControlChannel(short_dir / "control") for _ in range(3)]
+    asking = [asyncio.create_task(channel.request(question, 0.2)) for channel in channels]
+    for task in asking:
+        with pytest.raises(ArenaUnavailable, match="no answer within"):
+            await task
+    late = asyncio.create_task(channels[-1].request(question, 60.0))
+    await asyncio.sleep(0.02)
+    listener.close()
+    with pytest.raises(ArenaUnavailable):
+        await late
+    for channel in channels:
+        channel.close()
 
 
 async def test_all_questions_fail_at_once_when_the_store_goes(door: Door, channel: ControlChannel) -> None:

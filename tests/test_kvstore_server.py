@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +229,31 @@ async def test_evicted_blocks_leave_the_directory(store: StoreServer, directory:
     assert len(found[store.record().arena_id]) == num_slots - num_slots // 2
     assert len((await directory.locate(new))[store.record().arena_id]) == num_slots // 2
     await client.close()
+
+
+async def test_what_is_evicted_without_a_commit_leaves_the_directory_before_the_next_heartbeat(
+    config: StoreConfig, directory: Directory
+) -> None:
+    store = StoreServer(replace(config, heartbeat_s=100.0, ttl_s=500.0))
+    arena_id, num_slots = (await store.start()).arena_id, store.record().num_slots
+    client, hashes = KVClient(directory, SLOT_BYTES, Path(config.dir)), chain(0, num_slots)
+    assert await client.publish(hashes, writer_of(hashes)) == num_slots
+    await announced(store)
+    peer = await ControlPeer(config.dir).open()
+    reserved, _ = await peer.ask(Reserve(1, arena_id, "ab" * 16, chain(1000, 3)))
+    assert isinstance(reserved, Reserved) and reserved.status is Status.OK
+
+    async def num_known() -> int:
+        return sum([bool(await directory.locate([block_hash])) for block_hash in hashes])
+
+    await eventually(lambda: _is(num_known, num_slots - 3), timeout_s=20.0)
+    peer.close()
+    await client.close()
+    await store.stop()
+
+
+async def _is(count: Callable[[], Awaitable[int]], expected: int) -> bool:
+    return await count() == expected
 
 
 async def test_many_changes_at_once_end_in_a_true_inventory(store: StoreServer, directory: Directory) -> None:
