@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence, Set
 
 from kvstore.announcer import Announcer
-from kvstore.arena import Arena
+from kvstore.arena import Arena, Evicted
 from kvstore.arena_map import ArenaMap
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
@@ -54,9 +55,8 @@ class StoreService:
         evicted = self._arena.take_evicted()
         if self._disk is not None:
             self._disk.demote(evicted)
-        else:
-            self._tally.lost((block.block_hash, self._map.last_access(block.slot)) for block in evicted)
-            self._announcer.changed((), [block.block_hash for block in evicted])
+        elif evicted:  # noted behind the answer, for which a writer waits, and before any other message
+            asyncio.get_running_loop().call_soon(self._lost, evicted)
         return Reserved(question.request_id, Status.OK, reservations)
 
     def commit(self, question: Commit) -> Committed:
@@ -125,6 +125,10 @@ class StoreService:
     def writers(self) -> set[str]:
         """Writers that hold slots and whose locks tell whether they live."""
         return self._arena.writers() - ({self._disk.writer_id} if self._disk else set())
+
+    def _lost(self, evicted: Sequence[Evicted]) -> None:
+        self._tally.lost((block.block_hash, self._map.last_access(block.slot)) for block in evicted)
+        self._announcer.changed((), [block.block_hash for block in evicted])
 
     def _tier_of(self, block_hash: BlockHash) -> str | None:
         """Where a block can be had; None: nowhere."""
