@@ -11,9 +11,9 @@ at 1 MiB blocks within a minute.
 
 Same machine. "fetch" copies blocks whose place is known into scattered blocks of the engine: for Baton
 `KVClient.fetch` and `KVCache.write`. "publish" brings them the other way, for Baton into an arena that is full, with
-checksums, committed and announced to Redis; Mooncake's evictions are left out. memcpy is numpy's copy of the same
-blocks out of the same arena. "two clients" are two processes at once, and their sum; Mooncake's `process` and LMCache
-then have two stores.
+checksums, until they are committed; Redis is told behind that. Mooncake's evictions are left out. memcpy is numpy's
+copy of the same blocks out of the same arena. "two clients" are two processes at once, and their sum; Mooncake's
+`process` and LMCache then have two stores.
 
 Over TCP, loopback. Baton's client has no arena, checks what comes, and gets "as received" memory of its own;
 Mooncake and the bare socket receive straight into the engine's blocks in both rows. Peers encrypt nothing: they stand

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import zmq.asyncio
@@ -12,6 +13,8 @@ import zmq.asyncio
 from deploy.config import DeployError
 from deploy.state import ServeState, StateDir, folders_of
 from kvstore.blocks import BlockHash
+from kvstore.channel import Channel
+from kvstore.control import ControlChannel
 from kvstore.curve import Curve
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import DirectoryUnavailable
@@ -24,7 +27,7 @@ class Store:
     """One living store."""
 
     record: ArenaRecord
-    control: str  # path of its control socket; "": it is on another machine
+    control: Path | None  # its control socket; None: it is on another machine
     state_dir: StateDir
     context: zmq.asyncio.Context
 
@@ -34,12 +37,12 @@ class Store:
 
     def operator(self) -> StoreOperator:
         """Raises `DeployError` where there is no way to it."""
-        if self.control:
-            return StoreOperator(self.context, f"ipc://{self.control}")
+        if self.control is not None:
+            return StoreOperator(partial(ControlChannel, self.control))
         wire_key = self.state_dir.wire_key()
         if not wire_key:
             raise DeployError("it is on another machine, where without a wire key a store hears no operator")
-        return StoreOperator(self.context, self.record.address, Curve(wire_key))
+        return StoreOperator(partial(Channel, self.context, self.record.address, curve=Curve(wire_key)))
 
 
 class Stores:
@@ -61,7 +64,7 @@ class Stores:
         try:
             controls = _control_sockets(state)
             records = await directory.arenas()
-            stores = [Store(record, controls.get(record.arena_id, ""), state_dir, context) for record in records]
+            stores = [Store(record, controls.get(record.arena_id), state_dir, context) for record in records]
             yield cls(stores, directory)
         except DirectoryUnavailable as error:
             raise DeployError(f"the cluster's Redis does not answer: {error}") from None
@@ -82,14 +85,14 @@ class Stores:
         return {arena_id: slots[0] for arena_id, slots in (await self._directory.locate([block_hash])).items()}
 
 
-def _control_sockets(state: ServeState) -> dict[str, str]:
+def _control_sockets(state: ServeState) -> dict[str, Path]:
     """Of this machine's stores, by arena id."""
     sockets = {}
     for base in state.bases:
         for folder in folders_of(state.cluster_id, Path(base)):
             paths = StorePaths(folder)
             try:
-                sockets[Description.read(paths.description).arena_id] = str(paths.control)
+                sockets[Description.read(paths.description).arena_id] = paths.control
             except (OSError, ValueError):  # no store, or one that is just coming up
                 continue
     return sockets

@@ -18,6 +18,9 @@ from kvstore.errors import DirectoryUnavailable
 logger = logging.getLogger(__name__)
 
 _BATCH = 2000  # changes in one round trip
+# Changes wait a moment for others, so that neither the store nor Redis is busy with each of them, nor the store just
+# when a writer, who has committed, reserves again. A writer for whom blocks were evicted will commit some soon.
+_ADDED_S, _GONE_S = 0.0005, 0.005
 
 
 class Announcer:
@@ -41,15 +44,16 @@ class Announcer:
         self._is_away = False
         self._beat_at_s = 0.0
         self._wake = asyncio.Event()
+        self._alarm: asyncio.TimerHandle | None = None  # wakes
         self._flushes: list[asyncio.Future[None]] = []
 
     def changed(self, added: Iterable[tuple[BlockHash, int]], gone: Iterable[BlockHash] = ()) -> None:
         """Notes changes of what the arena's store holds; blocks that went make room for those that came."""
-        for block_hash in gone:
-            self._changes[block_hash] = None
-        for block_hash, slot in added:
-            self._changes[block_hash] = slot
-        self._wake.set()
+        self._changes.update(dict.fromkeys(gone))
+        came = dict(added)
+        self._changes.update(came)
+        if self._changes:
+            self._wake_within(_ADDED_S if came else _GONE_S)
 
     def beat_soon(self) -> None:
         """Makes the next heartbeat due: the record has changed."""
@@ -83,6 +87,7 @@ class Announcer:
     async def round(self) -> None:
         """One heartbeat, if it is due, and all changes. Never raises for a directory that is away."""
         self._wake.clear()
+        self._stop_alarm()
         flushes, self._flushes = self._flushes, []
         is_due = time.monotonic() >= self._beat_at_s
         try:
@@ -100,6 +105,18 @@ class Announcer:
             for waiting in flushes:
                 if not waiting.done():
                     waiting.set_result(None)
+
+    def _wake_within(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        at_s = loop.time() + seconds
+        if self._alarm is None or at_s < self._alarm.when():
+            self._stop_alarm()
+            self._alarm = loop.call_at(at_s, self._wake.set)
+
+    def _stop_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
     async def _flush(self) -> None:
         arena_id = self._record().arena_id

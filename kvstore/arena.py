@@ -229,7 +229,7 @@ class Arena:
     def _evict(self, block_hash: BlockHash) -> int:
         slot = self._slots.pop(block_hash)
         del self._ready[slot]
-        checksum = self._map.header(slot).checksum
+        checksum = self._map.checksum(slot)
         is_admitted = self._admission.admits(block_hash) and not self._quotas.is_bounded(block_hash)
         self._quotas.gone(block_hash)
         self._evicted.append(Evicted(block_hash, slot, checksum, is_admitted))

@@ -86,6 +86,9 @@ class ArenaMap:
     def last_access(self, slot: int) -> int:
         return self._words[slot * _WORDS + _LAST_ACCESS]
 
+    def checksum(self, slot: int) -> int:
+        return self._words[slot * _WORDS + _CHECKSUM]
+
     def header(self, slot: int) -> Header:
         at = slot * _WORDS
         key = bytes(self._headers[(at + _KEY) * 8 : (at + _KEY) * 8 + HASH_BYTES])

@@ -160,7 +160,7 @@ class Channel:
         """Looks now and then whether more came than was asked for, also of a message that is not whole yet."""
         try:
             meter = Meter(descriptor)
-        except OSError:  # a unix socket
+        except OSError:  # it is gone again
             return
         try:
             while meter.received_bytes() <= self._allowed_bytes:

@@ -15,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import zmq.asyncio
-
 from kvstore.arena import Reservation, Written
 from kvstore.blocks import BlockHash, Payload
 from kvstore.directory import ON_DISK, ArenaRecord, Cover, Directory
@@ -32,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 Write = Callable[[Sequence[int], Sequence[memoryview]], Sequence[int]]
 
+_NUM_COPIERS = 2  # a single thread does not use up what memory can do
+_SHARED_BYTES = 4 << 20  # a batch of so much is worth waking both
 _MIN_BYTES_PER_S = 100e6  # a slower transfer counts as broken
 _AVOID_S = 5.0  # a store that did not answer is left alone for so long
 
@@ -74,8 +74,7 @@ class KVClient:
         self._timeout_s = timeout_s
         self._wire = wire or ZmqWire(slot_bytes, wire_key)
         self.links = Links(slot_bytes, time.monotonic)
-        self._context = zmq.asyncio.Context()
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-copy")
+        self._copier = ThreadPoolExecutor(max_workers=_NUM_COPIERS, thread_name_prefix="kv-copy")
         self._local: LocalArena | None = None
         self._local_stamp: tuple[int, int] | None = None  # of the description that self._local came from
         self._publish_after_s = 0.0
@@ -104,7 +103,6 @@ class KVClient:
         await asyncio.to_thread(self._copier.shutdown)
         self._retire()
         await self._wire.close()
-        self._context.destroy(linger=0)
 
     def match_local(self, hashes: Sequence[BlockHash]) -> Match:
         """The leading run of `hashes` in this machine's arena, as its headers tell it: asks nobody, never raises."""
@@ -156,14 +154,14 @@ class KVClient:
         """Stores blocks, within their owner's quota; returns how many were committed (those present do not count).
 
         `write(indices, views)` is called on a thread with the indices into `hashes` of the blocks to write and as
-        many writable views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. `publish` does not end
-        before `write` has, not even when cancelled, so what `write` reads may be freed afterwards. Only errors of
-        `write` itself are raised.
+        many writable views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. Of many blocks, two threads
+        call it for half of them each, at the same time. `publish` does not end before `write` has, not even when
+        cancelled, so what `write` reads may be freed afterwards. Only errors of `write` itself are raised.
         """
         task = asyncio.create_task(self._publish(hashes, write, owner))
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
-        await to_end(task)
+        await to_end([task])
         return task.result()
 
     async def _cover(self, hashes: Sequence[BlockHash]) -> Cover:
@@ -210,9 +208,7 @@ class KVClient:
             todo = [(start + i, item) for i, item in enumerate(reservations) if item is not None]
             num_committed = 0
             if todo:
-                copying = asyncio.get_running_loop().run_in_executor(self._copier, _copy, local, todo, write)
-                await to_end(copying)
-                num_committed = await local.commit(copying.result())
+                num_committed = await local.commit(await self._copy_all(local, todo, write))
             is_whole = True
             return num_committed
         except ArenaFull:
@@ -221,6 +217,20 @@ class KVClient:
         finally:
             if not is_whole:
                 self._retire(local)
+
+    async def _copy_all(
+        self, local: LocalArena, todo: Sequence[tuple[int, Reservation]], write: Write
+    ) -> list[Written]:
+        """Fills reserved slots, on threads. Returns when nothing is being copied any more, also when it fails."""
+        num_parts = _NUM_COPIERS if len(todo) * self._slot_bytes >= _SHARED_BYTES else 1
+        step = -(-len(todo) // num_parts)
+        loop = asyncio.get_running_loop()
+        copies = [
+            loop.run_in_executor(self._copier, _copy, local, todo[at : at + step], write)
+            for at in range(0, len(todo), step)
+        ]
+        await to_end(copies)
+        return [written for copy in copies for written in copy.result()]
 
     def _mapped(self) -> LocalArena | None:
         """This machine's arena, mapped anew when the store has another one. Costs one stat."""
@@ -239,7 +249,7 @@ class KVClient:
         return self._local
 
     def _open_local(self, paths: StorePaths) -> LocalArena:
-        local = LocalArena(paths, self._context, self._timeout_s)
+        local = LocalArena(paths, self._timeout_s)
         if local.map.slot_bytes != self._slot_bytes:
             local.retire()
             raise ValueError(f"the store's slots have {local.map.slot_bytes} bytes, blocks {self._slot_bytes}")

@@ -2,7 +2,7 @@
 
     arena.json          which arena lives here now; replaced in one go, so that a changed file is a new arena
     arena-*.mem         the arena's memory, mapped by everyone
-    control             socket of the store process
+    control             socket of the store process, for who writes and for its operator
     store.lock          held by the store process as long as it lives
     writers/<id>.lock   held by a writer as long as it may write
 
@@ -22,13 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-
-import zmq.asyncio
+from typing import Any
 
 from kvstore.arena import Reservation, Written
 from kvstore.arena_map import HEADER_BYTES, ArenaMap, arena_bytes
 from kvstore.blocks import BlockHash
-from kvstore.channel import Channel
+from kvstore.control import ControlChannel
 from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable
 from kvstore.frames import Commit, Committed, Reserve, Reserved, Status
 from kvstore.memory import touch_behind
@@ -145,8 +144,8 @@ class LocalArena:
     once no copy is under way its lock is gone, and the store takes back what it had reserved.
     """
 
-    def __init__(self, paths: StorePaths, context: zmq.asyncio.Context, timeout_s: float) -> None:
-        """OSError or ValueError when there is no store, `ArenaUnavailable` when it cannot be called."""
+    def __init__(self, paths: StorePaths, timeout_s: float) -> None:
+        """OSError or ValueError when there is no store. Whether it can be called shows when it is."""
         description = Description.read(paths.description)
         self.arena_id = description.arena_id
         memory = map_memory(paths.memory(self.arena_id), description)
@@ -155,11 +154,7 @@ class LocalArena:
         self._timeout_s = timeout_s
         self._writer_id = uuid.uuid4().hex
         self._lock: FileLock | None = FileLock.create(paths.writer(self._writer_id))
-        try:
-            self._channel = Channel(context, f"ipc://{paths.control}")
-        except ArenaUnavailable:
-            self._lock.remove()
-            raise
+        self._channel = ControlChannel(paths.control)
         self._guard = threading.Lock()
         self._copies = 0
         self._is_retired = False
@@ -219,15 +214,16 @@ class LocalArena:
             self._lock = None
 
 
-async def to_end(future: asyncio.Future[list[Written]] | asyncio.Task[int]) -> None:
-    """Waits until `future` is done, even when cancelled; the cancellation goes on afterwards."""
+async def to_end(futures: Sequence[asyncio.Future[Any]]) -> None:
+    """Waits until all `futures` are done, even when cancelled; the cancellation goes on afterwards."""
     cancelled: asyncio.CancelledError | None = None
-    while not future.done():
+    while not all(future.done() for future in futures):
         try:
-            await asyncio.wait([future])
+            await asyncio.wait(futures)
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        if not future.cancelled():
-            future.exception()  # nobody else will ask for it
+        for future in futures:
+            if not future.cancelled():
+                future.exception()  # nobody else will ask for it
         raise cancelled

@@ -5,33 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-import zmq.asyncio
+from typing import Any, Protocol
 
 from kvstore import told
 from kvstore.blocks import BlockHash
-from kvstore.channel import Channel
-from kvstore.curve import Curve
+from kvstore.channel import Answer
 from kvstore.errors import AskFailed, BadFrame
-from kvstore.frames import MAX_BLOCKS, MAX_ROWS, Ask, Told, Verb
+from kvstore.frames import MAX_BLOCKS, MAX_ROWS, Ask, Message, Told, Verb
 from kvstore.told import BlockDetail, BlockRow, StoreStats, TierStats
 
 TIMEOUT_S = 10.0
 EVICT_TIMEOUT_S = 120.0  # all blocks of a large arena, and their records
 
 
+class Line(Protocol):
+    """A connection to a store."""
+
+    async def request(self, question: Callable[[int], Message], timeout_s: float) -> Answer: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class StoreOperator:
-    """Asks the store at `address`: its control socket, or, with `curve`, its data socket.
+    """Asks the store that `connect` makes lines to: to its control socket, or, with the wire key, to its data socket.
 
     All methods raise `ArenaUnavailable` when it does not answer, `BadFrame` when what it answers is none, and
     `AskFailed` when it says that it cannot.
     """
 
-    context: zmq.asyncio.Context
-    address: str
-    curve: Curve | None = None
+    connect: Callable[[], Line]
 
     async def stats(self) -> tuple[StoreStats, list[TierStats]]:
         answer = await self._ask(partial(Ask, verb=Verb.STATS))
@@ -72,11 +75,11 @@ class StoreOperator:
         return told.count(answer.get("num_memory_blocks")), told.count(answer.get("num_disk_blocks"))
 
     async def _ask(self, question: Callable[[int], Ask], timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
-        channel = Channel(self.context, self.address, curve=self.curve)
+        line = self.connect()
         try:
-            got = await channel.request(question, timeout_s)
+            got = await line.request(question, timeout_s)
         finally:
-            channel.close()
+            line.close()
         if not isinstance(got.message, Told) or [len(text) for text in got.payloads] != [got.message.num_bytes]:
             raise BadFrame("the answer does not fit the question")
         answer = told.decode(got.payloads[0])

@@ -1,7 +1,8 @@
 """The store: one process on each machine that owns an arena in shared memory and the two sockets in front of it.
 
-Writers of this machine reserve and commit over a unix socket; readers of other machines get blocks over TCP, sent
-from the slots without a copy. It knows nothing of what the bytes mean, and no message can make it fail.
+Writers of this machine reserve and commit over a unix stream (`kvstore/control.py`); readers of other machines get
+blocks over TCP, sent from the slots without a copy. It knows nothing of what the bytes mean, and no message can make it
+fail.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kvstore.announcer import Announcer
 from kvstore.arena import Arena
 from kvstore.arena_map import ArenaMap, arena_bytes, slots_within
 from kvstore.blocks import BlockHash
+from kvstore.control import ControlDoor
 from kvstore.curve import CURVE_BYTES, Curve, Doorkeeper, is_loopback
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import BadFrame, DirectoryUnavailable
@@ -41,6 +43,7 @@ from kvstore.metrics import StoreCollector
 from kvstore.scrape import ScrapeDoor
 from kvstore.service import StoreService
 from kvstore.ssd import BlockFile
+from kvstore.stream import pack
 from kvstore.tally import CONTROL, DATA, StoreTally
 from kvstore.tiers import DiskTier
 
@@ -90,6 +93,7 @@ class StoreServer:
         self._readers: Inbox | None = None
         self._frames: dict[int, zmq.Frame] = {}  # by slot
         self._tally = StoreTally(time.monotonic)  # the clock that readers of the mapping stamp slots by
+        self._control_door = ControlDoor(self._answer_writer, partial(self._refuse, CONTROL))
         self._scrape_door, self._metrics_address = ScrapeDoor(), ""
         self._curve = Curve(config.wire_key) if config.wire_key else None
 
@@ -106,7 +110,7 @@ class StoreServer:
         try:
             memory = await asyncio.to_thread(create_memory, self._paths.memory(self._arena_id), self._arena_bytes)
             self._service = await self._make_service(memory)
-            self._open_sockets()
+            await self._open_sockets()
             if self.config.metrics:
                 host = self.config.advertise_host
                 self._metrics_address = await self._scrape_door.open(self._metrics, self._bind_host, host)
@@ -118,10 +122,10 @@ class StoreServer:
         except BaseException:
             if self._disk is not None:
                 await self._disk.stop()
-            await self._scrape_door.close()
+            await self._close_doors()
             self._leave()
             raise
-        for loop in (self._announcer.run(), self._serve_writers(), self._reap()):
+        for loop in (self._announcer.run(), self._reap()):
             self._spawn(loop)
         self._readers = Inbox(self._data, self._serve_reader)
         if self._curve is not None:
@@ -134,7 +138,7 @@ class StoreServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._scrape_door.close()
+        await self._close_doors()
         if self._disk is not None:
             await self._disk.stop()
         try:
@@ -204,6 +208,10 @@ class StoreServer:
         except DirectoryUnavailable as error:
             logger.info("event=predecessor_not_removed arena=%s error=%r", predecessor, error)
 
+    async def _close_doors(self) -> None:
+        await self._control_door.close()
+        await self._scrape_door.close()
+
     def _leave(self) -> None:
         if self._readers is not None:
             self._readers.close()
@@ -211,10 +219,8 @@ class StoreServer:
         self._frames.clear()
         self._folder.leave()
 
-    def _open_sockets(self) -> None:
-        self._control = self._context.socket(zmq.ROUTER)
-        self._bind(self._control, f"ipc://{self._paths.control}")
-        self._paths.control.chmod(0o600)  # the folder may be older than this store, and open
+    async def _open_sockets(self) -> None:
+        await self._control_door.open(self._paths.control)
         self._data = plain_socket(self._context, zmq.ROUTER)
         if self._curve is not None:
             self._doorkeeper = Doorkeeper(self._context, self._curve)
@@ -238,23 +244,15 @@ class StoreServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _serve_writers(self) -> None:
-        while True:
-            frames = await self._control.recv_multipart()
-            try:
-                sender, question = decode_question(frames)
-                if isinstance(question, Reserve):
-                    await self._control.send_multipart([sender, self._service.reserve(question).encode()])
-                elif isinstance(question, Commit):
-                    self._spawn(self._commit(sender, question))
-                elif isinstance(question, Ask):
-                    self._spawn(self._tell_writer(sender, question))
-                else:
-                    raise BadFrame(f"{type(question).__name__} is no question to this socket")
-            except BadFrame as error:
-                self._refuse(CONTROL, error)
-            except Exception:  # whatever one message does, the next one is served
-                logger.exception("event=message_failed socket=control")
+    def _answer_writer(self, question: Message) -> bytes | Coroutine[Any, Any, bytes]:
+        match question:
+            case Reserve():
+                return pack(self._service.reserve(question))
+            case Commit():
+                return pack(self._service.commit(question))
+            case Ask():
+                return self._tell_operator(question)
+        raise BadFrame(f"{type(question).__name__} is no question to this socket")
 
     def _serve_reader(self, frames: list[zmq.Frame]) -> None:
         try:
@@ -271,10 +269,6 @@ class StoreServer:
             self._refuse(DATA, error)
         except Exception:
             logger.exception("event=message_failed socket=data")
-
-    async def _commit(self, sender: bytes, question: Commit) -> None:
-        answer = await self._service.commit(question)
-        await self._control.send_multipart([sender, answer.encode()])
 
     async def _answer_from_disk(self, sender: bytes, question: Get) -> None:
         self._answer(sender, question, await self._service.promote(question))
@@ -297,19 +291,20 @@ class StoreServer:
                 self._frames[slot] = frame
         return frame
 
-    async def _tell_writer(self, sender: bytes, question: Ask) -> None:
-        await self._control.send_multipart([sender, *await self._told(question)])
+    async def _tell_operator(self, question: Ask) -> bytes:
+        return pack(*await self._told(question))
 
     async def _tell_reader(self, sender: bytes, question: Ask) -> None:
-        self._send([sender, *await self._told(question)])
+        told, text = await self._told(question)
+        self._send([sender, told.encode(), text])
 
-    async def _told(self, question: Ask) -> list[bytes]:
+    async def _told(self, question: Ask) -> tuple[Told, bytes]:
         try:
             text = await self._admin.answer(question)
         except Exception:
             logger.exception("event=ask_failed verb=%s", question.verb.name)
             text = b'{"error": "the store failed to answer; its log says why"}'
-        return [Told(question.request_id, len(text)).encode(), text]
+        return Told(question.request_id, len(text)), text
 
     def _refuse(self, socket: str, error: BadFrame) -> None:
         num_frames = self._tally.refused(socket)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence, Set
 
 from kvstore.announcer import Announcer
-from kvstore.arena import Arena
+from kvstore.arena import Arena, Evicted
 from kvstore.arena_map import ArenaMap
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
@@ -54,18 +55,17 @@ class StoreService:
         evicted = self._arena.take_evicted()
         if self._disk is not None:
             self._disk.demote(evicted)
-        else:
-            self._tally.lost((block.block_hash, self._map.last_access(block.slot)) for block in evicted)
-            self._announcer.changed((), [block.block_hash for block in evicted])
+        elif evicted:  # noted behind the answer, for which a writer waits, and before any other message
+            asyncio.get_running_loop().call_soon(self._lost, evicted)
         return Reserved(question.request_id, Status.OK, reservations)
 
-    async def commit(self, question: Commit) -> Committed:
+    def commit(self, question: Commit) -> Committed:
+        """From here on the headers tell readers of the mapping; others hear from the directory, a moment later."""
         if question.arena_id != self.arena_id:
             return Committed(question.request_id, Status.STALE)
         blocks = self._arena.commit(question.writer_id, question.written)
         self._tally.came(block_hash for block_hash, _ in blocks)
         self._announcer.changed(blocks)
-        await self._announcer.flushed()  # who hears that it is committed may tell others to look for it
         return Committed(question.request_id, Status.OK, len(blocks))
 
     def needs_disk(self, question: Get) -> bool:
@@ -92,7 +92,7 @@ class StoreService:
                 self._tally.missed(block_hash, self._disk is not None)
                 break  # whoever asks wants a run
             self._tally.read(block_hash, DISK if block_hash in promoted else MEMORY)
-            infos.append(BlockInfo(block_hash, self._map.slot_bytes, self._map.header(slot).checksum))
+            infos.append(BlockInfo(block_hash, self._map.slot_bytes, self._map.checksum(slot)))
             slots.append(slot)
         return Got(question.request_id, infos), slots
 
@@ -125,6 +125,10 @@ class StoreService:
     def writers(self) -> set[str]:
         """Writers that hold slots and whose locks tell whether they live."""
         return self._arena.writers() - ({self._disk.writer_id} if self._disk else set())
+
+    def _lost(self, evicted: Sequence[Evicted]) -> None:
+        self._tally.lost((block.block_hash, self._map.last_access(block.slot)) for block in evicted)
+        self._announcer.changed((), [block.block_hash for block in evicted])
 
     def _tier_of(self, block_hash: BlockHash) -> str | None:
         """Where a block can be had; None: nowhere."""

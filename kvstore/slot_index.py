@@ -1,17 +1,19 @@
 """Which slot of a mapped arena holds which block, read from the slots' headers: no call, no directory, no delay.
 
 A hint like the directory's, but fresh: a block is found as soon as it is committed. Looking again costs one pass over
-the generations, in C; only slots whose generation has changed since are read.
+the generations, by numpy; only slots whose generation has changed since are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from kvstore.arena_map import HEADER_BYTES, READY, ArenaMap
 from kvstore.blocks import BlockHash
 
-_WORD_BYTES = 8
+_WORDS = HEADER_BYTES // 8
 
 
 class SlotIndex:
@@ -19,8 +21,8 @@ class SlotIndex:
 
     def __init__(self, arena_map: ArenaMap, headers: memoryview) -> None:
         self._map = arena_map
-        self._generations = headers.cast("Q")[:: HEADER_BYTES // _WORD_BYTES]
-        self._seen = bytes(self._generations.nbytes)  # generations at the last look; those of empty slots are 0
+        self._generations = np.frombuffer(headers, np.uint64)[::_WORDS]
+        self._seen = np.zeros_like(self._generations)  # generations at the last look; those of empty slots are 0
         self._slots: dict[BlockHash, int] = {}
         self._blocks: dict[int, BlockHash] = {}  # by slot
 
@@ -36,11 +38,8 @@ class SlotIndex:
         return slots
 
     def _look(self) -> None:
-        now = self._generations.tobytes()
-        if now == self._seen:
-            return
-        pairs = zip(memoryview(now).cast("Q"), memoryview(self._seen).cast("Q"), strict=True)
-        changed = [slot for slot, (new, old) in enumerate(pairs) if new != old]
+        now = self._generations.copy()
+        changed: list[int] = np.flatnonzero(now != self._seen).tolist()
         self._seen = now  # what changes while it is read below is read again next time
         for slot in changed:
             self._forget(slot)

@@ -6,14 +6,19 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from kvstore.blocks import BlockHash, Payload, hash_blocks
 from kvstore.copies import copy_and_sum
-from kvstore.server import StoreConfig
+from kvstore.frames import MAX_TOLD_BYTES, Message
+from kvstore.local import StorePaths
+from kvstore.server import StoreConfig, StoreServer
+from kvstore.stream import Unpacker, pack
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SLOT_BYTES = 100_000  # over ZeroMQ's threshold, so that payloads are sent from the slots
@@ -22,6 +27,7 @@ ROOT = BlockHash(bytes(16))
 STORE = """
 import asyncio, json, sys
 from kvstore.server import StoreConfig, StoreServer
+from kvstore.stream import Unpacker, pack
 async def main():
     record = await StoreServer(StoreConfig(**json.loads(sys.argv[1]))).start()
     print(record.arena_id, flush=True)
@@ -109,6 +115,55 @@ def writer_of(hashes: Sequence[BlockHash]) -> Callable[[Sequence[int], Sequence[
         ]
 
     return write
+
+
+async def announced(*stores: StoreServer) -> None:
+    """Returns when the directory knows all that these stores have committed: they answer before."""
+    for store in stores:
+        await store._announcer.flushed()
+
+
+class ControlPeer:
+    """Says what it likes to a store's control socket."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._path = str(StorePaths(Path(folder)).control)
+
+    async def open(self) -> ControlPeer:
+        stream = socket.socket(socket.AF_UNIX)
+        await asyncio.to_thread(stream.connect, self._path)  # which waits while others wait to be let in
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=stream)
+        return self
+
+    def send(self, *messages: Message | bytes) -> None:
+        """Messages, or any bytes."""
+        for message in messages:
+            self._writer.write(message if isinstance(message, bytes) else pack(message))
+
+    async def receive(self) -> tuple[Message, list[bytes]]:
+        """`EOFError` when the store has closed the connection."""
+        unpacker = Unpacker(MAX_TOLD_BYTES)
+        async with asyncio.timeout(10):
+            while (taken := unpacker.take()) is None:
+                data = await self._reader.read(1)
+                if not data:
+                    raise EOFError
+                unpacker.feed(data)
+        return taken[0], [taken[1]] if taken[1] else []
+
+    async def ask(self, message: Message) -> tuple[Message, list[bytes]]:
+        self.send(message)
+        return await self.receive()
+
+    async def is_cut_off(self) -> bool:
+        """Waits for it."""
+        with suppress(EOFError, ConnectionError):
+            while True:
+                await self.receive()
+        return True
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def take(payloads: Sequence[Payload]) -> list[bytes]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kvstore_support import SLOT_BYTES, chain, content, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, announced, chain, content, store_config, take, writer_of
 
 from deploy.cli import main
 from deploy.kv_tables import age, size
@@ -62,6 +62,7 @@ async def cluster(
         writer = KVClient(store._directory, SLOT_BYTES, Path(store.config.dir))
         assert await writer.publish(hashes, writer_of(hashes)) == len(hashes)
         await writer.close()
+        await announced(store)
         stores.append(store)
     pid = os.getpid()
     bases, folder = (str(short_dir), "/nowhere"), tmp_path / "state"

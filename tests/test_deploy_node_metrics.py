@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-import zmq.asyncio
 from conftest import eventually
 from node_harness import Machine, journey, node_request, prompt_of, running_machine
 from scraping import scrape
 
+from kvstore.control import ControlChannel
 from kvstore.operate import StoreOperator
 
 
@@ -61,8 +62,7 @@ async def test_beside_a_store_that_drains_nodes_go_on(machine: Machine) -> None:
     await journey(prefill, decode, node_request(old))
     await decode.server.publisher.flush()
     held = len(store.arena.blocks())
-    context = zmq.asyncio.Context()
-    operator = StoreOperator(context, f"ipc://{store.config.dir}/control")
+    operator = StoreOperator(partial(ControlChannel, Path(store.config.dir) / "control"))
     await operator.drain()
     for _ in range(2):
         tokens, _ = await journey(prefill, decode, node_request(new))
@@ -78,4 +78,3 @@ async def test_beside_a_store_that_drains_nodes_go_on(machine: Machine) -> None:
     tokens, _ = await journey(prefill, decode, node_request(prompt_of(220, seed=9)))
     await prefill.server.publisher.flush()
     assert len(store.arena.blocks()) > held
-    context.destroy(linger=0)

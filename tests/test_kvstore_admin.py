@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,16 @@ import zmq.asyncio
 from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
-from kvstore_support import SLOT_BYTES, chain, content, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, announced, chain, content, store_config, take, writer_of
 
 from kvstore import told
 from kvstore.channel import Channel
 from kvstore.client import KVClient
+from kvstore.control import ControlChannel
 from kvstore.curve import Curve, new_wire_key
 from kvstore.directory import Directory
 from kvstore.errors import ArenaDraining, ArenaUnavailable, AskFailed, BadFrame
-from kvstore.frames import MAX_ROWS, Ask, Get, Got, Reserve, Told, Verb
+from kvstore.frames import MAX_ROWS, Ask, Commit, Get, Got, Reserve, Told, Verb
 from kvstore.operate import StoreOperator
 from kvstore.quotas import SHARED
 from kvstore.server import StoreConfig, StoreServer
@@ -66,14 +68,15 @@ async def store(config: StoreConfig) -> AsyncIterator[StoreServer]:
     writer = KVClient(store._directory, SLOT_BYTES, Path(config.dir))
     assert await writer.publish(HASHES, writer_of(HASHES)) == len(HASHES)
     await writer.close()
+    await announced(store)
     yield store
     store.arena.check_integrity()
     await store.stop()
 
 
 @pytest.fixture
-def operator(store: StoreServer, context: zmq.asyncio.Context) -> StoreOperator:
-    return StoreOperator(context, f"ipc://{store.config.dir}/control")
+def operator(store: StoreServer) -> StoreOperator:
+    return StoreOperator(partial(ControlChannel, Path(store.config.dir) / "control"))
 
 
 @pytest.fixture
@@ -122,7 +125,7 @@ async def test_list_by_page_and_by_prefix(store: StoreServer, operator: StoreOpe
     assert (await operator.blocks("f" * 32, 100)) == ([], 0)
 
 
-async def test_more_blocks_than_a_page_has(redis_url: str, short_dir: Path, context: zmq.asyncio.Context) -> None:
+async def test_more_blocks_than_a_page_has(redis_url: str, short_dir: Path) -> None:
     num_blocks = 2 * MAX_ROWS + 50
     config = replace(store_config(short_dir / "a", redis_url), slot_bytes=64, memory_bytes=num_blocks * 128 + 4096)
     store = StoreServer(config)
@@ -131,7 +134,7 @@ async def test_more_blocks_than_a_page_has(redis_url: str, short_dir: Path, cont
     hashes = chain(7, num_blocks)
     sums = [xxhash.xxh3_64_intdigest(bytes(64))] * num_blocks
     assert await writer.publish(hashes, lambda indices, views: sums[: len(views)]) == num_blocks
-    operator = StoreOperator(context, f"ipc://{config.dir}/control")
+    operator = StoreOperator(partial(ControlChannel, Path(config.dir) / "control"))
     rows, total = await operator.blocks("", 10**6)
     assert total == num_blocks and {row.hash for row in rows} == {block_hash.hex() for block_hash in hashes}
     rows, total = await operator.blocks("", MAX_ROWS + 1)
@@ -157,6 +160,7 @@ async def test_inspect_tells_a_damaged_block(store: StoreServer, operator: Store
 async def test_looking_is_no_use(store: StoreServer, operator: StoreOperator) -> None:
     (before,) = await operator.inspect(HASHES[0])
     await operator.blocks("", 10)
+    await asyncio.sleep(0.005)  # ages are told in milliseconds
     (after,) = await operator.inspect(HASHES[0])
     assert after.age_s > before.age_s
     assert (await operator.stats())[1][0].num_hits == 0
@@ -262,6 +266,7 @@ async def _crowd_out(store: StoreServer, near: KVClient) -> None:
         await near.publish(HASHES, writer_of(HASHES))
     for number in range(8):
         await near.publish(chain(5000 + 100 * number, 16), writer_of(chain(5000 + 100 * number, 16)))
+    await announced(store)
     assert not any(store.arena.holds(block_hash) for block_hash in HASHES)
 
 
@@ -331,24 +336,24 @@ async def test_with_the_wire_key_operators_of_other_machines_are_heard(
 ) -> None:
     store = StoreServer(store_config(short_dir / "a", redis_url, wire_key=KEY))
     record = await store.start()
-    sums, _ = await StoreOperator(context, record.address, Curve(KEY)).stats()
+    sums, _ = await StoreOperator(partial(Channel, context, record.address, curve=Curve(KEY))).stats()
     assert sums.arena_id == record.arena_id
     for stranger in (None, Curve(new_wire_key())):
         with pytest.raises(ArenaUnavailable):
-            await StoreOperator(context, record.address, stranger).stats()
+            await StoreOperator(partial(Channel, context, record.address, curve=stranger)).stats()
     await store.stop()
 
 
 async def test_messages_for_the_other_socket_are_refused(store: StoreServer, context: zmq.asyncio.Context) -> None:
-    for address, message in (
-        (f"ipc://{store.config.dir}/control", Get(1, HASHES)),
-        (store.record().address, Reserve(1, "ab" * 16, "cd" * 16, HASHES)),
-        (store.record().address, Told(1, 5)),
+    for message in (
+        Reserve(1, "ab" * 16, "cd" * 16, HASHES),
+        Commit(1, "ab" * 16, "cd" * 16, []),
+        Told(1, 5),
     ):
         socket = context.socket(zmq.DEALER)
-        socket.connect(address)
+        socket.connect(store.record().address)
         await socket.send(message.encode())
-    await eventually(lambda: store._tally.refused_frames == {"control": 1, "data": 2})
+    await eventually(lambda: store._tally.refused_frames == {"control": 0, "data": 3})
 
 
 async def test_a_store_that_cannot_says_so(operator: StoreOperator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
 import random
+import resource
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import xxhash
 import zmq
 import zmq.asyncio
 from conftest import RedisProcess, eventually
-from kvstore_support import SLOT_BYTES, Process, chain, content, start_store, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, Process, announced, chain, content, start_store, store_config, take, writer_of
 
 from kvstore.arena_map import MappedPayload
 from kvstore.blocks import BlockHash
@@ -105,6 +109,7 @@ async def test_another_machine_over_the_wire(
     writer = make_client(store.config.dir)
     hashes = chain(0, 12)
     assert await writer.publish(hashes, writer_of(hashes)) == 12
+    await announced(store)
     for reader in (make_client(None), make_client(other_store.config.dir)):
         payloads = await reader.fetch(await reader.match(hashes))
         assert all(isinstance(payload, ReceivedPayload) for payload in payloads)
@@ -150,6 +155,7 @@ async def test_run_over_several_arenas(store: StoreServer, other_store: StoreSer
     here, there = make_client(store.config.dir), make_client(other_store.config.dir)
     await here.publish(hashes[:4], writer_of(hashes[:4]))
     await there.publish(hashes[4:], writer_of(hashes[4:]))
+    await announced(store, other_store)
     for reader in (here, there, make_client(None)):
         assert await read(reader, hashes) == 10
     payloads = await here.fetch(await here.match(hashes))
@@ -164,6 +170,7 @@ async def test_an_empty_newcomer_draws_no_writes(
     num_slots = store.record().num_slots
     for first in range(0, 4000, 1000):
         assert await writers["a"][1].publish(chain(first, 8), writer_of(chain(first, 8))) == 8
+    await announced(store)
     assert store.arena.num_free == 0 and other_store.arena.num_free == num_slots
     assert await read(writers["b"][1], chain(3000, 8)) == 8, "what it reads of others it does not keep by itself"
     assert other_store.arena.num_free == num_slots
@@ -187,6 +194,7 @@ async def test_stale_directory_is_a_miss(
     hashes = chain(0, 4)
     writer = make_client(store.config.dir)
     await writer.publish([hashes[0], hashes[2]], writer_of([hashes[0], hashes[2]]))
+    await announced(store)
     arena_id = store.record().arena_id
     await directory.announce(arena_id, [(hashes[1], 3), (hashes[3], 10**9)])  # never held; and a slot that is none
     reader = make_client(store.config.dir if is_local else None)
@@ -203,6 +211,7 @@ async def test_eviction_between_match_and_fetch_is_a_miss(
     num_slots = store.record().num_slots
     old, new = chain(0, num_slots), chain(1000, num_slots)
     await client.publish(old, writer_of(old))
+    await announced(store)
     reader = make_client(store.config.dir if is_local else None)
     match = await reader.match(old)
     assert match.num_blocks == num_slots
@@ -224,6 +233,7 @@ async def test_eviction_after_fetch_is_seen_by_is_valid(store: StoreServer, make
 async def test_corrupted_slot_is_a_miss_over_the_wire(store: StoreServer, make_client: MakeClient) -> None:
     hashes = chain(0, 5)
     await make_client(store.config.dir).publish(hashes, writer_of(hashes))
+    await announced(store)
     slot = store.arena.find(hashes[3])
     assert slot is not None
     store._service._map.view(slot)[SLOT_BYTES // 2] ^= 1
@@ -256,12 +266,36 @@ async def test_store_restarts_during_a_copy_and_somebody_else_sees_it_first(
 
 
 async def test_no_descriptor_is_left(store: StoreServer, make_client: MakeClient) -> None:
-    """No arena then, and no error; and no lock stays behind from the attempt."""
+    """No arena then, or none to publish into, and no error; and no lock stays behind from the attempt."""
+    hashes = chain(0, 1)
+    for num_left in range(3):  # of memory, lock and connection
+        client = make_client(store.config.dir)
+        with descriptors_left(num_left):
+            assert await client.publish(hashes, writer_of(hashes)) == 0
+        assert list(Path(store.config.dir, "writers").iterdir()) == []
     client = make_client(store.config.dir)
-    client._context.set(zmq.MAX_SOCKETS, 1)
-    assert client.local_arena_id == ""
-    assert list(Path(store.config.dir, "writers").iterdir()) == []
-    assert await client.publish(chain(0, 1), writer_of(chain(0, 1))) == 0
+    assert await client.publish(hashes, writer_of(hashes)) == 1
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """This process can open so many more, and not one beyond that."""
+    gc.collect()
+    free, taken = os.dup(0), []
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 64, hard))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for descriptor in taken[len(taken) - count :]:
+            os.close(descriptor)
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken[: len(taken) - count]:
+            os.close(descriptor)
 
 
 # --- stores that do not do what a store does ---------------------------------------------------------------------
@@ -442,6 +476,7 @@ async def test_store_killed_and_restarted(config: StoreConfig, make_client: Make
     client, remote = make_client(config.dir, timeout_s=1.0), make_client(None, timeout_s=1.0)
     hashes = chain(0, 4)
     assert await client.publish(hashes, writer_of(hashes)) == 4
+    await eventually(lambda: _reads(remote, hashes))
     match = await remote.match(hashes)
     assert match.num_blocks == 4 and await read(remote, hashes) == 4
     await first.kill()
@@ -460,6 +495,10 @@ async def test_store_killed_and_restarted(config: StoreConfig, make_client: Make
         await second.kill()
 
 
+async def _matches(client: KVClient, hashes: Sequence[BlockHash]) -> bool:
+    return (await client.match(hashes)).num_blocks == len(hashes)
+
+
 async def _publishes(client: KVClient, hashes: Sequence[BlockHash]) -> bool:
     return await client.publish(hashes, writer_of(hashes)) == len(hashes)
 
@@ -473,6 +512,7 @@ async def test_store_lost_in_the_middle_of_a_read(
         hashes = chain(0, 300)
         assert await make_client(config.dir).publish(hashes, writer_of(hashes)) == 300
         remote = make_client(None, timeout_s=1.0)
+        await eventually(lambda: _matches(remote, hashes))
         match = await remote.match(hashes)
         fetching = asyncio.create_task(remote.fetch(match))
         await asyncio.sleep(0.002)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 import zmq.asyncio
-from kvstore_support import SLOT_BYTES, chain, content, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, announced, chain, content, store_config, take, writer_of
 from zmq.utils import z85
 
 from kvstore.channel import Channel
@@ -42,6 +42,7 @@ async def store(redis_url: str, short_dir: Path) -> AsyncIterator[StoreServer]:
     writer = KVClient(store._directory, SLOT_BYTES, Path(store.config.dir))
     assert await writer.publish(HASHES, writer_of(HASHES)) == len(HASHES), "sockets inside a machine need no key"
     await writer.close()
+    await announced(store)
     yield store
     store.arena.check_integrity()
     await store.stop()
@@ -72,6 +73,7 @@ async def test_a_store_without_the_key_is_no_store(redis_url: str, short_dir: Pa
         await stranger.start()
         writer = KVClient(directory, SLOT_BYTES, Path(stranger.config.dir))
         await writer.publish(HASHES, writer_of(HASHES))
+        await announced(stranger)
         assert await num_read(directory, KEY) == 0
         await writer.close()
         await stranger.stop()
@@ -117,11 +119,14 @@ async def test_frames_of_the_greatest_size_pass_encrypted(redis_url: str, short_
         return [copy_and_sum(view, memoryview(data[index])) for index, view in zip(indices, views, strict=True)]
 
     assert await writer.publish(HASHES[:3], write) == 3
+    await announced(store)
     assert take(await reader.fetch(await reader.match(HASHES[:3]))) == data
-    channel = Channel(reader._context, store.record().address, slot_bytes, Curve(KEY))
+    context = zmq.asyncio.Context()
+    channel = Channel(context, store.record().address, slot_bytes, Curve(KEY))
     answer = await channel.request(lambda request_id: Get(request_id, chain(9, 4096)), 10.0)
     assert answer.message.blocks == []
     channel.close()
+    context.destroy(linger=0)
     for client in (writer, reader):
         await client.close()
     await directory.close()

@@ -23,7 +23,7 @@ import zmq.asyncio
 from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
-from kvstore_support import REPOSITORY, chain, store_config
+from kvstore_support import REPOSITORY, ControlPeer, chain, store_config
 
 from kvstore.arena import Reservation, Written
 from kvstore.channel import Answer
@@ -256,25 +256,37 @@ class FuzzedStore:
         await self._process.communicate()
 
     async def send(self, place: str, messages: Sequence[list[bytes]]) -> None:
-        """All `messages` by one peer that is what a peer should be, then a question, which has to be answered."""
+        """All `messages` by who is what a peer should be, then a question, which has to be answered."""
+        if place == "control":
+            await self._send_to_control(messages)
+            return
         context = zmq.asyncio.Context()
         peer = context.socket(zmq.DEALER)
         peer.setsockopt(zmq.SNDHWM, 0)
-        if place == "data" and self.wire_key:
+        if self.wire_key:
             Curve(self.wire_key).identify(peer)
-        peer.connect(f"ipc://{self.control}" if place == "control" else self.address)
+        peer.connect(self.address)
         for message in messages:
             await peer.send_multipart(message)
         last = 2**64 - 1
-        question = Reserve(last, ARENA_ID, WRITER_ID, []) if place == "control" else Get(last, chain(0, 2))
-        await peer.send(question.encode())
+        await peer.send(Get(last, chain(0, 2)).encode())
         async with asyncio.timeout(60):
             while decode((await peer.recv_multipart())[0]).request_id != last:
                 pass
         context.destroy(linger=0)
 
+    async def _send_to_control(self, messages: Sequence[list[bytes]]) -> None:
+        """One connection a message: what is malformed is the last that is heard of a peer."""
+        for frame, *more in messages:
+            tail = b"".join(more)
+            self.stream("control", struct.pack("<II", len(frame), len(tail)) + frame + tail)
+        peer = await ControlPeer(Path(self.control).parent).open()
+        answer, _ = await peer.ask(Reserve(5, ARENA_ID, WRITER_ID, []))
+        assert answer == Reserved(5, Status.STALE, [])
+        peer.close()
+
     def stream(self, place: str, data: bytes) -> None:
-        """Raw bytes, by who does not even speak ZeroMQ."""
+        """Raw bytes, by who may not even speak the language."""
         if place == "control":
             with socket.socket(socket.AF_UNIX) as unix:
                 unix.connect(self.control)

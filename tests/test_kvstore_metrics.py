@@ -11,7 +11,7 @@ import pytest
 import zmq
 import zmq.asyncio
 from conftest import eventually
-from kvstore_support import SLOT_BYTES, chain, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, ControlPeer, announced, chain, store_config, take, writer_of
 from prometheus_client.core import GaugeMetricFamily
 from scraping import http, scrape
 
@@ -58,6 +58,7 @@ async def clients(store: StoreServer, directory: Directory) -> AsyncIterator[tup
 async def test_figures_are_those_of_what_was_done(store: StoreServer, clients: tuple[KVClient, KVClient]) -> None:
     record, (near, far) = store.record(), clients
     await near.publish(HASHES, writer_of(HASHES))
+    await announced(store)
     assert len(take(await far.fetch(await far.match(HASHES[:4])))) == 4
     first = await scrape(record.metrics_address)
     assert first["baton_kv_capacity_blocks", "memory"] == 16
@@ -94,11 +95,14 @@ async def test_figures_are_those_of_what_was_done(store: StoreServer, clients: t
 
 async def test_what_was_refused(store: StoreServer) -> None:
     context = zmq.asyncio.Context()
-    for address, count in ((f"ipc://{store.config.dir}/control", 3), (store.record().address, 5)):
-        socket = context.socket(zmq.DEALER)
-        socket.connect(address)
-        for _ in range(count):
-            await socket.send(b"garbage")
+    socket = context.socket(zmq.DEALER)
+    socket.connect(store.record().address)
+    for _ in range(5):
+        await socket.send(b"garbage")
+    for _ in range(3):
+        peer = await ControlPeer(store.config.dir).open()
+        peer.send(b"garbage!")
+        peer.close()
     address = store.record().metrics_address
 
     async def are_counted() -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from kvstore_support import SLOT_BYTES, chain, content, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, announced, chain, content, store_config, take, writer_of
 
 from kvstore.blocks import PROBE, KVLayout, hash_blocks
 from kvstore.client import KVClient
@@ -63,6 +63,7 @@ async def test_another_layout_finds_nothing(
     hashes = hash_blocks(LAYOUT.root(), tokens, 16)
     writer = KVClient(directory, SLOT_BYTES, Path(store.config.dir))
     assert await writer.publish(hashes, writer_of(hashes)) == 4
+    await announced(store)
     reader = writer if is_local else KVClient(directory, SLOT_BYTES, None)
     assert take(await reader.fetch(await reader.match(hashes))) == [content(block_hash) for block_hash in hashes]
     changes = [{"model": "b"}, {"dtype": "bfloat16"}, {"block_size": 8}, {"num_layers": 4}, {"num_kv_heads": 1}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,19 @@ import xxhash
 import zmq
 import zmq.asyncio
 from conftest import RedisProcess, eventually
-from kvstore_support import SLOT_BYTES, WRITER, Process, chain, content, start_store, store_config, take, writer_of
+from kvstore_support import (
+    SLOT_BYTES,
+    WRITER,
+    ControlPeer,
+    Process,
+    announced,
+    chain,
+    content,
+    start_store,
+    store_config,
+    take,
+    writer_of,
+)
 
 from kvstore.arena import Written
 from kvstore.client import KVClient
@@ -47,7 +59,7 @@ async def directory(redis_url: str) -> AsyncIterator[Directory]:
 
 
 class Peer:
-    """A raw socket that says what it likes to a store."""
+    """A raw ZeroMQ socket that says what it likes to a store."""
 
     def __init__(self, address: str) -> None:
         self.context = zmq.asyncio.Context()
@@ -64,8 +76,8 @@ class Peer:
 
 
 @pytest.fixture
-async def writer(store: StoreServer) -> AsyncIterator[Peer]:
-    peer = Peer(f"ipc://{store.config.dir}/control")
+async def writer(store: StoreServer) -> AsyncIterator[ControlPeer]:
+    peer = await ControlPeer(store.config.dir).open()
     yield peer
     peer.close()
 
@@ -77,7 +89,7 @@ async def reader(store: StoreServer) -> AsyncIterator[Peer]:
     peer.close()
 
 
-async def test_write_announce_read(store: StoreServer, writer: Peer, reader: Peer, directory: Directory) -> None:
+async def test_write_announce_read(store: StoreServer, writer: ControlPeer, reader: Peer, directory: Directory) -> None:
     arena_id, writer_id = store.record().arena_id, "ab" * 16
     lock = FileLock.create(StorePaths(Path(store.config.dir)).writer(writer_id))
     hashes = chain(0, 3)
@@ -93,7 +105,11 @@ async def test_write_announce_read(store: StoreServer, writer: Peer, reader: Pee
     committed, _ = await writer.ask(Commit(2, arena_id, writer_id, written))
     assert committed == Committed(2, Status.OK, 3)
     slots = [item.slot for item in written]
-    assert await directory.locate(hashes) == {arena_id: slots}, "committed is announced"
+
+    async def is_announced() -> bool:
+        return await directory.locate(hashes) == {arena_id: slots}
+
+    await eventually(is_announced, what="committed is announced, by itself")
     got, payloads = await reader.ask(Get(7, [*hashes[:2], *chain(9, 1), hashes[2]]))
     assert isinstance(got, Got) and got.request_id == 7
     assert [block.length for block in got.blocks] == [SLOT_BYTES, SLOT_BYTES], "the run ends where one is missing"
@@ -101,7 +117,7 @@ async def test_write_announce_read(store: StoreServer, writer: Peer, reader: Pee
     lock.remove()
 
 
-async def test_messages_for_an_arena_that_is_no_more(store: StoreServer, writer: Peer) -> None:
+async def test_messages_for_an_arena_that_is_no_more(store: StoreServer, writer: ControlPeer) -> None:
     answer, _ = await writer.ask(Reserve(1, "00" * 16, "ab" * 16, chain(0, 1)))
     assert answer == Reserved(1, Status.STALE, [])
     answer, _ = await writer.ask(Commit(2, "00" * 16, "ab" * 16, [Written(0, 1, 0)]))
@@ -123,17 +139,14 @@ GARBAGE = [
 ]
 
 
-@pytest.mark.parametrize("socket", ["control", "data"])
-async def test_garbage_is_refused_and_nothing_else_happens(store: StoreServer, socket: str) -> None:
-    address = f"ipc://{store.config.dir}/control" if socket == "control" else store.record().address
+async def test_garbage_is_refused_and_nothing_else_happens(store: StoreServer) -> None:
     for frames in GARBAGE:
-        bad = Peer(address)
+        bad = Peer(store.record().address)
         await bad.socket.send_multipart(frames)
         await asyncio.sleep(0.01)
         bad.close()
-    good = Peer(address)
-    question = Reserve(5, "00" * 16, "ab" * 16, []) if socket == "control" else Get(5, chain(0, 1))
-    answer, _ = await good.ask(question)
+    good = Peer(store.record().address)
+    answer, _ = await good.ask(Get(5, chain(0, 1)))
     assert answer.request_id == 5
     good.close()
     store.arena.check_integrity()
@@ -211,16 +224,43 @@ async def test_evicted_blocks_leave_the_directory(store: StoreServer, directory:
     old, new = chain(0, num_slots), chain(1000, num_slots // 2)
     assert await client.publish(old, writer_of(old)) == num_slots
     assert await client.publish(new, writer_of(new)) == num_slots // 2
+    await announced(store)
     found = await directory.locate(old)
     assert len(found[store.record().arena_id]) == num_slots - num_slots // 2
     assert len((await directory.locate(new))[store.record().arena_id]) == num_slots // 2
     await client.close()
 
 
+async def test_what_is_evicted_without_a_commit_leaves_the_directory_before_the_next_heartbeat(
+    config: StoreConfig, directory: Directory
+) -> None:
+    store = StoreServer(replace(config, heartbeat_s=100.0, ttl_s=500.0))
+    arena_id, num_slots = (await store.start()).arena_id, store.record().num_slots
+    client, hashes = KVClient(directory, SLOT_BYTES, Path(config.dir)), chain(0, num_slots)
+    assert await client.publish(hashes, writer_of(hashes)) == num_slots
+    await announced(store)
+    peer = await ControlPeer(config.dir).open()
+    reserved, _ = await peer.ask(Reserve(1, arena_id, "ab" * 16, chain(1000, 3)))
+    assert isinstance(reserved, Reserved) and reserved.status is Status.OK
+
+    async def num_known() -> int:
+        return sum([bool(await directory.locate([block_hash])) for block_hash in hashes])
+
+    await eventually(lambda: _is(num_known, num_slots - 3), timeout_s=20.0)
+    peer.close()
+    await client.close()
+    await store.stop()
+
+
+async def _is(count: Callable[[], Awaitable[int]], expected: int) -> bool:
+    return await count() == expected
+
+
 async def test_many_changes_at_once_end_in_a_true_inventory(store: StoreServer, directory: Directory) -> None:
     client = KVClient(directory, SLOT_BYTES, Path(store.config.dir))
     chains = [chain(1000 * number, 5) for number in range(20)]
     await asyncio.gather(*(client.publish(hashes, writer_of(hashes)) for hashes in chains))
+    await announced(store)
     held = dict(store.arena.blocks())
     assert len(held) == store.record().num_slots
     for hashes in chains:
@@ -272,7 +312,7 @@ def _writer_config(store: StoreServer, num_blocks: int) -> dict[str, object]:
     return {"redis_url": config.redis_url, "slot_bytes": SLOT_BYTES, "dir": config.dir, "hashes": hashes}
 
 
-async def test_late_reserve_of_a_writer_that_is_gone_is_taken_back(store: StoreServer, writer: Peer) -> None:
+async def test_late_reserve_of_a_writer_that_is_gone_is_taken_back(store: StoreServer, writer: ControlPeer) -> None:
     """The writer gave up waiting and let go of its lock; then the store gets to its message."""
     answer, _ = await writer.ask(Reserve(1, store.record().arena_id, "cd" * 16, chain(0, 3)))
     assert isinstance(answer, Reserved) and all(answer.reservations)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import eventually
-from kvstore_support import SLOT_BYTES, chain, content, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, announced, chain, content, store_config, take, writer_of
 
 from kvstore import tiers
 from kvstore.blocks import BlockHash
@@ -64,6 +64,7 @@ class Here:
 
     async def publish(self, hashes: Sequence[BlockHash], owner: Owner = SHARED) -> None:
         await self.near.publish(hashes, writer_of(hashes), owner)
+        await announced(self.store)
 
     async def crowd_out(self) -> None:
         """Others need all slots."""

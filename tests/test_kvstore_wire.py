@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RedisProcess, eventually
-from kvstore_support import SLOT_BYTES, chain, content, start_store, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, announced, chain, content, start_store, store_config, take, writer_of
 from wire_faults import Fault, Wire, flip, hang, hang_up, lose, nothing, through
 
 from kvstore.blocks import BlockHash
@@ -56,6 +56,7 @@ async def publish(store: StoreServer, hashes: Sequence[BlockHash]) -> None:
     writer = KVClient(store._directory, SLOT_BYTES, Path(store.config.dir))
     assert await writer.publish(hashes, writer_of(hashes)) == len(hashes)
     await writer.close()
+    await announced(store)
 
 
 async def fetch(store: StoreServer, directory: Directory, address: str) -> int:

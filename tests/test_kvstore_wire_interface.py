@@ -23,7 +23,7 @@ from faulty_wires import (
     refused,
     shortened,
 )
-from kvstore_support import SLOT_BYTES, chain, content, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, announced, chain, content, store_config, take, writer_of
 
 from kvstore.blocks import BlockHash
 from kvstore.client import KVClient, Match
@@ -95,6 +95,7 @@ async def zeromq(
     writer = KVClient(directory, SLOT_BYTES, Path(store.config.dir))
     assert await writer.publish(HASHES, writer_of(HASHES)) == len(HASHES)
     await writer.close()
+    await announced(store)
     inner = ZmqWire(SLOT_BYTES)
     reader, wire = reader_over(directory, inner)
     setup = Setup(reader, wire, record, store)
