@@ -255,7 +255,7 @@ async def test_the_plan_sees_the_tenants_own_blocks_alone(
     plan = policy.plan
 
     def watch(view: policy.RequestView, *rest: object) -> object:
-        hits.append(dict(view.hit_blocks))
+        hits.append({arena_id: hit.num_blocks for arena_id, hit in view.hits.items()})
         return plan(view, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr("router.dispatch.policy.plan", watch)
