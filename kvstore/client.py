@@ -10,9 +10,11 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from kvstore.arena import Reservation, Written
@@ -29,9 +31,10 @@ from kvstore.zmq_wire import ZmqWire
 logger = logging.getLogger(__name__)
 
 Write = Callable[[Sequence[int], Sequence[memoryview]], Sequence[int]]
+_Part = Sequence[tuple[int, Reservation]]  # index of a block, and the slot that it goes to
 
 _NUM_COPIERS = 2  # a single thread does not use up what memory can do
-_SHARED_BYTES = 4 << 20  # a batch of so much is worth waking both
+_PART_BYTES = 4 << 20  # that one of them takes at a time: where cores are busy, one may come late, or not at all
 _MIN_BYTES_PER_S = 100e6  # a slower transfer counts as broken
 _AVOID_S = 5.0  # a store that did not answer is left alone for so long
 
@@ -155,7 +158,7 @@ class KVClient:
 
         `write(indices, views)` is called on a thread with the indices into `hashes` of the blocks to write and as
         many writable views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. Of many blocks, two threads
-        call it for half of them each, at the same time. `publish` does not end before `write` has, not even when
+        call it for some of them each, at the same time. `publish` does not end before `write` has, not even when
         cancelled, so what `write` reads may be freed afterwards. Only errors of `write` itself are raised.
         """
         task = asyncio.create_task(self._publish(hashes, write, owner))
@@ -218,19 +221,18 @@ class KVClient:
             if not is_whole:
                 self._retire(local)
 
-    async def _copy_all(
-        self, local: LocalArena, todo: Sequence[tuple[int, Reservation]], write: Write
-    ) -> list[Written]:
+    async def _copy_all(self, local: LocalArena, todo: _Part, write: Write) -> list[Written]:
         """Fills reserved slots, on threads. Returns when nothing is being copied any more, also when it fails."""
-        num_parts = _NUM_COPIERS if len(todo) * self._slot_bytes >= _SHARED_BYTES else 1
-        step = -(-len(todo) // num_parts)
-        loop = asyncio.get_running_loop()
-        copies = [
-            loop.run_in_executor(self._copier, _copy, local, todo[at : at + step], write)
-            for at in range(0, len(todo), step)
-        ]
+        step = max(1, _PART_BYTES // self._slot_bytes)
+        parts = deque((at, todo[at : at + step]) for at in range(0, len(todo), step))
+        filled: dict[int, list[Written]] = {}
+        loop, num_copiers = asyncio.get_running_loop(), min(_NUM_COPIERS, len(parts))
+        copies = [loop.run_in_executor(self._copier, _copy, local, parts, filled, write) for _ in range(num_copiers)]
         await to_end(copies)
-        return [written for copy in copies for written in copy.result()]
+        for error in [copy.exception() for copy in copies]:
+            if error is not None:
+                raise error
+        return [written for at in sorted(filled) for written in filled[at]]
 
     def _mapped(self) -> LocalArena | None:
         """This machine's arena, mapped anew when the store has another one. Costs one stat."""
@@ -307,12 +309,25 @@ class KVClient:
             logger.warning("event=store_trouble what=%s error=%r", name, str(error))
 
 
-def _copy(local: LocalArena, todo: Sequence[tuple[int, Reservation]], write: Write) -> list[Written]:
-    """Fills reserved slots. Runs on the copier's thread."""
-    views = [local.map.view(reservation.slot) for _, reservation in todo]
+def _copy(
+    local: LocalArena,
+    parts: deque[tuple[int, Sequence[tuple[int, Reservation]]]],
+    filled: dict[int, list[Written]],
+    write: Write,
+) -> None:
+    """Fills reserved slots, part by part, beside another thread that does the same."""
+    try:
+        while parts:
+            try:
+                at, part = parts.popleft()
+            except IndexError:  # the other one has it
+                return
+            filled[at] = local.copy(partial(_fill, local, part, write))
+    except BaseException:
+        parts.clear()
+        raise
 
-    def fill() -> list[Written]:
-        sums = write([index for index, _ in todo], views)
-        return [Written(item.slot, item.generation, sum_) for (_, item), sum_ in zip(todo, sums, strict=True)]
 
-    return local.copy(fill)
+def _fill(local: LocalArena, part: _Part, write: Write) -> list[Written]:
+    sums = write([index for index, _ in part], [local.map.view(item.slot) for _, item in part])
+    return [Written(item.slot, item.generation, sum_) for (_, item), sum_ in zip(part, sums, strict=True)]

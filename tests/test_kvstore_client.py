@@ -652,6 +652,37 @@ async def test_write_gets_indices_of_what_is_missing(store: StoreServer, make_cl
     assert seen == [0, 1, 4, 5]
 
 
+async def test_two_threads_write_many_blocks(
+    store: StoreServer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.client._PART_BYTES", 2 * SLOT_BYTES)
+    client, hashes = make_client(store.config.dir), chain(0, 9)
+    both, seen = threading.Barrier(2), list[int]()
+
+    def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
+        if indices[0] < 4:
+            both.wait(20)
+        seen.extend(indices)
+        return writer_of(hashes)(indices, views)
+
+    assert await client.publish(hashes, write) == 9
+    assert sorted(seen) == list(range(9))
+    assert await read(client, hashes) == 9
+
+    def fail(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
+        if indices[0] < 4:
+            both.wait(20)
+        if indices[0] == 2:
+            raise ZeroDivisionError("the engine is gone")
+        return [0] * len(views)
+
+    with pytest.raises(ZeroDivisionError):
+        await client.publish(chain(100, 7), fail)
+    await eventually(lambda: not store.arena.writers(), what="what was reserved comes back")
+    assert await read(client, chain(100, 7)) == 0
+    assert await client.publish(chain(100, 7), writer_of(chain(100, 7))) == 7
+
+
 async def test_more_blocks_than_slots(store: StoreServer, make_client: MakeClient) -> None:
     client = make_client(store.config.dir)
     num_slots = store.record().num_slots
