@@ -1,0 +1,72 @@
+"""Baton's own policy: the pair of legs that is predicted to cost the fewest seconds. Pure, without a memory."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from router.cluster import Cluster, Column, Mask
+from router.costs import survey
+from router.plan import Plan, Rates, Reason, Reject, RequestView
+
+SHORTLIST = 4  # nodes of each role that are tried in pairs
+
+
+def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Random, rates: Rates) -> Plan | Reject:
+    """The cheapest choice that keeps the request's limits; one of them at random where several are about as cheap."""
+    # 1) Filter and score: who may run which leg, and seconds for each node alone.
+    seen = survey(request, cluster, now_s, rates)
+    if isinstance(seen, Reject):
+        return seen
+    sources = shortlist(seen.first.cost_s, seen.firsts, rng, rates)
+    targets = shortlist(seen.second.cost_s, seen.seconds, rng, rates)
+    # 2) The best few in pairs. A decode node runs the first leg itself where that is its role too, or where its
+    # streams hardly notice.
+    pairs = [(source, target) for source, target in itertools.product(sources, targets) if source != target]
+    may_skip = seen.firsts | (seen.first.compute_s <= rates.max_stall_s)
+    pairs += [(target, target) for target in targets if may_skip[target]]
+    plans = [seen.plan(*pair) for pair in pairs]
+    # 3) Pick: at random among near ties, so that routers with the same snapshot do not all pick the same node.
+    return pick(request, plans, rng, rates)
+
+
+def pick(request: RequestView, plans: Sequence[Plan], rng: random.Random, rates: Rates) -> Plan | Reject:
+    """One of the cheapest plans that keep the request's limits."""
+    if not plans:
+        return Reject(Reason.BUSY)
+    good = [plan for plan in plans if broken_limit(request, plan) is None]
+    if not good:
+        best = min(plans, key=lambda plan: plan.predicted_ttft_s)
+        reason = broken_limit(request, best) or Reason.TTFT
+        late_s = best.predicted_ttft_s - (request.ttft_limit_s or 0.0)
+        return Reject(reason, best, retry_after_s=max(late_s if reason is Reason.TTFT else 0.0, 1.0))
+    limit_s = _margin(min(plan.cost_s for plan in good), rates)
+    return rng.choice([plan for plan in good if plan.cost_s <= limit_s])
+
+
+def broken_limit(request: RequestView, plan: Plan) -> Reason | None:
+    """Which limit of the request the plan is predicted to break."""
+    if request.ttft_limit_s is not None and plan.predicted_ttft_s > request.ttft_limit_s:
+        return Reason.TTFT
+    if request.tpot_limit_s is not None and plan.predicted_tpot_s > request.tpot_limit_s:
+        return Reason.TPOT
+    return None
+
+
+def shortlist(cost_s: Column, mask: Mask, rng: random.Random, rates: Rates) -> list[int]:
+    """The rows of `mask` with the least cost; of near ties a random choice, or the first of many would always be in."""
+    rows = np.flatnonzero(mask)
+    if len(rows) <= SHORTLIST:
+        return [int(row) for row in rows]
+    costs = cost_s[rows]
+    near = rows[costs <= _margin(float(costs.min()), rates)]
+    if len(near) >= SHORTLIST:
+        return [int(row) for row in rng.sample(list(near), SHORTLIST)]
+    return [int(row) for row in rows[np.argpartition(costs, SHORTLIST)[:SHORTLIST]]]
+
+
+def _margin(best_s: float, rates: Rates) -> float:
+    return best_s + max(rates.tie_s, rates.tie_ratio * best_s)
