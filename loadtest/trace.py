@@ -75,10 +75,10 @@ class TraceShape:
     """What a made trace looks like; the defaults are near the conversation trace's."""
 
     requests_per_s: float = 3.4
-    turns: float = 2.2  # of a conversation, on average
-    think_s: float = 130.0  # between two turns, median
-    first_tokens: float = 5500.0  # of a conversation's first prompt, median
-    turn_tokens: float = 700.0  # that each further turn adds, median
+    turns: float = 1.65  # of a conversation, on average
+    think_s: float = 110.0  # between two turns, median
+    first_tokens: float = 5800.0  # of a conversation's first prompt, median
+    turn_tokens: float = 1100.0  # that each further turn adds, median
     spread: float = 1.1  # of lengths: sigma of their logarithm
     output_tokens: float = 330.0  # median
     max_input_tokens: int = 126_000
@@ -88,11 +88,11 @@ def make_trace(num_requests: int, rng: random.Random, shape: TraceShape = TraceS
     """Conversations that begin with the same system prompt, come at random and grow turn by turn."""
     names = itertools.count(1)  # 0 is the system prompt's block
     found: list[TracedRequest] = []
-    start_s = 0.0
-    while len(found) < num_requests:
+    start_s, span_s = 0.0, num_requests / shape.requests_per_s
+    while start_s < span_s or len(found) < num_requests:
         start_s += rng.expovariate(shape.requests_per_s / shape.turns)
         found += _conversation(start_s, names, rng, shape)
-    found.sort(key=lambda request: request.arrival_s)
+    found.sort(key=lambda request: request.arrival_s)  # later turns of late conversations are cut off
     return found[:num_requests]
 
 

@@ -179,9 +179,11 @@ def blocks_needed(request: RequestView, cluster: Cluster) -> int:
 def _own_runs(request: RequestView, cluster: Cluster) -> tuple[Column, Column]:
     """The leading run that each row's own arena holds, and how much of it lies on disk."""
     runs, on_disk = np.zeros(len(cluster.node_ids)), np.zeros(len(cluster.node_ids))
-    for arena_id, hit in request.hits.items():
-        for row in cluster.rows_of(arena_id):
-            runs[row], on_disk[row] = hit.num_blocks, hit.num_disk_blocks
+    found = [(row, hit) for arena_id, hit in request.hits.items() for row in cluster.rows_of(arena_id)]
+    if found:
+        rows = [row for row, _ in found]
+        runs[rows] = [hit.num_blocks for _, hit in found]
+        on_disk[rows] = [hit.num_disk_blocks for _, hit in found]
     return runs, on_disk
 
 
