@@ -1,6 +1,6 @@
 """The engine alone, beside vLLM and transformers on the CPU, and beside what the machine could do at best.
 
-    benchmarks/install_peers.sh /somewhere
+    benchmarks/install_peers.sh /somewhere vllm
     python -m benchmarks.engine --model 135m --threads 2 --peer vllm,transformers \\
         --peer-python /somewhere/vllm/bin/python --json docs/results/engine_135m_2.jsonl
 
@@ -34,9 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_shapes import SHAPES, Shape
-from benchmarks.engine_worker import REPOSITORY, Step, Task, Worker
+from benchmarks.engine_worker import Step, Task, Worker
 from benchmarks.roofline import Machine, Meter, Work, decode, prefill
 from benchmarks.rows import Peer, Row, lines, print_beside
+from benchmarks.worker_process import REPOSITORY
 
 TURNS = 5
 SLOW_TURNS = 3  # of transformers

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.engine_worker import Step, Task, serve, take_stdout
+from benchmarks.engine_worker import Step, Task, serve
+from benchmarks.worker_process import take_stdout
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import RequestOutput, SamplingParams

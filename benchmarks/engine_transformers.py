@@ -10,7 +10,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.engine_worker import Step, Task, serve, take_stdout
+from benchmarks.engine_worker import Step, Task, serve
+from benchmarks.worker_process import take_stdout
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]  # transformers is not typed for us

@@ -7,7 +7,8 @@ import itertools
 import sys
 import time
 
-from benchmarks.engine_worker import Step, Task, serve, take_stdout
+from benchmarks.engine_worker import Step, Task, serve
+from benchmarks.worker_process import take_stdout
 
 
 def main() -> None:

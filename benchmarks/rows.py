@@ -49,8 +49,12 @@ def print_rows(
 
 def print_beside(benchmark: str, rows: Sequence[Row], peers: Sequence[Peer]) -> None:
     """The table, then the JSON lines, on stdout; any number of peers."""
-    Console(width=None if sys.stdout.isatty() else 150).print(table(benchmark, rows, peers))
+    print_table(table(benchmark, rows, peers))
     print("\n".join(json.dumps(line) for line in lines(benchmark, rows, peers)))
+
+
+def print_table(grid: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 150).print(grid)
 
 
 def lines(benchmark: str, rows: Sequence[Row], peers: Sequence[Peer]) -> list[dict[str, Any]]:
@@ -76,7 +80,7 @@ def table(benchmark: str, rows: Sequence[Row], peers: Sequence[Peer]) -> Table:
         for name in (peer.name, "reached") if peer.is_limit else (peer.name, "n", "ratio"):
             grid.add_column(name, justify="right")
     for row, beside in _beside(rows, peers):
-        cells = [f"{value:.4g}" for value in row.summary().values()]
+        cells = _cells(row)
         for peer, other in zip(peers, beside, strict=True):
             if other is None:
                 cells += [""] * (2 if peer.is_limit else 3)
@@ -86,6 +90,24 @@ def table(benchmark: str, rows: Sequence[Row], peers: Sequence[Peer]) -> Table:
                 cells += [f"{other.summary()['median']:.4g}", f"{len(other.values)}", f"{_ratio(row, other):.2f}"]
         grid.add_row(row.name, row.unit, *cells)
     return grid
+
+
+def tall_table(title: str, rows: Sequence[Row], peers: Sequence[Peer]) -> Table:
+    """A line for Baton and one for each peer that has figures for the row: for more peers than a page has columns."""
+    grid = Table("row", "unit", "who", title=title)
+    for name in ("min", "median", "max", "n", "ratio"):
+        grid.add_column(name, justify="right")
+    for row, beside in _beside(rows, peers):
+        grid.add_row(row.name, row.unit, "baton", *_cells(row))
+        for peer, other in zip(peers, beside, strict=True):
+            if other is not None:
+                grid.add_row("", "", peer.name, *_cells(other), f"{_ratio(row, other):.2f}")
+        grid.add_section()
+    return grid
+
+
+def _cells(row: Row) -> list[str]:
+    return [f"{value:.4g}" for value in row.summary().values()]
 
 
 def _beside(rows: Sequence[Row], peers: Sequence[Peer]) -> list[tuple[Row, list[Row | None]]]:

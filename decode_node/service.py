@@ -13,7 +13,7 @@ from decode_node.worker import DecodeLeg, DecodeWorker
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import OutputToken
-from node.convert import FINISH_REASONS, started_with, statuses, to_request, to_token
+from node.convert import FINISH_REASONS, started_with, statuses, to_owner, to_request, to_token
 
 ADMIT_WAIT_S = 10.0
 
@@ -31,7 +31,8 @@ class DecodeService(node_pb2_grpc.DecodeServicer):
         async with statuses(context):
             admit = (await _read(context, "admit", ADMIT_WAIT_S)).admit
             request = to_request(admit.request, self._engine)
-            async with self._worker.admit(request) as leg:
+            owner = to_owner(admit.request, self._engine.layout.block_bytes)
+            async with self._worker.admit(request, owner) as leg:
                 await context.write(_admitted(leg))
                 start = (await _read(context, "start", self._start_wait_s)).start
                 token_ids = started_with(start.tokens, request, self._engine)

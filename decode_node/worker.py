@@ -7,28 +7,32 @@ are published too: the next turn of the conversation begins with them.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 from engine.loop import EngineLoop, OutputStream
-from engine.request import FinishReason, OutputToken, Request, RequestOutput
+from engine.request import FinishReason, FullBlock, OutputToken, Request, RequestOutput
+from kvstore.quotas import SHARED, Owner
 from node.admission import Admission
 from node.fetcher import Fetcher
 from node.intake import Intake
 from node.publisher import Publisher
+
+Publish = Callable[[Sequence[FullBlock]], object]  # takes over the blocks' pins
 
 
 class DecodeLeg:
     """An admitted request. It fetches from the start on; `run` it once; then its `finish_reason` is known."""
 
     def __init__(
-        self, fetcher: Fetcher, publisher: Publisher, request: Request, outputs: OutputStream, free_blocks: int
+        self, fetcher: Fetcher, publish: Publish, request: Request, outputs: OutputStream, free_blocks: int
     ) -> None:
         self.request = request
         self.free_blocks = free_blocks  # of the node, behind this request's
         self.finish_reason: FinishReason | None = None
         self._fetcher = fetcher
-        self._publisher = publisher
+        self._publish = publish
         self._waiting: list[RequestOutput] = []  # not yet taken by `run`
         self._has_waiting = asyncio.Event()
         self._is_started = asyncio.Event()
@@ -64,7 +68,7 @@ class DecodeLeg:
         """Takes outputs as they come: a slow reader of the tokens must not keep blocks pinned."""
         try:
             async for output in outputs:
-                self._publisher.publish(output.full_blocks)
+                self._publish(output.full_blocks)
                 self._waiting.append(output)
                 self._has_waiting.set()
         finally:
@@ -91,12 +95,16 @@ class DecodeWorker:
         self._admission = admission
 
     @asynccontextmanager
-    async def admit(self, request: Request) -> AsyncIterator[DecodeLeg]:
-        """Holds room for `request` inside the context. Raises `Draining`, `NoRoom`, `InvalidRequest`."""
+    async def admit(self, request: Request, owner: Owner = SHARED) -> AsyncIterator[DecodeLeg]:
+        """Holds room for `request` inside the context. Its blocks are `owner`'s.
+
+        Raises `Draining`, `NoRoom`, `InvalidRequest`.
+        """
         with self._admission.leg(request) as outputs:
             free_blocks = await self._admission.hold(request)
-            fetcher = Fetcher(self._loop, self._intake, request)
-            leg = DecodeLeg(fetcher, self._publisher, request, outputs, free_blocks)
+            fetcher = Fetcher(self._loop, self._intake, request, owner)
+            publish = partial(self._publisher.publish, owner=owner)
+            leg = DecodeLeg(fetcher, publish, request, outputs, free_blocks)
             try:
                 yield leg
             finally:

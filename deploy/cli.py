@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from deploy import client, serve
+from deploy import client, kv, serve
 from deploy.config import DeployError
 from loadtest import bench
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     args.address = client.address_from(args)
+    args.api_key = client.api_key_from(args)
     return bench.run(args)
 
 
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add("serve", serve.serve, serve.add_serve_arguments, "start a cluster and run it in the foreground")
     add("status", serve.status, serve.add_status_arguments, "show the nodes and arenas of the cluster that is up")
+    add("kv", kv.run, kv.add_arguments, "show and change what the stores hold: stats, ls, inspect, evict, drain")
     add("down", serve.down, serve.add_state_argument, "stop the cluster that is up")
     add("generate", client.generate, client.add_generate_arguments, "send one prompt and stream the answer")
     add("chat", client.chat, client.add_chat_arguments, "talk to the model, turn by turn")

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
 from deploy.config import DeployError
 from deploy.serve import add_state_argument
 from deploy.state import StateDir
+
+API_KEY_VARIABLE = "BATON_API_KEY"
+SERVICE = "baton.v1.Inference"
 
 
 class RequestFailed(DeployError):
@@ -20,10 +25,11 @@ class RequestFailed(DeployError):
 
 
 class Client:
-    """A connection to one router, "host:port". Use as a context manager."""
+    """A connection to one router, "host:port". Use as a context manager. A router with tenants wants an API key."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, api_key: str = "") -> None:
         self._channel = grpc.insecure_channel(address)
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else None
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Client:
@@ -35,22 +41,26 @@ class Client:
     def model(self) -> inference_pb2.GetModelResponse:
         """Raises `RequestFailed`."""
         try:
-            model: inference_pb2.GetModelResponse = self._stub.GetModel(inference_pb2.GetModelRequest(), timeout=10.0)
+            model: inference_pb2.GetModelResponse = self._stub.GetModel(
+                inference_pb2.GetModelRequest(), timeout=10.0, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise _failed(error) from None
         return model
 
     def is_serving(self) -> bool:
-        """Whether the router answers and knows of a node."""
+        """Whether the router answers and knows of a node. Needs no key."""
         try:
-            self.model()
-        except RequestFailed:
+            answer = health_pb2_grpc.HealthStub(self._channel).Check(
+                health_pb2.HealthCheckRequest(service=SERVICE), timeout=10.0
+            )
+        except grpc.RpcError:
             return False
-        return True
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def stream(self, request: inference_pb2.GenerateRequest) -> Iterator[inference_pb2.GenerateResponse]:
         """The answers as they come; closing the iterator cancels the request. Raises `RequestFailed`."""
-        call = self._stub.Generate(request)
+        call = self._stub.Generate(request, metadata=self._metadata)
         try:
             yield from call
         except grpc.RpcError as error:
@@ -77,7 +87,7 @@ def generate(args: argparse.Namespace) -> int:
         request.text = prompt
     except ValueError:
         raise DeployError("the prompt is not valid UTF-8") from None
-    with Client(address_from(args)) as client:
+    with Client(address_from(args), api_key_from(args)) as client:
         responses = list(show(client.stream(request), silent=args.json))
     if args.json:
         print(json.dumps(as_json(responses)))
@@ -86,7 +96,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def chat(args: argparse.Namespace) -> int:
     """A conversation, turn by turn. Ctrl-C cuts an answer short and drops its turn; Ctrl-D or /quit ends."""
-    with Client(address_from(args)) as client:
+    with Client(address_from(args), api_key_from(args)) as client:
         model = client.model()
         if not model.has_chat_template:
             raise DeployError(f"{model.model} has no chat template; use `baton generate`")
@@ -160,6 +170,14 @@ def address_from(args: argparse.Namespace) -> str:
     return state.routers[0]
 
 
+def api_key_from(args: argparse.Namespace) -> str:
+    """The key that was given, or the environment's; "" is none. Raises `DeployError`, which does not repeat it."""
+    key = (args.api_key or os.environ.get(API_KEY_VARIABLE, "")).strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise DeployError("the API key must be printable ASCII without spaces")
+    return key
+
+
 def sampling_from(args: argparse.Namespace) -> common_pb2.SamplingParams:
     """Raises `DeployError` for what no message can hold; the ranges are the router's to check."""
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
@@ -188,6 +206,9 @@ SAMPLING: dict[str, type] = {
 def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", default="", metavar="HOST:PORT", help="of a router; default: of the cluster that is up"
+    )
+    parser.add_argument(
+        "--api-key", default="", metavar="KEY", help=f"of a tenant; default: the variable {API_KEY_VARIABLE}"
     )
     for name, kind in SAMPLING.items():
         option = "--" + name.replace("_", "-")

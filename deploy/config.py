@@ -11,10 +11,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from router import amounts
+from router.errors import UnusableTenants
+from router.tenants import read_tenants
+
 MAX_NODES = 256
 MAX_STORE_DIR = 70  # characters: an ipc socket's path may have 107, and a few follow the folder's
 MAX_TEMP_DIR = 24  # characters: Ray's sockets lie some 75 characters deeper
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class DeployError(Exception):
@@ -26,11 +29,11 @@ class ConfigError(DeployError):
 
 
 def parse_bytes(text: str) -> int:
-    """ "512M", "2GiB", "1.5g" or "1048576" as bytes; units are powers of 1024. Raises `ConfigError`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
-    if match is None:
-        raise ConfigError(f"{text!r} is no amount of memory; write it like 512M or 2G")
-    return int(float(match[1]) * UNITS[match[2]])
+    """See `router.amounts`. Raises `ConfigError`."""
+    try:
+        return amounts.parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class ClusterConfig:
     redis_url: str = ""  # "": an embedded Redis
     ray_address: str = ""  # "": an own Ray on this machine
     served_model_name: str = ""  # "": the model folder's name
+    tenants_file: Path | None = None  # None: whoever reaches a router may use it, and all share one cache
     dtype: str = "auto"
     block_size: int = 16  # tokens
     kv_bytes: int = 256 * 2**20
@@ -56,12 +60,14 @@ class ClusterConfig:
     store_encryption: bool = True  # between machines, blocks go to holders of this cluster's key alone, encrypted
     store_eviction: str = "s3fifo"
     store_disk_bytes: int = 0  # of each machine; 0: no disk
+    store_disk_admission: str = "all"
     store_disk_dir: Path | None = None  # kept when the cluster stops; each machine has a folder of its own in it
     max_model_len: int = 0
     max_num_batched_tokens: int = 512
     max_num_requests: int = 64
     num_threads: int = 0  # 0: the machine's cores shared out among its nodes
     pin_cores: bool = True  # each node computes on its share of them, where they suffice
+    metrics: bool = True  # of each store and node, for Prometheus, over HTTP
     prefill_hosts: tuple[str, ...] = ()  # addresses or names of Ray machines; (): any
     decode_hosts: tuple[str, ...] = ()
     start_timeout_s: float = 300.0
@@ -94,6 +100,12 @@ class ClusterConfig:
         check("--store-dir", len(base) <= MAX_STORE_DIR - 24, f"{MAX_STORE_DIR - 24} characters at most, got {base!r}")
         check("--ray-address", not self.ray_address.startswith("ray://"), "host:port of a Ray that this machine is in")
         check("the model", self.model_dir.is_dir(), f"a Hugging Face folder; there is no folder {self.model_dir}")
+
+        if self.tenants_file is not None:
+            try:
+                read_tenants(self.tenants_file)
+            except UnusableTenants as error:
+                raise ConfigError(f"--tenants: {error}") from None
 
     @property
     def model_name(self) -> str:

@@ -95,6 +95,7 @@ class Cluster:
         self.config = config
         self.cluster_id = secrets.token_hex(4)
         self.redis_url = config.redis_url
+        self.wire_key = ""  # of the stores, once `start` has made one
         self.folders = [cluster_dir(self.cluster_id)]  # of this machine; `stop` removes them
         self._report = report
         self._on_part = on_part
@@ -135,8 +136,8 @@ class Cluster:
         if self.config.pin_cores:
             for address, cores in sorted({(p.machine.address, p.machine.cores) for p in placements if p.is_crowded}):
                 self._report(f"{address}: more threads than its {_count(cores, 'core')}, so no node is pinned to any")
-        wire_key = new_wire_key() if self.config.store_encryption else ""
-        specs = Specs(self.config, self.cluster_id, self.redis_url, self._layout(model, placements), wire_key)
+        self.wire_key = new_wire_key() if self.config.store_encryption else ""
+        specs = Specs(self.config, self.cluster_id, self.redis_url, self._layout(model, placements), self.wire_key)
         self.folders.append(specs.folder(own))
         for placed in specs.all(machines, placements, own):
             self._members.append(_Member(placed, _actor(placed)))

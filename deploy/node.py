@@ -27,15 +27,18 @@ from decode_node.worker import DecodeWorker
 from deploy.cores import allowed_cores, hold_to, running_on, share
 from deploy.heartbeat import Heartbeat
 from deploy.node_config import NodeConfig
+from deploy.node_metrics import NodeCollector
 from engine.engine import Engine
 from engine.loop import EngineLoop
 from kvstore.client import KVClient
 from kvstore.directory import Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
+from kvstore.scrape import ScrapeDoor
 from node.admission import Admission
 from node.control import Identity, NodeControlService
 from node.intake import Intake
 from node.publisher import Publisher
+from node.replicator import Replicator
 from prefill_node.service import PrefillService
 from prefill_node.worker import PrefillWorker
 
@@ -99,9 +102,17 @@ class NodeServer:
         load = await loop.call(Engine.load)
         publisher = Publisher(loop, store, load.total_blocks)
         stack.push_async_callback(publisher.flush)
+        replicator = Replicator(store, publisher, engine.layout.block_bytes)
+        stack.push_async_callback(replicator.close)
         self.admission = Admission(loop, config.max_queued_requests, config.room_wait_s)
         self.publisher = publisher
-        self.intake = intake = Intake(store, engine.layout.block_size, engine.layout.block_bytes)
+        self.intake = intake = Intake(
+            store,
+            engine.layout.block_size,
+            engine.layout.block_bytes,
+            engine.long_prefill_tokens_per_s,
+            replicator=replicator,
+        )
         # 3. The server, and the heartbeat that tells where it is.
         server = self._server(
             PrefillService(PrefillWorker(loop, intake, publisher, self.admission), engine),
@@ -110,7 +121,7 @@ class NodeServer:
         port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
         await server.start()
         stack.push_async_callback(server.stop, CANCEL_GRACE_S)
-        record = self._record(engine, f"{config.advertise_host}:{port}")
+        record = self._record(engine, f"{config.advertise_host}:{port}", await self._open_metrics(stack))
         self._heartbeat = Heartbeat(record, loop, self.admission, store, directory, self._health)
         await self._beat()
         beating = asyncio.create_task(self._heartbeat.run(config.heartbeat_s, config.ttl_s, config.stall_s))
@@ -149,7 +160,16 @@ class NodeServer:
             ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
         ]
 
-    def _record(self, engine: Engine, address: str) -> NodeRecord:
+    async def _open_metrics(self, stack: AsyncExitStack) -> str:
+        """Where they are; "" for nowhere."""
+        if not self.config.metrics:
+            return ""
+        door = ScrapeDoor()
+        stack.push_async_callback(door.close)
+        collector = NodeCollector(self.intake, self.loop.engine)
+        return await door.open(collector, self.config.bind_host, self.config.advertise_host)
+
+    def _record(self, engine: Engine, address: str, metrics_address: str) -> NodeRecord:
         return NodeRecord(
             node_id=self.config.node_id,
             incarnation=self._incarnation,
@@ -162,6 +182,7 @@ class NodeServer:
             vocab_size=engine.vocab_size,
             max_model_len=engine.max_model_len,
             host=self.config.host or socket.gethostname(),
+            metrics_address=metrics_address,
         )
 
     async def _beat(self) -> None:

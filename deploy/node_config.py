@@ -42,6 +42,7 @@ class NodeConfig:
     room_wait_s: float = 10.0  # how long a prefill leg waits for room before it is refused
     start_wait_s: float = 300.0  # how long an admitted decode leg keeps its room without a Start
     max_message_bytes: int = 16 * 2**20
+    metrics: bool = True  # for Prometheus, over HTTP, at a port of their own
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

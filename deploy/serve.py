@@ -24,11 +24,11 @@ from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
 from kvstore.directory import ArenaRecord, Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
-from kvstore.eviction import POLICIES
+from kvstore.eviction import ADMISSIONS, POLICIES
 
 WATCH_S = 1.0
 DOWN_TIMEOUT_S = 60.0
-WIDTH = 110  # characters, where standard output is no terminal
+WIDTH = 120  # characters, where standard output is no terminal
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--store-disk-bytes", type=_bytes, default="0", metavar="BYTES", help="disk behind each arena (default 0: none)"
     )
+    add(
+        "--store-disk-admission",
+        choices=sorted(ADMISSIONS),
+        default="all",
+        help="blocks that go to disk when they are evicted: all (default), or those that were asked for again after a"
+        " while, which spares the disk and hits less",
+    )
     add("--store-disk-dir", type=Path, metavar="DIR", help="where blocks on disk lie, also after the cluster stops")
     add("--max-model-len", type=int, default=0, metavar="TOKENS", help="default: the model's")
     add("--max-batched-tokens", type=int, default=512, metavar="TOKENS", help="in one step of a node (default 512)")
@@ -68,6 +75,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("addresses").add_argument
     add("--host", default="127.0.0.1", help="that the router listens on (default 127.0.0.1)")
     add("--port", type=int, default=0, help="that the router listens on (default: the kernel chooses)")
+    add(
+        "--tenants",
+        type=Path,
+        metavar="FILE",
+        help="TOML: who may use the router, by which key, and how much of each arena they get; without, everybody"
+        " may, and all share one cache",
+    )
     add("--routers", type=int, default=1, metavar="N", help="the first one takes --port, the next one more")
     add("--redis-url", default="", metavar="URL", help="default: an embedded Redis")
     add("--cluster", default="default", metavar="NAME", help="keeps clusters in one Redis apart")
@@ -75,6 +89,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill-hosts", type=_names, default=(), metavar="A,B", help="Ray machines for prefill nodes; default: all")
     add("--decode-hosts", type=_names, default=(), metavar="A,B", help="Ray machines for decode nodes; default: all")
     add = parser.add_argument_group("running").add_argument
+    add(
+        "--metrics",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="each store and node shows /metrics to Prometheus at a port of its own (default; see `baton status`)",
+    )
     add("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     add("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     add_state_argument(parser)
@@ -110,6 +130,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         redis_url=args.redis_url,
         ray_address=args.ray_address,
         served_model_name=args.served_model_name,
+        tenants_file=args.tenants,
         dtype=args.dtype,
         block_size=args.block_size,
         kv_bytes=args.kv_memory,
@@ -118,12 +139,14 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         store_encryption=args.store_encryption,
         store_eviction=args.store_eviction,
         store_disk_bytes=args.store_disk_bytes,
+        store_disk_admission=args.store_disk_admission,
         store_disk_dir=args.store_disk_dir,
         max_model_len=args.max_model_len,
         max_num_batched_tokens=args.max_batched_tokens,
         max_num_requests=args.max_requests,
         num_threads=args.num_threads,
         pin_cores=args.pin_cores,
+        metrics=args.metrics,
         prefill_hosts=args.prefill_hosts,
         decode_hosts=args.decode_hosts,
         start_timeout_s=args.start_timeout,
@@ -164,7 +187,8 @@ def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDi
     with bar:
         cluster.start()
     try:
-        state_dir.write(dataclasses.replace(state, redis_url=cluster.redis_url, routers=cluster.routers))
+        state = dataclasses.replace(state, redis_url=cluster.redis_url, wire_key=cluster.wire_key)
+        state_dir.write(dataclasses.replace(state, routers=cluster.routers))
         nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"
         addresses = " ".join(cluster.routers)
         print(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s", flush=True)
@@ -247,7 +271,7 @@ def node_table(nodes: Sequence[NodeRecord]) -> Table:
     table = Table(title="nodes", title_justify="left", box=SIMPLE_HEAD)
     for name in ("node", "role", "address", "incarnation"):
         table.add_column(name, no_wrap=True)
-    for name in ("running", "waiting", "queued\ntokens", "free\nblocks", "arena"):
+    for name in ("running", "waiting", "queued\ntokens", "free\nblocks", "arena", "metrics"):
         table.add_column(name, justify="right")
     for node in sorted(nodes, key=lambda node: node.node_id):
         table.add_row(
@@ -260,6 +284,7 @@ def node_table(nodes: Sequence[NodeRecord]) -> Table:
             str(node.queued_prefill_tokens),
             f"{node.free_blocks}/{node.total_blocks}",
             node.arena_id[:8] or "none",
+            _port(node.metrics_address),
         )
     return table
 
@@ -268,11 +293,18 @@ def arena_table(arenas: Sequence[ArenaRecord]) -> Table:
     table = Table("arena", "machine", "address", title="arenas", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("used slots", justify="right")
     table.add_column("size", justify="right")
+    table.add_column("metrics", justify="right")
     for arena in sorted(arenas, key=lambda arena: arena.host):
         used = f"{arena.num_slots - arena.free_slots}/{arena.num_slots}"
         size = f"{arena.num_slots * arena.slot_bytes / 2**20:.0f} MiB"
-        table.add_row(arena.arena_id[:8], arena.host, arena.address, used, size)
+        name = arena.arena_id[:8] + (" (draining)" if arena.draining else "")
+        table.add_row(name, arena.host, arena.address, used, size, _port(arena.metrics_address))
     return table
+
+
+def _port(address: str) -> str:
+    """`:9100` of "10.0.0.1:9100": the host is that of the row's own address. JSON has the whole."""
+    return f":{address.rpartition(':')[2]}" if address else "none"
 
 
 def say(line: str) -> None:

@@ -63,11 +63,13 @@ class Specs:
             eviction=self.config.store_eviction,
             disk_bytes=self.config.store_disk_bytes,
             disk_dir=str(disk.resolve() / machine.address) if disk is not None else "",
+            disk_admission=self.config.store_disk_admission,
             disk_root=self.layout.root().hex(),
             advertise_host=machine.address,
             host=machine.label,
             wire_key=self.wire_key,
             trusts_network=not self.config.store_encryption,
+            metrics=self.config.metrics,
         )
         return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
 
@@ -88,6 +90,7 @@ class Specs:
             advertise_host=machine.address,
             host=machine.label,
             wire_key=self.wire_key,
+            metrics=self.config.metrics,
         )
         environment = CROWDED if placement.is_crowded else {}
         return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level, environment)
@@ -105,6 +108,7 @@ class Specs:
         )
 
     def _router(self, index: int, own: Machine) -> ServerSpec:
+        tenants = self.config.tenants_file
         config = RouterConfig(
             host=self.config.host,
             port=self.config.port + index if self.config.port else 0,
@@ -113,5 +117,6 @@ class Specs:
             cluster=self.config.cluster,
             model_dir=str(self.config.model_dir.resolve()),
             model=self.config.model_name,
+            tenants_file=str(tenants.resolve()) if tenants is not None else "",
         )
         return ServerSpec("router", f"router-{index}", config, self.folder(own), self.config.log_level)

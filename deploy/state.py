@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import signal
+import stat
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -42,6 +43,7 @@ class ServeState:
     redis_url: str
     routers: tuple[str, ...] = ()  # empty until it is ready
     bases: tuple[str, ...] = ()
+    wire_key: str = field(default="", repr=False)  # of its stores; "" too where the file is not its owner's alone
 
 
 def default_state_dir() -> Path:
@@ -59,7 +61,9 @@ def start_ticks(pid: int) -> int:
 
 
 class StateDir:
-    """One cluster's state: `serve.json` (readable by its owner alone: the Redis URL may hold a password) and a lock."""
+    """One cluster's state: `serve.json` (readable by its owner alone: it holds the wire key, and the Redis URL may hold
+    a password) and a lock.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -87,8 +91,11 @@ class StateDir:
 
     def write(self, state: ServeState) -> None:
         part = self._file.with_suffix(".part")
-        part.touch(mode=0o600)
-        part.write_text(json.dumps(dataclasses.asdict(state)))
+        part.unlink(missing_ok=True)  # of a process that was killed: its mode may be any
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            is_private = stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600  # some file systems know no modes
+            kept = state if is_private else dataclasses.replace(state, wire_key="")
+            file.write(json.dumps(dataclasses.asdict(kept)))
         part.replace(self._file)
 
     def read(self) -> ServeState | None:
@@ -97,6 +104,14 @@ class StateDir:
             return ServeState(**fields | {key: tuple(fields[key]) for key in ("routers", "bases")})
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def wire_key(self) -> str:
+        """The stores' key, or "". Raises `DeployError` when the file is not its owner's alone (any more)."""
+        state = self.running()
+        mode = stat.S_IMODE(self._file.stat().st_mode)
+        if state.wire_key and mode != 0o600:
+            raise DeployError(f"{self._file} has mode {mode:o} and a wire key that others may have read: not used")
+        return state.wire_key
 
     def alive(self) -> bool:
         """Whether a process holds the lock."""

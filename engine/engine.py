@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from engine.request import (
 )
 from engine.runner import Runner
 from engine.scheduler import Chunk, Scheduler
-from engine.speed import SpeedMeter, StepTiming
+from engine.speed import LONG_TOKENS, SpeedMeter, StepTiming
 from engine.weights import load_model
 from kvstore.blocks import BlockHash, Payload, salted
 
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], object]  # steps done, and of how many
 WARM_UP_TOKENS = 64  # enough to give each thread of a kernel something to do, and soon done on any machine
 WARM_UP_PARAMS = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=2, ignore_eos=True)  # one decode step
+MEASURE_S = 0.1  # a prefill step that takes so long says how fast long prompts are
 
 
 class Engine:
@@ -64,7 +66,7 @@ class Engine:
         self._model = on_device(model, self._cache)
         self._runner = Runner(self._model, self._cache.tensor, model_config.eos_token_ids)
         self._pins: Counter[int] = Counter()
-        self._speed = SpeedMeter()
+        self._speed = self._new_meter()
         self.timing = StepTiming()  # of all steps so far, added up; a new value for each step, so any thread may look
 
     @classmethod
@@ -79,25 +81,54 @@ class Engine:
         """Does what is done only once before the first request comes: thread pools, libraries, whatever is built late.
 
         On the thread that is going to run the steps. Leaves no request, no block, no cached prefix that anyone could
-        hit, and no measurement: the first steps say little about those to come.
+        hit, and no measurement but that of `long_prefill_tokens_per_s`: the first steps say little about those to come.
         """
         if self._scheduler.requests:
             raise ValueError("an engine is warmed up before its first request")
         steps: list[Callable[[], object]] = [self._run_throw_away]
         if isinstance(self._model, GraphedModel):
             steps += self._model.captures(self.config.max_num_requests, self.max_model_len)
+        steps.append(self._measure_prefill)
         for done, step in enumerate(steps):
             progress(done, len(steps))
             step()
         progress(len(steps), len(steps))
-        self._speed, self.timing = SpeedMeter(), StepTiming()
+        self._speed.forget()
+        self.timing = StepTiming()
 
     def _run_throw_away(self) -> None:
-        """A prefill step and a decode step, as far as they fit into this engine, under a root that no request has."""
-        num_tokens = min(WARM_UP_TOKENS, self.config.max_num_batched_tokens, self.max_model_len - 2)
+        """A prefill step and a decode step, as far as they fit into this engine."""
+        self._run_throw_away_of(min(WARM_UP_TOKENS, self._max_step_tokens), WARM_UP_PARAMS)
+
+    def _measure_prefill(self) -> None:
+        """Prefill steps of growing length, as far as they fit, until one tells how fast long prompts are.
+
+        The last one counts alone: a step of few tokens is slower for each of them.
+        """
+        num_tokens, params = WARM_UP_TOKENS, replace(WARM_UP_PARAMS, max_tokens=1)
+        while True:
+            num_tokens = min(num_tokens, self._max_step_tokens)
+            self._speed = self._new_meter()
+            self._run_throw_away_of(num_tokens, params)
+            speed = self._speed.long_prefill_tokens_per_s
+            if num_tokens == self._max_step_tokens or num_tokens >= MEASURE_S * speed:
+                return
+            num_tokens *= 2
+
+    def _run_throw_away_of(self, num_tokens: int, params: SamplingParams) -> None:
+        """A request under a root that no other one has."""
         if num_tokens > 0:
             prompt = [index % self.vocab_size for index in range(num_tokens)]
-            self._run_alone([prompt], WARM_UP_PARAMS, salted(self.layout.root(), b"warm-up"))
+            root = salted(self.layout.root(), f"warm-up {num_tokens} {params.max_tokens}".encode())
+            self._run_alone([prompt], params, root)
+
+    @property
+    def _max_step_tokens(self) -> int:
+        return min(self.config.max_num_batched_tokens, self.max_model_len - WARM_UP_PARAMS.max_tokens)
+
+    def _new_meter(self) -> SpeedMeter:
+        """Half a step counts as long where steps are small: a prompt's chunk shares them with decoding requests."""
+        return SpeedMeter(min(LONG_TOKENS, max(2, self.config.max_num_batched_tokens // 2)))
 
     # --- requests ---
 
@@ -257,6 +288,14 @@ class Engine:
         self._pins.update(block_ids)
 
     # --- questions ---
+
+    @property
+    def long_prefill_tokens_per_s(self) -> float:
+        """What a prompt of many blocks would get, by the newest measurement, or by that of the warm-up; 0.0: not known.
+
+        No part of the load: a node that has run nothing yet has nothing to tell a router.
+        """
+        return self._speed.long_prefill_tokens_per_s
 
     def load(self) -> EngineLoad:
         """A snapshot for heartbeats."""

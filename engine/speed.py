@@ -9,6 +9,7 @@ from engine.scheduler import Chunk
 
 PREFILL_HALF_LIFE_TOKENS = 4096
 DECODE_WEIGHT = 0.1  # of the newest step in the moving average
+LONG_TOKENS = 64  # a step of fewer takes about as long as one of a single token: it says nothing about long prompts
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,51 @@ class StepTiming:
         )
 
 
+class _Rate:
+    """Tokens a second, a moving average; 0.0 before the first. It fades by tokens: a few short tails say little."""
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        keep = 0.5 ** (num_tokens / PREFILL_HALF_LIFE_TOKENS)
+        self._tokens = self._tokens * keep + num_tokens
+        self._seconds = self._seconds * keep + seconds
+
+
 class SpeedMeter:
     """Moving averages, 0.0 before the first measurement.
 
-    `prefill_tokens_per_s` is what prompts get, so a step that also decodes counts with all its seconds. It fades by
-    tokens and not by steps: a few short tails say little about long prompts. `decode_step_s` is what a running request
-    waits for its next token, so a step that also prefills counts here too.
+    `prefill_tokens_per_s` is what prompts get, so a step that also decodes counts with all its seconds.
+    `decode_step_s` is what a running request waits for its next token, so a step that also prefills counts here too.
+
+    `long_prefill_tokens_per_s` is what a prompt of many blocks would get: of steps with `long_tokens` or more alone,
+    and of those in a warm-up too. A node that runs tails behind hits has no other measurement.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, long_tokens: int = LONG_TOKENS) -> None:
         self.decode_step_s = 0.0
-        self._prefill_tokens = 0.0
-        self._prefill_s = 0.0
+        self._long_tokens = long_tokens
+        self._prefill = _Rate()
+        self._long = _Rate()
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        return self._prefill_tokens / self._prefill_s if self._prefill_s else 0.0
+        return self._prefill.tokens_per_s
+
+    @property
+    def long_prefill_tokens_per_s(self) -> float:
+        return self._long.tokens_per_s or self._prefill.tokens_per_s
+
+    def forget(self) -> None:
+        """Begins anew with all but the speed of long prompts."""
+        self.decode_step_s = 0.0
+        self._prefill = _Rate()
 
     def observe(self, chunks: Sequence[Chunk], seconds: float) -> None:
         """Counts one step; a chunk of one token is a decode step, whatever token it is."""
@@ -87,6 +117,6 @@ class SpeedMeter:
             newest = DECODE_WEIGHT if self.decode_step_s else 1.0
             self.decode_step_s += newest * (seconds - self.decode_step_s)
         if prefilled := sum(chunk.num_tokens for chunk in chunks if chunk.num_tokens > 1):
-            keep = 0.5 ** (prefilled / PREFILL_HALF_LIFE_TOKENS)
-            self._prefill_tokens = self._prefill_tokens * keep + prefilled
-            self._prefill_s = self._prefill_s * keep + seconds
+            self._prefill.observe(prefilled, seconds)
+            if prefilled >= self._long_tokens:
+                self._long.observe(prefilled, seconds)

@@ -51,6 +51,11 @@ class Announcer:
             self._changes[block_hash] = slot
         self._wake.set()
 
+    def beat_soon(self) -> None:
+        """Makes the next heartbeat due: the record has changed."""
+        self._beat_at_s = 0.0
+        self._wake.set()
+
     async def flushed(self) -> None:
         """Returns when all changes so far are announced, or when the directory is away."""
         if self._is_away:

@@ -5,13 +5,14 @@ They live in the store process; `kvstore.arena_map` is what everybody else sees 
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from kvstore.arena_map import FREE, NO_KEY, READY, WRITING, ArenaMap
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
-from kvstore.eviction import LRU, Eviction, SecondTouch
+from kvstore.eviction import LRU, Admission, AdmitAll, Eviction
+from kvstore.quotas import SHARED, Owner, Quotas
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,29 @@ class Evicted:
     block_hash: BlockHash
     slot: int
     checksum: int
-    was_reused: bool  # asked for again after a while: such a block is worth keeping somewhere cheaper
+    # Worth a place somewhere cheaper. Never that of a tenant with a quota, for which that place would be a way out.
+    is_admitted: bool
 
 
 class Arena:
     """The books of an arena. Each slot is free, being written by one writer, or ready; only ready ones are evicted.
 
-    `eviction` says which; it knows all ready blocks and no others.
+    `eviction` says which; it knows all ready blocks and no others. `admission` says which of those are worth a disk.
 
     The headers are what other processes see; the books never read anything back from them but the time of the last
     read, so a process that scribbles on a header harms blocks, not books.
     """
 
-    def __init__(self, arena_map: ArenaMap, eviction: Eviction[BlockHash] | None = None) -> None:
+    def __init__(
+        self,
+        arena_map: ArenaMap,
+        eviction: Eviction[BlockHash] | None = None,
+        admission: Admission[BlockHash] | None = None,
+    ) -> None:
         self._map = arena_map
         self._eviction: Eviction[BlockHash] = LRU() if eviction is None else eviction
-        self._reuse: SecondTouch[BlockHash] = SecondTouch(arena_map.num_slots)
+        self._admission: Admission[BlockHash] = AdmitAll() if admission is None else admission
+        self._quotas = Quotas()
         self._free = list(range(arena_map.num_slots - 1, -1, -1))
         self._ready: dict[int, BlockHash] = {}  # by slot
         self._writing: dict[int, _Pending] = {}  # by slot
@@ -72,9 +80,21 @@ class Arena:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_writing(self) -> int:
+        return len(self._writing)
+
+    def slot(self, block_hash: BlockHash) -> int | None:
+        """Where a block is that is ready or being written. Not a use, unlike `find`."""
+        return self._slots.get(block_hash)
+
     def writers(self) -> set[str]:
         """Writers that hold reservations."""
         return {pending.writer_id for pending in self._writing.values()}
+
+    def num_blocks_of(self, tenant: bytes) -> int:
+        """Slots that a tenant's blocks take, those being written included."""
+        return self._quotas.num_blocks(tenant)
 
     def blocks(self) -> list[tuple[BlockHash, int]]:
         """All ready blocks and their slots."""
@@ -86,7 +106,8 @@ class Arena:
         if slot is None or slot not in self._ready:
             return None
         self._eviction.touch(block_hash)
-        self._reuse.saw(block_hash)
+        self._admission.saw(block_hash)
+        self._quotas.touch(block_hash)
         return slot
 
     def holds(self, block_hash: BlockHash) -> bool:
@@ -95,25 +116,28 @@ class Arena:
         return slot is not None and slot in self._ready
 
     def reserve(
-        self, hashes: Sequence[BlockHash], writer_id: str, beside: Sequence[BlockHash] = ()
+        self, hashes: Sequence[BlockHash], writer_id: str, beside: Sequence[BlockHash] = (), owner: Owner = SHARED
     ) -> list[Reservation | None]:
         """A slot for each block; None where it is present, is being written, or no slot is left.
 
-        Neither these blocks nor those of `beside` are evicted for it. `ArenaFull` when blocks are missing and there
-        is no slot for any of them.
+        Neither these blocks nor those of `beside` are evicted for it. An owner who has as many blocks as his quota
+        allows pays with the least lately used of his own, and gets no slot when there is none. `ArenaFull` when blocks
+        are missing and there is no slot for any of them, whatever the quota.
         """
         # Backwards, so that of a chain the tail is evicted first.
         for block_hash in reversed(hashes):
             self.find(block_hash)
         chain = {*hashes, *beside}
         answer: list[Reservation | None] = []
-        is_full = False
+        is_full = is_over = False
         for block_hash in hashes:
             slot = None
-            if block_hash not in self._slots and not is_full:
-                slot = self._take_slot(chain)
-                is_full = slot is None
-            answer.append(None if slot is None else self._begin(slot, block_hash, writer_id))
+            if block_hash not in self._slots and not is_full and not is_over:
+                is_over = not self._make_way(owner, chain)
+                if not is_over:
+                    slot = self._take_slot(chain)
+                    is_full = slot is None
+            answer.append(None if slot is None else self._begin(slot, block_hash, writer_id, owner))
         if is_full and not any(answer):
             raise ArenaFull(f"all {self._map.num_slots} slots are being written")
         return answer
@@ -129,8 +153,9 @@ class Arena:
             self._map.finish(item.slot, pending.block_hash, item.checksum)
             self._ready[item.slot] = pending.block_hash
             self._eviction.insert(pending.block_hash)
+            self._quotas.finished(pending.block_hash)
             done.append((pending.block_hash, item.slot))
-        self._reuse.came(block_hash for block_hash, _ in done)
+        self._admission.came(block_hash for block_hash, _ in done)
         done.reverse()
         return done
 
@@ -138,21 +163,46 @@ class Arena:
         """Takes back all that a writer has reserved and not committed. Only for a writer that cannot write any more."""
         slots = [slot for slot, pending in self._writing.items() if pending.writer_id == writer_id]
         for slot in slots:
-            del self._slots[self._writing.pop(slot).block_hash]
+            block_hash = self._writing.pop(slot).block_hash
+            del self._slots[block_hash]
+            self._quotas.gone(block_hash)
             self._map.clear(slot)
             self._free.append(slot)
         return len(slots)
+
+    def evict(self, hashes: Iterable[BlockHash]) -> None:
+        """Drops those of these blocks that are ready, for a reason of the caller's; their slots are free then.
+
+        They are among those that `take_evicted` returns. Who is reading one sees it by the slot's generation.
+        """
+        for block_hash in hashes:
+            if self.holds(block_hash):
+                self._eviction.remove(block_hash)
+                slot = self._evict(block_hash)
+                self._map.begin(slot, NO_KEY)  # readers of the mapping see at once that it is gone
+                self._map.clear(slot)
+                self._free.append(slot)
 
     def take_evicted(self) -> list[Evicted]:
         """The blocks evicted since the last call."""
         evicted, self._evicted = self._evicted, []
         return evicted
 
-    def _begin(self, slot: int, block_hash: BlockHash, writer_id: str) -> Reservation:
+    def _begin(self, slot: int, block_hash: BlockHash, writer_id: str, owner: Owner) -> Reservation:
         reservation = Reservation(slot, self._map.begin(slot, block_hash))
         self._slots[block_hash] = slot
+        self._quotas.began(block_hash, owner)
         self._writing[slot] = _Pending(writer_id, reservation.generation, block_hash)
         return reservation
+
+    def _make_way(self, owner: Owner, chain: Set[BlockHash]) -> bool:
+        """Evicts blocks of the owner's own until his quota allows for one more. False: it never will."""
+        while self._quotas.is_reached(owner):
+            block_hash = self._quotas.victim(owner.tenant, chain, lambda key: self._was_read(key, self._eviction.touch))
+            if block_hash is None:
+                return False
+            self.evict([block_hash])
+        return True
 
     def _take_slot(self, chain: Set[BlockHash]) -> int | None:
         """A free slot, else that of a block that is evicted for it.
@@ -161,21 +211,28 @@ class Arena:
         """
         if self._free:
             return self._free.pop()
-        block_hash = self._eviction.victim(chain, self._was_read)
+        block_hash = self._eviction.victim(chain, lambda key: self._was_read(key, self._quotas.touch))
         return None if block_hash is None else self._evict(block_hash)
 
-    def _was_read(self, block_hash: BlockHash) -> bool:
-        """Whether a process read the block from its mapping since eviction last looked."""
+    def _was_read(self, block_hash: BlockHash, tell: Callable[[BlockHash], None]) -> bool:
+        """Whether a process read the block from its mapping since anybody last looked.
+
+        Two look for victims, and a read shows once: whoever did not ask is told.
+        """
         slot = self._slots[block_hash]
         stamp = self._map.last_access(slot)
         is_new, self._stamps[slot] = stamp != self._stamps[slot], stamp
+        if is_new:
+            tell(block_hash)
         return is_new
 
     def _evict(self, block_hash: BlockHash) -> int:
         slot = self._slots.pop(block_hash)
         del self._ready[slot]
-        checksum, was_reused = self._map.header(slot).checksum, self._reuse.admits(block_hash)
-        self._evicted.append(Evicted(block_hash, slot, checksum, was_reused))
+        checksum = self._map.header(slot).checksum
+        is_admitted = self._admission.admits(block_hash) and not self._quotas.is_bounded(block_hash)
+        self._quotas.gone(block_hash)
+        self._evicted.append(Evicted(block_hash, slot, checksum, is_admitted))
         return slot
 
     def check_integrity(self) -> None:
@@ -185,6 +242,7 @@ class Arena:
         assert len(free) + len(ready) + len(writing) == self._map.num_slots, "a slot is lost or in two states"
         assert free | ready | writing == set(range(self._map.num_slots)), "a slot is in no state"
         assert sorted(self._eviction) == sorted(self._ready.values()), "eviction knows other blocks than are ready"
+        self._quotas.check_integrity(self._ready.values(), [pending.block_hash for pending in self._writing.values()])
         named = {slot: block_hash for block_hash, slot in self._slots.items()}
         for slot in range(self._map.num_slots):
             header = self._map.header(slot)

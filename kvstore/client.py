@@ -24,10 +24,11 @@ from kvstore.blocks import BlockHash, Payload
 from kvstore.channel import Answer, Channel
 from kvstore.curve import Curve
 from kvstore.directory import ON_DISK, ArenaRecord, Cover, Directory
-from kvstore.errors import ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
+from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable, BadFrame, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS, Get, Got
-from kvstore.links import Links
+from kvstore.links import Links, link_of
 from kvstore.local import LocalArena, StorePaths, to_end
+from kvstore.quotas import SHARED, Owner
 
 logger = logging.getLogger(__name__)
 
@@ -159,19 +160,19 @@ class KVClient:
         """
         deadline_s = time.monotonic() + limit_s
         found: dict[int, Payload] = {}
-        remote: dict[str, list[int]] = {}
+        remote: dict[tuple[str, bool], list[int]] = {}  # what lies in memory does not wait for the disk behind it
         local = self._mapped()
         for index, (arena_id, slot) in enumerate(match.places):
             if local is None or arena_id != local.arena_id or slot == ON_DISK:
                 if arena_id not in match.arenas:
                     break  # this machine's arena, given up meanwhile
-                remote.setdefault(arena_id, []).append(index)
+                remote.setdefault((arena_id, slot == ON_DISK), []).append(index)
                 continue
             payload = local.map.read(slot, match.hashes[index], time.monotonic_ns())
             if payload is None:
                 break  # the run ends here, whatever others hold of the rest
             found[index] = payload
-        runs = [self._fetch_from(match.arenas[name], match, indices, deadline_s) for name, indices in remote.items()]
+        runs = [self._fetch_from(match.arenas[name], match, part, deadline_s) for (name, _), part in remote.items()]
         for got in await asyncio.gather(*runs):
             found.update(got)
         payloads: list[Payload] = []
@@ -179,15 +180,15 @@ class KVClient:
             payloads.append(found[len(payloads)])
         return payloads
 
-    async def publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
-        """Stores blocks; returns how many were committed (those already present do not count).
+    async def publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner = SHARED) -> int:
+        """Stores blocks, within their owner's quota; returns how many were committed (those present do not count).
 
         `write(indices, views)` is called on a thread with the indices into `hashes` of the blocks to write and as
         many writable views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. `publish` does not end
         before `write` has, not even when cancelled, so what `write` reads may be freed afterwards. Only errors of
         `write` itself are raised.
         """
-        task = asyncio.create_task(self._publish(hashes, write))
+        task = asyncio.create_task(self._publish(hashes, write, owner))
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
         await to_end(task)
@@ -204,7 +205,7 @@ class KVClient:
         self._troubles.discard("directory")
         return cover
 
-    async def _publish(self, hashes: Sequence[BlockHash], write: Write) -> int:
+    async def _publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner) -> int:
         num_committed = 0
         for start in range(0, len(hashes), MAX_BLOCKS):
             if self._local is not None and self._local.is_broken:
@@ -213,10 +214,13 @@ class KVClient:
             if local is None or time.monotonic() < self._publish_after_s:
                 break
             try:
-                num_committed += await self._publish_part(local, hashes[start : start + MAX_BLOCKS], start, write)
+                part = hashes[start : start + MAX_BLOCKS]
+                num_committed += await self._publish_part(local, part, start, write, owner)
                 self._troubles.discard("publish")
             except ArenaFull as error:
                 self._begin_trouble("publish", error)
+                if isinstance(error, ArenaDraining):  # `can_publish` says so meanwhile, and nobody waits for blocks
+                    self._publish_after_s = time.monotonic() + self._timeout_s
                 break
             except ArenaUnavailable as error:
                 self._begin_trouble("publish", error)
@@ -224,11 +228,13 @@ class KVClient:
                 break
         return num_committed
 
-    async def _publish_part(self, local: LocalArena, hashes: Sequence[BlockHash], start: int, write: Write) -> int:
+    async def _publish_part(
+        self, local: LocalArena, hashes: Sequence[BlockHash], start: int, write: Write, owner: Owner
+    ) -> int:
         """Reserve, copy, commit. A failure in between retires `local`: its slots go back once no copy is under way."""
         is_whole = False
         try:
-            reservations = await local.reserve(hashes)
+            reservations = await local.reserve(hashes, owner)
             todo = [(start + i, item) for i, item in enumerate(reservations) if item is not None]
             num_committed = 0
             if todo:
@@ -280,7 +286,7 @@ class KVClient:
     async def _fetch_from(
         self, record: ArenaRecord, match: Match, indices: Sequence[int], deadline_s: float
     ) -> dict[int, Payload]:
-        """Blocks of one other arena, by index; the leading run of `indices` that could be had."""
+        """Blocks that come over one link, by index; the leading run of `indices` that could be had."""
         found: dict[int, Payload] = {}
         step = max(1, min(MAX_BLOCKS, _REQUEST_BYTES // self._slot_bytes))
         for start in range(0, len(indices), step):
@@ -289,7 +295,7 @@ class KVClient:
             timeout_s = self._timeout_s + len(part) * self._slot_bytes / _MIN_BYTES_PER_S
             timeout_s = min(timeout_s, deadline_s - time.monotonic())
             began_s, payloads = time.monotonic(), list[Payload]()
-            transfer = self.links.begin(record.arena_id, len(part))
+            transfer = self.links.begin(link_of(match.places[part[0]]), len(part))
             try:
                 answer = await self._remote(record).request(partial(Get, hashes=hashes), timeout_s)
                 payloads = check_blocks(answer, hashes, self._slot_bytes)

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 ON_DISK = 2**32 - 1  # in place of a slot: the arena's store has the block, and brings it back when it is asked for it
 _MARKER = b"complete"  # no block has a name of eight bytes
+_MAX_DIGITS = 20  # a slot number has fewer
 _PAUSE_S = 0.5  # after a time-out, look-ups fail at once for so long
 
 
@@ -213,7 +214,7 @@ class Directory:
             raise DirectoryUnavailable("Redis timed out a moment ago")
         ids = [-1] if arena_ids is None else [len(arena_ids), *arena_ids]
         async with self._bounded():
-            answer = await self._locate(args=[self._prefix, int(leading), *ids, *hashes])
+            answer = await self._locate(args=[self._prefix, int(leading), *ids, b"".join(hashes)])
         arenas = {}
         for text, run in zip(answer[1::3], answer[2::3], strict=True):
             record = self._parse(ArenaRecord, text)
@@ -237,7 +238,13 @@ class Directory:
 
 def parse_run(text: bytes) -> list[int | None]:
     """`b"3,,5"` -> `[3, None, 5]`; what is no slot number is a hole."""
-    return [int(item) if item.isdigit() and len(item) < 20 else None for item in text.split(b",")] if text else []
+    if not text:
+        return []
+    items = text.split(b",")
+    lengths = [len(item) for item in items]
+    if 0 < min(lengths) and max(lengths) < _MAX_DIGITS and text.replace(b",", b"").isdigit():
+        return list(map(int, items))  # no hole, as in nearly every run
+    return [int(item) if item.isdigit() and len(item) < _MAX_DIGITS else None for item in items]
 
 
 def stitch(runs: Mapping[str, Sequence[int | None]], prefer: str = "") -> list[tuple[str, int]]:

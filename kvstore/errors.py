@@ -5,6 +5,8 @@ KVStoreError
 ├── OtherScheme            the cluster names blocks in another way; who wants to join must not
 ├── ArenaUnavailable       the store process does not answer
 ├── ArenaFull              every slot is being written; nothing can be evicted
+│   └── ArenaDraining      the store takes no new blocks, because an operator said so
+├── AskFailed              a store could not do what its operator asked for
 └── BadFrame               a message that breaks the wire format or a limit; its sender is refused, nothing else happens
 """
 
@@ -29,6 +31,14 @@ class ArenaUnavailable(KVStoreError):
 
 class ArenaFull(KVStoreError):
     """No slot is free and none can be evicted."""
+
+
+class ArenaDraining(ArenaFull):
+    """The store takes no new blocks until it is told otherwise; those that it holds can be read."""
+
+
+class AskFailed(KVStoreError):
+    """A store answered its operator that it cannot."""
 
 
 class BadFrame(KVStoreError):

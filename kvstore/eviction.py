@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+K_contra = TypeVar("K_contra", bound=Hashable, contravariant=True)
 
 MAX_USES = 3  # that S3-FIFO counts of a block: two bits, as in the paper
 _PROVEN = -1
@@ -49,6 +50,22 @@ class Eviction(Protocol[K]):
     def __iter__(self) -> Iterator[K]: ...
 
     def __len__(self) -> int: ...
+
+
+class Admission(Protocol[K_contra]):
+    """What an arena tells of its blocks, and asks of one that goes: whether it is worth a place on disk."""
+
+    def came(self, keys: Iterable[K_contra]) -> None:
+        """These came into the arena together."""
+        ...
+
+    def saw(self, key: K_contra) -> None:
+        """Somebody asked for the block."""
+        ...
+
+    def admits(self, key: K_contra) -> bool:
+        """Whether the block, which is evicted, is to be written to disk."""
+        ...
 
 
 class LRU(Generic[K]):
@@ -201,4 +218,28 @@ class SecondTouch(Generic[K]):
         return self._names.get(key) == _PROVEN
 
 
-POLICIES: dict[str, Callable[[int], Eviction[Any]]] = {"lru": LRU, "s3fifo": S3FIFO}  # by name, made from a capacity
+class AdmitAll(Generic[K]):
+    """All that is evicted: the default. Who gives a cluster a disk wants hits.
+
+    Most blocks are asked for again once or never, so with `SecondTouch` the disk has few of those that are: on a real
+    trace (docs/performance.md) it hits 1.7 to 42 times as often with all. The price is 5 to 10 times as many writes,
+    all of them behind: what a disk cannot keep up with is lost, and nobody waits for it. Where its wear or bandwidth
+    is dear, `SecondTouch` is the choice.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        pass
+
+    def came(self, keys: Iterable[K]) -> None:
+        pass
+
+    def saw(self, key: K) -> None:
+        pass
+
+    def admits(self, key: K) -> bool:
+        return True
+
+
+# By name, made from a capacity.
+ADMISSIONS: dict[str, Callable[[int], Admission[Any]]] = {"all": AdmitAll, "second-touch": SecondTouch}
+POLICIES: dict[str, Callable[[int], Eviction[Any]]] = {"lru": LRU, "s3fifo": S3FIFO}

@@ -1,8 +1,9 @@
 """The wire: what stores and their clients say to each other, as bytes. Pure; knows no socket.
 
 Each message is one frame: a header (magic, version, kind, status, count, request id), fixed fields of its kind, then
-`count` items of fixed size. The answer to `Get` is followed by one frame of raw bytes for each block that was found.
-Everything read is checked: what breaks the format, or a limit, is a `BadFrame` and nothing else.
+`count` items of fixed size. The answer to `Get` is followed by one frame of raw bytes for each block that was found,
+that to an operator's `Ask` by one frame of JSON (`kvstore.told` says of what). Everything read is checked: what breaks
+the format, or a limit, is a `BadFrame` and nothing else.
 """
 
 from __future__ import annotations
@@ -14,23 +15,41 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from kvstore.arena import Reservation, Written
-from kvstore.blocks import BlockHash
+from kvstore.blocks import HASH_BYTES, BlockHash
 from kvstore.errors import BadFrame
+from kvstore.quotas import SHARED, Owner
 
 MAGIC = b"BATN"
-VERSION = 1
+VERSION = 2
 MAX_BLOCKS = 4096  # in one message
 _HEADER = struct.Struct("<4sBBHIQ")  # magic, version, kind, status, count, request id
 _IDS = struct.Struct("<16s16s")  # arena and writer; 32 hex digits each everywhere else
+_IDS_AND_OWNER = struct.Struct("<16s16s16sI")  # arena, writer, tenant, quota in blocks
 _NO_SLOT = 0xFFFFFFFF
+_NO_QUOTA = 0xFFFFFFFF
 
-MAX_FRAME_BYTES = _HEADER.size + _IDS.size + MAX_BLOCKS * 28  # of every frame but the payloads
+MAX_FRAME_BYTES = _HEADER.size + _IDS_AND_OWNER.size + MAX_BLOCKS * 28  # of every frame but the payloads
+MAX_TOLD_BYTES = 1 << 16  # of the JSON behind a `Told`
+MAX_ROWS = 200  # blocks in one answer to an operator
 
 
 class Status(enum.IntEnum):
     OK = 0
     STALE = 1  # the message is for an arena that is no more
     FULL = 2
+    DRAINING = 3  # the store takes no new blocks; what it holds can be read
+
+
+class Verb(enum.IntEnum):
+    """What an operator wants of a store."""
+
+    STATS = 1
+    LIST = 2
+    INSPECT = 3
+    EVICT = 4  # the given blocks
+    EVICT_ALL = 5
+    DRAIN = 6
+    UNDRAIN = 7
 
 
 @dataclass(frozen=True)
@@ -67,25 +86,29 @@ class Message:
 
 @dataclass(frozen=True)
 class Reserve(Message):
-    """Writer to store: slots for these blocks."""
+    """Writer to store: slots for these blocks, all of one owner."""
 
     arena_id: str
     writer_id: str
     hashes: Sequence[BlockHash]
+    owner: Owner = SHARED
 
     kind = 1
-    fixed = _IDS
+    fixed = _IDS_AND_OWNER
     item = struct.Struct("<16s")
 
     def _fixed(self) -> tuple[Any, ...]:
-        return bytes.fromhex(self.arena_id), bytes.fromhex(self.writer_id)
+        quota = _NO_QUOTA if self.owner.quota_blocks is None else min(self.owner.quota_blocks, _NO_QUOTA - 1)
+        return bytes.fromhex(self.arena_id), bytes.fromhex(self.writer_id), self.owner.tenant, quota
 
     def _items(self) -> Iterable[tuple[Any, ...]]:
         return ((block_hash,) for block_hash in self.hashes)
 
     @classmethod
     def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
-        return cls(request_id, fixed[0].hex(), fixed[1].hex(), [BlockHash(item[0]) for item in items])
+        arena_id, writer_id, tenant, quota = fixed
+        owner = Owner(tenant, None if quota == _NO_QUOTA else quota)
+        return cls(request_id, arena_id.hex(), writer_id.hex(), [BlockHash(item[0]) for item in items], owner)
 
 
 @dataclass(frozen=True)
@@ -200,7 +223,60 @@ class Got(Message):
         return cls(request_id, [BlockInfo(BlockHash(item[0]), *item[1:]) for item in items])
 
 
-_KINDS: dict[int, type[Message]] = {cls.kind: cls for cls in (Reserve, Reserved, Commit, Committed, Get, Got)}
+@dataclass(frozen=True)
+class Ask(Message):
+    """Operator to store. `prefix`, `offset` and `limit` choose a LIST's page, `hashes` are for INSPECT and EVICT."""
+
+    verb: Verb
+    hashes: Sequence[BlockHash] = ()
+    prefix: str = ""  # hex digits that names begin with
+    offset: int = 0  # blocks before the page
+    limit: int = MAX_ROWS  # blocks on it; a store gives no more than MAX_ROWS
+
+    kind = 7
+    fixed = struct.Struct("<BBII16s")  # verb, digits of the prefix, offset, limit, the prefix and zeros
+    item = struct.Struct("<16s")
+
+    def _fixed(self) -> tuple[Any, ...]:
+        prefix = bytes.fromhex(self.prefix.ljust(2 * HASH_BYTES, "0"))
+        return self.verb, len(self.prefix), self.offset, self.limit, prefix
+
+    def _items(self) -> Iterable[tuple[Any, ...]]:
+        return ((block_hash,) for block_hash in self.hashes)
+
+    @classmethod
+    def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
+        verb, num_digits, offset, limit, prefix = fixed
+        if verb not in _VERBS or num_digits > 2 * HASH_BYTES:
+            raise BadFrame(f"verb {verb}, prefix of {num_digits} digits")
+        hashes = [BlockHash(item[0]) for item in items]
+        return cls(request_id, Verb(verb), hashes, prefix.hex()[:num_digits], offset, limit)
+
+
+@dataclass(frozen=True)
+class Told(Message):
+    """Store to operator. One frame of `num_bytes` of JSON follows."""
+
+    num_bytes: int
+
+    kind = 8
+    fixed = struct.Struct("<I")
+    item = struct.Struct("")
+
+    def _fixed(self) -> tuple[Any, ...]:
+        return (self.num_bytes,)
+
+    def _items(self) -> Iterable[tuple[Any, ...]]:
+        return ()
+
+    @classmethod
+    def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
+        return cls(request_id, *fixed)
+
+
+_KINDS: dict[int, type[Message]] = {
+    cls.kind: cls for cls in (Reserve, Reserved, Commit, Committed, Get, Got, Ask, Told)
+}
 
 
 def decode(frame: bytes | memoryview) -> Message:
@@ -221,3 +297,4 @@ def decode(frame: bytes | memoryview) -> Message:
 
 
 _STATUSES = frozenset(Status)
+_VERBS = frozenset(Verb)

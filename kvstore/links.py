@@ -1,6 +1,7 @@
 """How fast blocks come from each arena, measured from what came, and what is on its way. Pure: times are passed in.
 
-The mapped arena is a link too: there the copy into the reader's memory is what takes time.
+The mapped arena is a link too: there the copy into the reader's memory is what takes time. So is the disk behind an
+arena, also behind the mapped one: its blocks come over the wire like another machine's, and later than those in memory.
 """
 
 from __future__ import annotations
@@ -8,9 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from kvstore.directory import ON_DISK
+
 HALF_LIFE_BYTES = 64 * 2**20
 # A link that nobody used for so long counts as unknown: one that was slow once would never be measured again.
 MEMORY_S = 30.0
+
+
+def link_of(place: tuple[str, int]) -> str:
+    """The name of the link that brings a block from a place: (arena id, slot)."""
+    arena_id, slot = place
+    return f"{arena_id}/disk" if slot == ON_DISK else arena_id
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Transfer:
 
 
 class Links:
-    """All links of one reader, by arena id, and what came over them."""
+    """All links of one reader, by name (`link_of`), and what came over them."""
 
     def __init__(self, slot_bytes: int, clock: Callable[[], float]) -> None:
         self.local = Traffic()
@@ -94,35 +103,35 @@ class Links:
         self._clock = clock
         self._links: dict[str, Link] = {}
 
-    def begin(self, arena_id: str, num_blocks: int, is_local: bool = False) -> Transfer:
+    def begin(self, name: str, num_blocks: int, is_local: bool = False) -> Transfer:
         """So many blocks are asked for; its `end` must follow."""
-        link = self._link(arena_id)
+        link = self._link(name)
         link.begin(num_blocks * self._slot_bytes)
         return Transfer(link, self.local if is_local else self.remote, num_blocks, self._slot_bytes)
 
-    def stretches(self, arena_ids: Sequence[str]) -> list[Stretch]:
-        """What would bring blocks that lie in these arenas, one a block."""
+    def stretches(self, places: Sequence[tuple[str, int]]) -> list[Stretch]:
+        """What would bring blocks from these places (arena id, slot), one a block."""
         stretches: list[Stretch] = []
         last = None
-        for arena_id in arena_ids:
-            if arena_id == last:
+        for name in map(link_of, places):
+            if name == last:
                 stretches[-1] = replace(stretches[-1], num_blocks=stretches[-1].num_blocks + 1)
                 continue
-            link = self._link(arena_id)
+            link = self._link(name)
             stretches.append(Stretch(1, link.bytes_per_s(self._clock()), link.in_flight_bytes))
-            last = arena_id
+            last = name
         return stretches
 
-    def _link(self, arena_id: str) -> Link:
-        link = self._links.get(arena_id)
+    def _link(self, name: str) -> Link:
+        link = self._links.get(name)
         if link is None:
             now_s = self._clock()
             idle = [
-                name
-                for name, other in self._links.items()
+                other_name
+                for other_name, other in self._links.items()
                 if not other.in_flight_bytes and now_s - other.used_at_s >= MEMORY_S
             ]
-            for name in idle:  # what they knew is forgotten anyway
-                del self._links[name]
-            link = self._links[arena_id] = Link()
+            for other_name in idle:  # what they knew is forgotten anyway
+                del self._links[other_name]
+            link = self._links[name] = Link()
         return link

@@ -29,9 +29,10 @@ from kvstore.arena import Reservation, Written
 from kvstore.arena_map import HEADER_BYTES, ArenaMap, arena_bytes
 from kvstore.blocks import BlockHash
 from kvstore.channel import Channel
-from kvstore.errors import ArenaFull, ArenaUnavailable
+from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable
 from kvstore.frames import Commit, Committed, Reserve, Reserved, Status
 from kvstore.memory import touch_behind
+from kvstore.quotas import Owner
 from kvstore.slot_index import SlotIndex
 
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit for a unix socket
@@ -163,12 +164,14 @@ class LocalArena:
         self._copies = 0
         self._is_retired = False
 
-    async def reserve(self, hashes: Sequence[BlockHash]) -> list[Reservation | None]:
-        """See `Arena.reserve`. `ArenaUnavailable` when the store does not answer, `ArenaFull`."""
-        question = partial(Reserve, arena_id=self.arena_id, writer_id=self._writer_id, hashes=hashes)
+    async def reserve(self, hashes: Sequence[BlockHash], owner: Owner) -> list[Reservation | None]:
+        """See `Arena.reserve`. `ArenaUnavailable` when the store does not answer, `ArenaFull`, `ArenaDraining`."""
+        question = partial(Reserve, arena_id=self.arena_id, writer_id=self._writer_id, hashes=hashes, owner=owner)
         answer = (await self._channel.request(question, self._timeout_s)).message
         if not isinstance(answer, Reserved) or answer.status is Status.STALE:
             raise ArenaUnavailable("the store has another arena by now")
+        if answer.status is Status.DRAINING:
+            raise ArenaDraining("the store is draining")
         if answer.status is Status.FULL:
             raise ArenaFull("every slot is being written")
         if len(answer.reservations) != len(hashes):

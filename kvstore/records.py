@@ -20,6 +20,8 @@ class ArenaRecord:
     slot_bytes: int
     num_slots: int
     free_slots: int = 0
+    draining: bool = False  # takes no new blocks
+    metrics_address: str = ""  # "ip:port" of its /metrics; "" is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,11 @@ class NodeRecord:
     total_blocks: int = 0
     prefill_tokens_per_s: float = 0.0  # 0.0 before the first measurement
     decode_step_s: float = 0.0
+    metrics_address: str = ""  # "ip:port" of its /metrics; "" is none
 
 
 RecordT = TypeVar("RecordT", ArenaRecord, NodeRecord)
+T = TypeVar("T")
 
 
 def parse_record(cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
@@ -62,7 +66,7 @@ def parse_record(cls: type[RecordT], text: bytes | str | None) -> RecordT | None
 def parse_signed(cls: type[RecordT], text: bytes | str | None) -> tuple[RecordT | None, object]:
     """The same, with the probe of who wrote it; None where there is none."""
     data = _object(text)
-    return _build(cls, data), data.get("probe")
+    return build(cls, data), data.get("probe")
 
 
 def sign(record: ArenaRecord | NodeRecord, probe: str) -> str:
@@ -79,9 +83,19 @@ def _object(text: bytes | str | None) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _build(cls: type[RecordT], data: Mapping[str, Any]) -> RecordT | None:
+_types_of: dict[type, dict[str, Any]] = {}  # each look-up reads records; evaluating annotations is the most of that
+
+
+def _types(cls: type) -> dict[str, Any]:
+    if cls not in _types_of:
+        _types_of[cls] = typing.get_type_hints(cls)
+    return _types_of[cls]
+
+
+def build(cls: type[T], data: Mapping[str, Any]) -> T | None:
+    """A dataclass of numbers, texts and truths out of a JSON object, by the rules of `parse_record`."""
     values: dict[str, Any] = {}
-    for name, expected in typing.get_type_hints(cls).items():
+    for name, expected in _types(cls).items():
         if name in data:
             value = data[name]
             if not _is_usable(value):
@@ -101,4 +115,4 @@ def _is_usable(value: object) -> bool:
     """JSON lets pass what breaks its reader later: NaN compares with nothing, half a surrogate pair has no bytes."""
     if isinstance(value, int | float):
         return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
-    return not isinstance(value, str) or not any("\ud800" <= char <= "\udfff" for char in value)
+    return not isinstance(value, str) or value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# ARGV: prefix, "1" for leading runs alone, number of arena ids or -1 for all, arena ids, block hashes.
+# ARGV: prefix, "1" for leading runs alone, number of arena ids or -1 for all, arena ids, all hashes in one string:
+# an argument each would cost both sides more than the look-up itself.
 # Answers id, record, "slot,slot,,slot" for each living arena. Stops where no arena holds the next block.
 LOCATE = """
 local prefix, leading, count = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
@@ -12,6 +13,8 @@ if count < 0 then
 else
   for i = 1, count do ids[i] = ARGV[3 + i] end
 end
+local hashes = ARGV[4 + count]
+local total = #hashes / 16
 local arenas, answer = {}, {}
 for _, id in ipairs(ids) do
   local record = redis.call('GET', prefix .. 'arena:' .. id)
@@ -19,12 +22,13 @@ for _, id in ipairs(ids) do
     arenas[#arenas + 1] = {id = id, record = record, key = prefix .. 'arena:' .. id .. ':blocks', run = {}, open = true}
   end
 end
-local first, goes_on = 4 + count, true
-while goes_on and first <= #ARGV do
-  local last, covered = math.min(first + 255, #ARGV), {}
+local first, goes_on = 1, true
+while goes_on and first <= total do
+  local last, names, covered = math.min(first + 255, total), {}, {}
+  for i = first, last do names[i - first + 1] = string.sub(hashes, 16 * i - 15, 16 * i) end
   for _, arena in ipairs(arenas) do
     if arena.open then
-      for i, slot in ipairs(redis.call('HMGET', arena.key, unpack(ARGV, first, last))) do
+      for i, slot in ipairs(redis.call('HMGET', arena.key, unpack(names))) do
         if slot then covered[i] = true end
         if leading and not slot then arena.open = false break end
         arena.run[#arena.run + 1] = slot or ''

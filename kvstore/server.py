@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -21,20 +22,25 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
+from kvstore.admin import Admin
 from kvstore.announcer import Announcer
 from kvstore.arena import Arena
 from kvstore.arena_map import ArenaMap, arena_bytes, slots_within
+from kvstore.blocks import BlockHash
 from kvstore.curve import CURVE_BYTES, Curve, Doorkeeper, is_loopback
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import BadFrame, DirectoryUnavailable
-from kvstore.eviction import POLICIES
+from kvstore.eviction import ADMISSIONS, POLICIES, AdmitAll
 from kvstore.folder import StoreFolder
-from kvstore.frames import MAX_FRAME_BYTES, Commit, Get, Message, Reserve
+from kvstore.frames import MAX_FRAME_BYTES, Ask, Commit, Get, Message, Reserve, Told
 from kvstore.frames import decode as decode_frame
 from kvstore.local import MAX_SOCKET_PATH, Description, StorePaths
 from kvstore.memory import create_memory
+from kvstore.metrics import StoreCollector
+from kvstore.scrape import ScrapeDoor
 from kvstore.service import StoreService
 from kvstore.ssd import BlockFile
+from kvstore.tally import CONTROL, DATA, StoreTally
 from kvstore.tiers import DiskTier
 
 logger = logging.getLogger(__name__)
@@ -54,6 +60,7 @@ class StoreConfig:
     eviction: str = "s3fifo"  # or "lru"
     disk_bytes: int = 0  # for blocks that the arena has no room for; 0: none
     disk_dir: str = ""  # kept from one start to the next; no two stores may share it
+    disk_admission: str = "all"  # or "second-touch": which of the blocks that are evicted it gets
     disk_root: str = ""  # hex of KVLayout.root(): blocks of other models that lie there are not taken over
     cluster: str = "default"
     advertise_host: str = "127.0.0.1"  # where other machines find it
@@ -61,6 +68,7 @@ class StoreConfig:
     host: str = ""  # label of the machine; "": its host name
     wire_key: str = field(default="", repr=False)  # see kvstore/curve.py; "": readers are not asked who they are
     trusts_network: bool = False  # without a wire_key, only this allows an address that other machines reach
+    metrics: bool = True  # for Prometheus, over HTTP, at a port of their own where blocks are read from
     heartbeat_s: float = 1.0
     ttl_s: float = 5.0
 
@@ -77,6 +85,8 @@ class StoreServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory = Directory(config.redis_url, config.cluster)
         self._disk: DiskTier | None = None
+        self._tally = StoreTally(time.monotonic)  # the clock that readers of the mapping stamp slots by
+        self._scrape_door, self._metrics_address = ScrapeDoor(), ""
         self._curve = Curve(config.wire_key) if config.wire_key else None
 
     async def start(self) -> ArenaRecord:
@@ -93,6 +103,9 @@ class StoreServer:
             memory = await asyncio.to_thread(create_memory, self._paths.memory(self._arena_id), self._arena_bytes)
             self._service = await self._make_service(memory)
             self._open_sockets()
+            if self.config.metrics:
+                host = self.config.advertise_host
+                self._metrics_address = await self._scrape_door.open(self._metrics, self._bind_host, host)
             Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
             await self._forget(predecessor)
             with suppress(DirectoryUnavailable):  # then it is told when it comes, and readers check each record
@@ -101,6 +114,7 @@ class StoreServer:
         except BaseException:
             if self._disk is not None:
                 await self._disk.stop()
+            await self._scrape_door.close()
             self._leave()
             raise
         for loop in (self._announcer.run(), self._serve_writers(), self._serve_readers(), self._reap()):
@@ -115,6 +129,7 @@ class StoreServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._scrape_door.close()
         if self._disk is not None:
             await self._disk.stop()
         try:
@@ -127,15 +142,19 @@ class StoreServer:
     async def _make_service(self, memory: memoryview) -> StoreService:
         config = self.config
         arena_map = ArenaMap(memory, self._num_slots, config.slot_bytes)
-        self.arena = Arena(arena_map, POLICIES[config.eviction](self._num_slots))
+        admit = ADMISSIONS[config.disk_admission] if config.disk_bytes else AdmitAll
+        self.arena = Arena(arena_map, POLICIES[config.eviction](self._num_slots), admit(self._num_slots))
         self._announcer = Announcer(
             self._directory, lambda: self._service.inventory(), self.record, config.heartbeat_s, config.ttl_s
         )
         if config.disk_bytes:
             root = bytes.fromhex(config.disk_root)
             make_file = partial(BlockFile, Path(config.disk_dir), config.disk_bytes, config.slot_bytes, root)
-            self._disk = await DiskTier.open(make_file, self.arena, arena_map, self._announcer.changed)
-        return StoreService(self._arena_id, self.arena, arena_map, self._announcer, self._disk)
+            self._disk = await DiskTier.open(make_file, self.arena, arena_map, self._announcer.changed, self._tally)
+        service = StoreService(self._arena_id, self.arena, arena_map, self._announcer, self._disk, self._tally)
+        self._admin = Admin(service, self.arena, arena_map, self._disk, self._tally)
+        self._metrics = StoreCollector(self._admin, self._tally)
+        return service
 
     def record(self) -> ArenaRecord:
         """The arena as it is now."""
@@ -146,6 +165,8 @@ class StoreServer:
             slot_bytes=self.config.slot_bytes,
             num_slots=self._num_slots,
             free_slots=self.arena.num_free,
+            draining=self._service.is_draining,
+            metrics_address=self._metrics_address,
         )
 
     @property
@@ -165,9 +186,10 @@ class StoreServer:
             raise ValueError(f"bind_host: {self._bind_host} {problem}")
         if self._num_slots < 1:
             raise ValueError(f"memory_bytes: {self.config.memory_bytes} hold no slot of {self.config.slot_bytes} bytes")
-
         if self.config.eviction not in POLICIES:
             raise ValueError(f"eviction: {self.config.eviction!r} is none of {', '.join(POLICIES)}")
+        if self.config.disk_admission not in ADMISSIONS:
+            raise ValueError(f"disk_admission: {self.config.disk_admission!r} is none of {', '.join(ADMISSIONS)}")
 
     async def _forget(self, predecessor: str) -> None:
         """The arena of a store that was killed is gone now, not only when its time to live ends."""
@@ -217,8 +239,12 @@ class StoreServer:
                     await self._control.send_multipart([sender, self._service.reserve(question).encode()])
                 elif isinstance(question, Commit):
                     self._spawn(self._commit(sender, question))
+                elif isinstance(question, Ask):
+                    self._spawn(self._tell(self._control, sender, question))
+                else:
+                    raise BadFrame(f"{type(question).__name__} is no question to this socket")
             except BadFrame as error:
-                logger.warning("event=bad_frame socket=control error=%r", error)
+                self._refuse(CONTROL, error)
             except Exception:  # whatever one message does, the next one is served
                 logger.exception("event=message_failed socket=control")
 
@@ -231,8 +257,14 @@ class StoreServer:
                     self._spawn(self._answer_from_disk(sender, question))
                 elif isinstance(question, Get):
                     await self._answer(sender, question)
+                elif (
+                    isinstance(question, Ask) and self._curve is not None
+                ):  # nobody but holders of the wire key got here
+                    self._spawn(self._tell(self._data, sender, question))
+                else:
+                    raise BadFrame(f"{type(question).__name__} is no question to this socket")
             except BadFrame as error:
-                logger.warning("event=bad_frame socket=data error=%r", error)
+                self._refuse(DATA, error)
             except Exception:
                 logger.exception("event=message_failed socket=data")
 
@@ -241,12 +273,24 @@ class StoreServer:
         await self._control.send_multipart([sender, answer.encode()])
 
     async def _answer_from_disk(self, sender: bytes, question: Get) -> None:
-        await self._service.promote(question)
-        await self._answer(sender, question)
+        await self._answer(sender, question, await self._service.promote(question))
 
-    async def _answer(self, sender: bytes, question: Get) -> None:
-        answer, payloads = self._service.get(question)
+    async def _answer(self, sender: bytes, question: Get, promoted: frozenset[BlockHash] = frozenset()) -> None:
+        answer, payloads = self._service.get(question, promoted)
         await self._data.send_multipart([sender, answer.encode(), *payloads], copy=False)
+
+    async def _tell(self, socket: zmq.asyncio.Socket, sender: bytes, question: Ask) -> None:
+        try:
+            text = await self._admin.answer(question)
+        except Exception:
+            logger.exception("event=ask_failed verb=%s", question.verb.name)
+            text = b'{"error": "the store failed to answer; its log says why"}'
+        await socket.send_multipart([sender, Told(question.request_id, len(text)).encode(), text])
+
+    def _refuse(self, socket: str, error: BadFrame) -> None:
+        num_frames = self._tally.refused(socket)
+        if num_frames:
+            logger.warning("event=bad_frame socket=%s frames=%d error=%r", socket, num_frames, error)
 
     async def _reap(self) -> None:
         while True:

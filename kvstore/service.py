@@ -2,49 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
+
 from kvstore.announcer import Announcer
 from kvstore.arena import Arena
 from kvstore.arena_map import ArenaMap
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
 from kvstore.frames import BlockInfo, Commit, Committed, Get, Got, Reserve, Reserved, Status
+from kvstore.tally import DISK, MEMORY, StoreTally
 from kvstore.tiers import DiskTier
 
 
 class StoreService:
     """Answers for one arena. All methods are called on one event loop; none waits for more than disk and directory."""
 
-    def __init__(
-        self, arena_id: str, arena: Arena, arena_map: ArenaMap, announcer: Announcer, disk: DiskTier | None
+    def __init__(  # noqa: PLR0913
+        self,
+        arena_id: str,
+        arena: Arena,
+        arena_map: ArenaMap,
+        announcer: Announcer,
+        disk: DiskTier | None,
+        tally: StoreTally,
     ) -> None:
-        self._arena_id = arena_id
+        self.arena_id = arena_id
         self._arena = arena
         self._map = arena_map
         self._announcer = announcer
         self._disk = disk
+        self._tally = tally
+        self.is_draining = False  # takes no new blocks; promotions go on
 
     def inventory(self) -> list[tuple[BlockHash, int]]:
         """All blocks that can be had here, and their slots."""
         return [*self._arena.blocks(), *(self._disk.inventory() if self._disk else ())]
 
     def reserve(self, question: Reserve) -> Reserved:
-        if question.arena_id != self._arena_id:
+        if question.arena_id != self.arena_id:
             return Reserved(question.request_id, Status.STALE)
+        if self.is_draining:
+            self._tally.num_draining += 1
+            return Reserved(question.request_id, Status.DRAINING)
+        for block_hash in question.hashes:
+            self._tally.asked(block_hash, self._tier_of(block_hash))
         try:
-            reservations = self._arena.reserve(question.hashes, question.writer_id)
+            reservations = self._arena.reserve(question.hashes, question.writer_id, owner=question.owner)
         except ArenaFull:
+            self._tally.num_full += 1
             return Reserved(question.request_id, Status.FULL)
         evicted = self._arena.take_evicted()
         if self._disk is not None:
             self._disk.demote(evicted)
         else:
+            self._tally.lost((block.block_hash, self._map.last_access(block.slot)) for block in evicted)
             self._announcer.changed((), [block.block_hash for block in evicted])
         return Reserved(question.request_id, Status.OK, reservations)
 
     async def commit(self, question: Commit) -> Committed:
-        if question.arena_id != self._arena_id:
+        if question.arena_id != self.arena_id:
             return Committed(question.request_id, Status.STALE)
         blocks = self._arena.commit(question.writer_id, question.written)
+        self._tally.came(block_hash for block_hash, _ in blocks)
         self._announcer.changed(blocks)
         await self._announcer.flushed()  # who hears that it is committed may tell others to look for it
         return Committed(question.request_id, Status.OK, len(blocks))
@@ -53,27 +72,63 @@ class StoreService:
         """Whether `promote` has something to do, and the answer has to wait for it."""
         return self._disk is not None and self._disk.is_needed(question.hashes)
 
-    async def promote(self, question: Get) -> None:
-        """Brings what is asked for, and only the disk has, back into slots."""
-        if self._disk is not None:
-            await self._disk.promote(question.hashes)
+    async def promote(self, question: Get) -> frozenset[BlockHash]:
+        """Brings what is asked for, and only the disk has, back into slots; returns what that is."""
+        if self._disk is None:
+            return frozenset()
+        on_disk = frozenset(block_hash for block_hash in question.hashes if self._tier_of(block_hash) == DISK)
+        await self._disk.promote(question.hashes)
+        return on_disk
 
-    def get(self, question: Get) -> tuple[Got, list[memoryview]]:
-        """The blocks as they are. One that is evicted while it is on its way fails the reader's check of the bytes."""
+    def get(self, question: Get, promoted: Set[BlockHash] = frozenset()) -> tuple[Got, list[memoryview]]:
+        """The blocks as they are; those of `promoted` count as the disk's.
+
+        One that is evicted while it is on its way fails the reader's check of the bytes.
+        """
         infos, payloads = [], []
         for block_hash in question.hashes:
             slot = self._arena.find(block_hash)
             if slot is None:
                 infos.append(BlockInfo(block_hash, 0, 0))
+                self._tally.missed(block_hash, self._disk is not None)
                 continue
+            self._tally.read(block_hash, DISK if block_hash in promoted else MEMORY)
             infos.append(BlockInfo(block_hash, self._map.slot_bytes, self._map.header(slot).checksum))
             payloads.append(self._map.view(slot))
         return Got(question.request_id, infos), payloads
 
+    def drain(self, is_draining: bool) -> None:
+        """Takes no new blocks from now on, or takes them again; the directory is told."""
+        self.is_draining = is_draining
+        self._announcer.beat_soon()
+
+    async def remove(self, hashes: Sequence[BlockHash]) -> tuple[int, int]:
+        """Drops blocks, but none that is being written; how many from memory, and how many from disk."""
+        self._arena.evict(hashes)
+        in_memory = [block.block_hash for block in self._arena.take_evicted()]
+        self._tally.removed(in_memory, MEMORY)
+        if self._disk is None:
+            self._announcer.changed((), in_memory)
+            await self._announcer.flushed()
+            return len(in_memory), 0
+        on_disk, erased = self._disk.remove(hashes)
+        self._tally.removed(on_disk, DISK)
+        self._announcer.changed((), {*in_memory, *on_disk})
+        await erased
+        await self._announcer.flushed()
+        return len(in_memory), len(on_disk)
+
     def abandon(self, writer_id: str) -> int:
         """Takes back what a writer that is dead had reserved."""
+        self._tally.num_reaped += 1
         return self._arena.abandon(writer_id)
 
     def writers(self) -> set[str]:
         """Writers that hold slots and whose locks tell whether they live."""
         return self._arena.writers() - ({self._disk.writer_id} if self._disk else set())
+
+    def _tier_of(self, block_hash: BlockHash) -> str | None:
+        """Where a block can be had; None: nowhere."""
+        if self._arena.holds(block_hash):
+            return MEMORY
+        return DISK if self._disk is not None and block_hash in self._disk.index else None

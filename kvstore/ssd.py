@@ -77,6 +77,18 @@ class DiskIndex:
     def __len__(self) -> int:
         return len(self._held)
 
+    @property
+    def num_writing(self) -> int:
+        return len(self._writing)
+
+    def items(self) -> list[tuple[BlockHash, Record]]:
+        """All blocks that are held, and where."""
+        return list(self._held.items())
+
+    def peek(self, block_hash: BlockHash) -> Record | None:
+        """Where a block is. Not a use, unlike `find`."""
+        return self._held.get(block_hash)
+
     def find(self, block_hash: BlockHash) -> Record | None:
         """Where a block is; it thereby counts as lately used."""
         record = self._held.get(block_hash)

@@ -1,11 +1,12 @@
 """What happens between an arena and the disk behind it: demotion of what is evicted, promotion of what is asked for.
 
-A block that was asked for again after a while and is then evicted is copied at once, before its slot's next writer
-hears of the slot, and written behind. The directory is told that this arena has it `ON_DISK`; a reader then asks the
-store for it, also one on the same machine, and the store brings it back into a slot before it answers.
+A block that is evicted and worth a place on disk (`eviction.ADMISSIONS`) is copied at once, before its slot's next
+writer hears of the slot, and written behind. The directory is told that this arena has it `ON_DISK`; a reader then asks
+the store for it, also one on the same machine, and the store brings it back into a slot before it answers.
 
-All I/O runs on one thread, in the order in which it was asked for, so no record is overwritten under a reader. A disk
-that is full or broken is left alone for a while, and nobody but the log hears of it: every failure is a miss.
+All I/O runs on one thread, so no record is overwritten under a reader. Writes come to it one at a time, so a read waits
+for one of them at most; those that it overtakes are to other records, for the one that it reads is held. A disk that is
+full or broken is left alone for a while, and nobody but the log hears of it: every failure is a miss.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -27,6 +28,7 @@ from kvstore.blocks import BlockHash
 from kvstore.directory import ON_DISK
 from kvstore.errors import ArenaFull
 from kvstore.ssd import BlockFile, DiskIndex, Record
+from kvstore.tally import DISK, StoreTally
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +37,16 @@ Changed = Callable[[Iterable[tuple[BlockHash, int]], Iterable[BlockHash]], None]
 
 _MAX_PENDING_BYTES = 64 << 20  # copies on their way to the disk; what is evicted beyond that is lost
 _PAUSE_S = 30.0  # after an error
-_READ_S = 1.0  # of one question: less than a reader waits for a store
+# Of one question: less than a reader waits who could compute the blocks soon. The rest comes when it is asked for.
+_READ_S = 0.15
 
 
 class DiskTier:
     """The disk behind one arena. All methods are called on one event loop, and none fails for the disk's sake."""
 
-    def __init__(self, file: BlockFile, arena: Arena, arena_map: ArenaMap, changed: Changed) -> None:
+    def __init__(self, file: BlockFile, arena: Arena, arena_map: ArenaMap, changed: Changed, tally: StoreTally) -> None:
         self._file = file
+        self._tally = tally
         self._index = DiskIndex(file.num_records)
         self._arena = arena
         self._map = arena_map
@@ -50,17 +54,23 @@ class DiskTier:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-disk")
         self._tasks: set[asyncio.Task[None]] = set()
         self._promoting = asyncio.Lock()
+        self._writing = asyncio.Lock()
         self._writer_id = ""  # under which a promotion holds slots
         self._pending_bytes = 0
         self._paused_until_s = 0.0
 
     @classmethod
     async def open(
-        cls, make_file: Callable[[], BlockFile], arena: Arena, arena_map: ArenaMap, changed: Changed
+        cls,
+        make_file: Callable[[], BlockFile],
+        arena: Arena,
+        arena_map: ArenaMap,
+        changed: Changed,
+        tally: StoreTally,
     ) -> DiskTier | None:
         """The tier, with what an earlier store has left; None, and a line in the log, where the disk cannot be used."""
         try:
-            tier = cls(make_file(), arena, arena_map, changed)
+            tier = cls(make_file(), arena, arena_map, changed, tally)
         except OSError as error:
             logger.warning("event=no_disk error=%r", str(error))
             return None
@@ -84,16 +94,22 @@ class DiskTier:
         """The writer that needs no lock: it lives as long as the store does."""
         return self._writer_id
 
+    @property
+    def index(self) -> DiskIndex:
+        """The books, to be looked at."""
+        return self._index
+
     def inventory(self) -> list[tuple[BlockHash, int]]:
         """What only the disk holds."""
         return [(block_hash, ON_DISK) for block_hash in self._index if not self._arena.holds(block_hash)]
 
     def demote(self, evicted: Sequence[Evicted]) -> None:
         """Takes what is worth it from slots that nobody writes to yet, and tells where each block is now."""
+        self._tally.lost((block.block_hash, self._map.last_access(block.slot)) for block in evicted)
         kept = [(block.block_hash, ON_DISK) for block in evicted if block.block_hash in self._index]
         self._changed(kept, [block.block_hash for block in evicted if block.block_hash not in self._index])
         for block in evicted:
-            if block.was_reused and not self._is_paused() and self._pending_bytes < _MAX_PENDING_BYTES:
+            if block.is_admitted and not self._is_paused() and self._pending_bytes < _MAX_PENDING_BYTES:
                 self._begin(block)
 
     def is_needed(self, hashes: Iterable[BlockHash]) -> bool:
@@ -113,6 +129,29 @@ class DiskTier:
         finally:
             self._promoting.release()
 
+    def remove(self, hashes: Iterable[BlockHash]) -> tuple[list[BlockHash], Awaitable[None]]:
+        """Forgets those of these blocks that are held, and returns them; their records are erased when awaited."""
+        records = {block_hash: record for block_hash in hashes if (record := self._index.peek(block_hash)) is not None}
+        for block_hash in records:
+            self._index.drop(block_hash)
+        # Handed over now, before anybody else can have a write to one of these records.
+        erasing = asyncio.get_running_loop().run_in_executor(
+            self._thread, self._erase_all, [record.number for record in records.values()]
+        )
+        return list(records), erasing
+
+    async def verifies(self, record: Record) -> bool:
+        """Whether the record's bytes sum up to its checksum."""
+
+        def check() -> bool:
+            try:
+                return self._file.read(record, memoryview(bytearray(self._map.slot_bytes)))
+            except OSError as error:
+                self._pause(error)
+                return False
+
+        return await self._on_thread(check)
+
     async def _promote(self, hashes: Sequence[BlockHash], deadline_s: float) -> None:
         wanted = [block_hash for block_hash in hashes if self.is_needed([block_hash])]
         if not wanted or self._is_paused():
@@ -130,7 +169,9 @@ class DiskTier:
                 todo.append((block_hash, item, record))
         # Cancelled only when the store ends; the slots stay reserved then.
         written, damaged = await self._on_thread(partial(self._read_all, todo, deadline_s))
-        self._changed(self._arena.commit(self._writer_id, written), ())
+        promoted = self._arena.commit(self._writer_id, written)
+        self._tally.num_promoted += len(promoted)
+        self._changed(promoted, ())
         self._arena.abandon(self._writer_id)
         for block_hash in damaged:
             self._index.drop(block_hash)
@@ -160,8 +201,10 @@ class DiskTier:
         if begun is None:
             return
         number, lost = begun
-        if lost is not None and not self._arena.holds(lost):
-            self._changed((), [lost])
+        if lost is not None:
+            self._tally.evicted(lost, DISK)
+            if not self._arena.holds(lost):
+                self._changed((), [lost])
         payload = bytes(self._map.view(block.slot))
         self._pending_bytes += len(payload)
         task = asyncio.create_task(self._write(number, block, payload))
@@ -169,9 +212,11 @@ class DiskTier:
         task.add_done_callback(self._tasks.discard)
 
     async def _write(self, number: int, block: Evicted, payload: bytes) -> None:
-        record = await self._on_thread(partial(self._write_one, number, block, payload))
+        async with self._writing:
+            record = await self._on_thread(partial(self._write_one, number, block, payload))
         self._pending_bytes -= len(payload)
         self._index.finish(block.block_hash, record)
+        self._tally.num_demoted += record is not None
         if record is not None and not self._arena.holds(block.block_hash):
             self._changed([(block.block_hash, ON_DISK)], ())
 
@@ -184,6 +229,14 @@ class DiskTier:
         except OSError as error:
             self._pause(error)
             return None
+
+    def _erase_all(self, numbers: Sequence[int]) -> None:
+        """On the disk's thread."""
+        try:
+            for number in numbers:
+                self._file.erase(number)
+        except OSError as error:
+            self._pause(error)
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

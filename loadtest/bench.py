@@ -104,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     count, natural, seconds = _number(int, 1), _number(int, 0), _number(float, 0)
     add = parser.add_argument
     add("--address", metavar="HOST:PORT", help="of the router")
+    add("--api-key", default="", metavar="KEY", help="of a tenant; default: the variable BATON_API_KEY")
     add("--num-prompts", type=count, default=100, metavar="N", help="requests to send (default 100)")
     add("--request-rate", type=_rate, default=math.inf, metavar="R", help="Poisson arrivals per second (default inf)")
     lid = f"most requests in flight; 0 = no limit (default {_CLOSED_LOOP_DEFAULT} with an infinite rate, else no limit)"
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the benchmark. 0: all requests succeeded; 1: some failed; 2: it could not be run; 130: interrupted."""
     try:
         config = BenchConfig.from_args(args)
-        records, report = asyncio.run(_measure(config))
+        records, report = asyncio.run(_measure(config, args.api_key))
     except BenchError as exc:
         print(f"baton bench: {exc}", file=sys.stderr)
         return _NOT_RUN
@@ -142,9 +143,10 @@ def run(args: argparse.Namespace) -> int:
     return _SOME_FAILED if report.failed else _OK
 
 
-async def _measure(config: BenchConfig) -> tuple[list[RequestRecord], Report]:
+async def _measure(config: BenchConfig, api_key: str) -> tuple[list[RequestRecord], Report]:
+    """The key is no part of the config, which is written to files."""
     console = Console(stderr=True)
-    async with Client(config.address, config.timeout_s) as client:
+    async with Client(config.address, config.timeout_s, api_key) as client:
         model = await _get_model(client, config)
         console.print(f"{model.model} at {config.address}, seed {config.seed}", highlight=False)
         warmup, shots = _warmup_shots(config, model.vocab_size), _shots(config, model.vocab_size)

@@ -63,12 +63,13 @@ class _Stream:
 
 
 class Client:
-    """A channel to a router. Use it as `async with Client(address) as client`."""
+    """A channel to a router, with an API key where it has tenants. Use it as `async with Client(...) as client`."""
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(self, address: str, timeout_s: float, api_key: str = "") -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else None
 
     async def __aenter__(self) -> Client:
         return self
@@ -86,7 +87,7 @@ class Client:
             left_s = max(0.0, deadline_s - time.perf_counter())
             try:
                 model: inference_pb2.GetModelResponse = await self._stub.GetModel(
-                    inference_pb2.GetModelRequest(), timeout=left_s, wait_for_ready=True
+                    inference_pb2.GetModelRequest(), timeout=left_s, metadata=self._metadata, wait_for_ready=True
                 )
                 return model
             except grpc.aio.AioRpcError as exc:
@@ -99,7 +100,8 @@ class Client:
         stream = _Stream()
         sent_s = clock()
         try:
-            async for response in self._stub.Generate(shot.request, timeout=self._timeout_s):
+            call = self._stub.Generate(shot.request, timeout=self._timeout_s, metadata=self._metadata)
+            async for response in call:
                 stream.add(response, clock())
             error = stream.fault()
         except grpc.aio.AioRpcError as exc:

@@ -19,6 +19,7 @@ from engine.errors import InvalidRequest, NoRoom
 from engine.loop import EngineStopped
 from engine.request import FinishReason, OutputToken, Request, SamplingParams
 from kvstore.blocks import salted
+from kvstore.quotas import Owner
 from node.errors import Busy, Draining
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,12 @@ def to_request(message: node_pb2.NodeRequest, engine: Engine, handoff_after: int
         block_size=engine.layout.block_size,
         handoff_after=handoff_after,
     )
+
+
+def to_owner(message: node_pb2.NodeRequest, block_bytes: int) -> Owner:
+    """Whose the request's blocks are in an arena, and how many of his fit into his quota."""
+    quota_bytes = message.kv_quota_bytes
+    return Owner.of_salt(message.salt, quota_bytes // block_bytes if quota_bytes else None)
 
 
 def to_sampling_params(message: common_pb2.SamplingParams) -> SamplingParams:

@@ -19,6 +19,7 @@ from engine.request import Request
 from kvstore.arena_map import MappedPayload
 from kvstore.blocks import Payload
 from kvstore.client import Match
+from kvstore.quotas import SHARED, Owner
 from node.intake import Intake
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,14 @@ DIRECTORY_PACE = Pace(1 / 4, 0.005, 0.2)  # a round trip to Redis
 
 
 class Fetcher:
-    """Fetches for one HELD request."""
+    """Fetches for one HELD request, whose blocks are `owner`'s."""
 
-    def __init__(self, loop: EngineLoop, intake: Intake, request: Request) -> None:
+    def __init__(self, loop: EngineLoop, intake: Intake, request: Request, owner: Owner = SHARED) -> None:
         self._loop = loop
         self._intake = intake
         self._store = intake.store
         self._request = request
+        self._owner = owner
         self._max_fetch_blocks = max(1, MAX_FETCH_BYTES // intake.block_bytes)
         self._max_import_blocks = max(1, MAX_IMPORT_BYTES // intake.block_bytes)
         self._is_declined = False  # computing is sooner than fetching what was found last
@@ -141,7 +143,10 @@ class Fetcher:
         chosen = self._intake.choose(match)
         self._is_declined = chosen.num_blocks < match.num_blocks
         limit_s = self._intake.wire_limit_s(chosen.num_blocks)
-        return await self._import(await self._store.fetch(chosen, limit_s))
+        payloads = await self._store.fetch(chosen, limit_s)
+        num_imported_blocks = await self._import(payloads)
+        self._intake.keep(chosen, payloads, self._owner)
+        return num_imported_blocks
 
     async def _match(self) -> Match:
         """What this machine's arena holds; where it holds nothing, now and then what the directory knows of."""
@@ -178,7 +183,7 @@ class Fetcher:
             if self._release_at_blocks is not None and self._num_blocks >= self._release_at_blocks > 0:
                 engine.release(request_id)  # at once: another call would wait for another step of the others
                 self._is_released = True
-            return num_blocks, began_s, ended_s, engine.load().prefill_tokens_per_s
+            return num_blocks, began_s, ended_s, engine.long_prefill_tokens_per_s
 
         if not is_mapped:
             num_blocks, _, _, self._intake.prefill_tokens_per_s = await self._loop.call(copy)

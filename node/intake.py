@@ -6,12 +6,16 @@ One for each node, shared by its fetchers, on the event loop.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from batonpb import node_pb2
-from kvstore.client import KVClient, Match
+from kvstore.blocks import Payload
+from kvstore.client import KVClient, Match, ReceivedPayload
 from kvstore.links import Traffic
+from kvstore.quotas import Owner
 from node.choice import Choice, choose
+from node.replicator import Replicator
 
 PATIENCE_S = 0.5  # for blocks on their way, while it is not known how long computing them takes
 MIN_WIRE_LIMIT_S = 0.25  # a busy store answers late, and who is cut off is left alone for seconds
@@ -39,20 +43,39 @@ class Choices:
 
 @dataclass
 class Intake:
-    """`prefill_tokens_per_s` is the engine's newest measurement that anyone has brought here; 0.0: none yet."""
+    """`prefill_tokens_per_s` is what the engine makes of long prompts: the newest measurement that anyone has brought
+    here, and before that the one of its warm-up; 0.0: not known.
+    """
 
     store: KVClient
     block_size: int  # tokens
     block_bytes: int
     prefill_tokens_per_s: float = 0.0
     choices: Choices = field(default_factory=Choices)
+    replicator: Replicator | None = None  # None: what comes from other machines is not kept on this one
 
     def choose(self, match: Match) -> Match:
         """The part of `match` that is better fetched."""
-        stretches = self.store.links.stretches([arena_id for arena_id, _ in match.places])
+        stretches = self.store.links.stretches(match.places)
         choice = choose(stretches, self.block_bytes, self._compute_s(1))
         self.choices.count(choice, match.num_blocks)
         return match.head(choice.num_blocks)
+
+    def keep(self, match: Match, payloads: Sequence[Payload], owner: Owner) -> None:
+        """Has what came from other machines of `match`, whose leading run `payloads` is, published on this one too.
+
+        The blocks are `owner`'s.
+        """
+        if self.replicator is None:
+            return
+        here = self.store.local_arena_id
+        found = zip(match.places, match.hashes, payloads, strict=False)
+        blocks = [
+            (block_hash, payload)
+            for (arena_id, _), block_hash, payload in found
+            if arena_id != here and isinstance(payload, ReceivedPayload)
+        ]
+        self.replicator.replicate(blocks, owner)
 
     def patience_s(self, num_blocks: int) -> float:
         """How long to wait for that many blocks that are said to come: not longer than it takes to compute them."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from engine.loop import EngineLoop
 from engine.request import FullBlock
 from kvstore.client import KVClient
+from kvstore.quotas import SHARED, Owner
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ STALL_S, STALL_SHARE = 0.5, 0.25  # a write that takes so long may not keep more
 
 @dataclass(frozen=True)
 class _Write:
-    batch: Sequence[FullBlock]
+    batch: Sequence[FullBlock]  # of one owner
     began_s: float
     task: asyncio.Task[None]
 
@@ -40,22 +41,25 @@ class Publisher:
         self._max_batch_blocks = max(1, MAX_BATCH_BYTES // loop.engine.layout.block_bytes)
         self._max_stalled_blocks = int(num_blocks * STALL_SHARE)
         self._write_began_s = 0.0
-        self._queue: deque[FullBlock] = deque()
+        self._queue: deque[tuple[FullBlock, Owner]] = deque()
         self._num_pinned_blocks = 0
         self._num_taken_blocks = 0  # ever put into the queue
         self._num_settled_blocks = 0  # ever published or given up, in the queue's order
         self._settled = asyncio.Condition()
         self._writer: asyncio.Task[None] | None = None
 
-    def publish(self, blocks: Sequence[FullBlock]) -> bool:
-        """Takes over the pins of `blocks`, and returns at once. False: they will not be published."""
+    def publish(self, blocks: Sequence[FullBlock], owner: Owner = SHARED) -> bool:
+        """Takes over the pins of `blocks`, and returns at once. False: they will not be published.
+
+        Of those that are taken, the store refuses what does not fit into the owner's quota.
+        """
         if not blocks:
             return True
         self._num_pinned_blocks += len(blocks)
-        if not self._store.can_publish or self._is_stalled():
+        if not self._store.can_publish or self._is_stalled() or owner.quota_blocks == 0:
             self._unpin(blocks)
             return False
-        self._queue.extend(blocks)
+        self._queue.extend((block, owner) for block in blocks)
         self._num_taken_blocks += len(blocks)
         if self._writer is None:
             self._write_began_s = time.monotonic()
@@ -77,11 +81,19 @@ class Publisher:
         writes: deque[_Write] = deque()  # under way, oldest first
         while self._queue or writes:
             while self._queue and len(writes) < MAX_WRITES:
-                batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch_blocks))]
-                writes.append(_Write(batch, time.monotonic(), asyncio.create_task(self._write(batch))))
+                batch, owner = self._take_batch()
+                writes.append(_Write(batch, time.monotonic(), asyncio.create_task(self._write(batch, owner))))
             self._write_began_s = writes[0].began_s
             await self._settle(writes.popleft())
         self._writer = None
+
+    def _take_batch(self) -> tuple[list[FullBlock], Owner]:
+        """The next blocks of the queue, as many as are one owner's and go into one write."""
+        owner = self._queue[0][1]
+        batch: list[FullBlock] = []
+        while self._queue and self._queue[0][1] == owner and len(batch) < self._max_batch_blocks:
+            batch.append(self._queue.popleft()[0])
+        return batch, owner
 
     async def _settle(self, write: _Write) -> None:
         try:
@@ -93,14 +105,14 @@ class Publisher:
         async with self._settled:
             self._settled.notify_all()
 
-    async def _write(self, batch: Sequence[FullBlock]) -> None:
+    async def _write(self, batch: Sequence[FullBlock], owner: Owner) -> None:
         # two requests may have filled the same block in the same step
         blocks = list({block.block_hash: block for block in batch}.values())
 
         def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
             return self._loop.engine.export_blocks([blocks[index].block_id for index in indices], views)
 
-        await self._store.publish([block.block_hash for block in blocks], write)
+        await self._store.publish([block.block_hash for block in blocks], write, owner)
 
     def _unpin(self, blocks: Sequence[FullBlock]) -> None:
         block_ids = [block.block_id for block in blocks]

@@ -6,7 +6,7 @@ import grpc
 
 from batonpb import node_pb2, node_pb2_grpc
 from engine.engine import Engine
-from node.convert import FINISH_REASONS, statuses, to_request, to_token
+from node.convert import FINISH_REASONS, statuses, to_owner, to_request, to_token
 from prefill_node.worker import Prefilled, PrefillWorker
 
 
@@ -22,7 +22,8 @@ class PrefillService(node_pb2_grpc.PrefillServicer):
     ) -> node_pb2.PrefillResponse:
         async with statuses(context):
             request = to_request(message.request, self._engine, handoff_after=1)
-            return _response(await self._worker.prefill(request))
+            owner = to_owner(message.request, self._engine.layout.block_bytes)
+            return _response(await self._worker.prefill(request, owner))
         raise AssertionError("a status has ended the call")
 
 

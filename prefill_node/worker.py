@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from engine.loop import EngineLoop, OutputStream
 from engine.request import FinishReason, OutputToken, Request
+from kvstore.quotas import SHARED, Owner
 from node.admission import Admission
 from node.fetcher import Fetcher
 from node.intake import Intake
@@ -43,14 +44,17 @@ class PrefillWorker:
         self._publisher = publisher
         self._admission = admission
 
-    async def prefill(self, request: Request) -> Prefilled:
-        """One token for `request`, whose `handoff_after` is 1. Raises `Draining`, `Busy`, `InvalidRequest`."""
+    async def prefill(self, request: Request, owner: Owner = SHARED) -> Prefilled:
+        """One token for `request`, whose `handoff_after` is 1. Its blocks are `owner`'s.
+
+        Raises `Draining`, `Busy`, `InvalidRequest`.
+        """
         received = time.perf_counter()  # the engine's clock
         with self._admission.leg(request) as outputs:
             await self._admission.hold_in_turn(request)
-            await Fetcher(self._loop, self._intake, request).fetch()
+            await Fetcher(self._loop, self._intake, request, owner).fetch()
             await self._loop.call(lambda engine: engine.release(request.request_id))
-            token, finish_reason, is_coming = await self._first_token(outputs)
+            token, finish_reason, is_coming = await self._first_token(outputs, owner)
             computed = time.perf_counter()
         assert request.started_s is not None, "a token came from no step"
         return Prefilled(
@@ -63,11 +67,11 @@ class PrefillWorker:
             num_coming_blocks=request.num_computed_tokens // request.block_size if is_coming else 0,
         )
 
-    async def _first_token(self, outputs: OutputStream) -> tuple[OutputToken, FinishReason, bool]:
+    async def _first_token(self, outputs: OutputStream, owner: Owner) -> tuple[OutputToken, FinishReason, bool]:
         """The token, why it is the last one here, and whether all full blocks are going to be published."""
         is_coming = True
         async for output in outputs:
-            is_coming &= self._publisher.publish(output.full_blocks)
+            is_coming &= self._publisher.publish(output.full_blocks, owner)
             if output.finish_reason is not None:
                 return output.tokens[-1], output.finish_reason, is_coming
         raise RuntimeError("the engine ended a prefill leg without a token")

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 
 from batonpb import common_pb2, node_pb2
 from kvstore.blocks import BlockHash, hash_blocks, salted
-from kvstore.directory import Directory
+from kvstore.directory import ON_DISK, Directory
 from kvstore.errors import DirectoryUnavailable
 from router import policy
 from router.errors import ClusterBusy, ClusterUnavailable, DeadlinePassed, LegFailed, LegRefused, RouterError
+from router.hits import Hit, longest
 from router.legs import Burden, PrefillLeg
 from router.policy import Plan, Rates, Reject, RequestView
 from router.registry import Pool, Registry
@@ -49,7 +50,8 @@ class RoutedRequest:
     sampling: common_pb2.SamplingParams  # seed and max_tokens set, within the model's length
     end_ids: frozenset[int]  # tokens that end it, once min_tokens are there
     deadline_s: float | None = None  # on the dispatcher's clock
-    salt: bytes = b""
+    salt: bytes = b""  # the tenant's; never anything that a client has sent
+    kv_quota_bytes: int = 0  # that the tenant's blocks may take in each arena; 0: no bound
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,11 @@ class Journey:
         self._hashes += hash_blocks(parent, self.token_ids[len(self._hashes) * pool.block_size :], pool.block_size)
         return self._hashes
 
-    def view(self, hit_blocks: dict[str, int]) -> RequestView:
+    def view(self, hits: dict[str, Hit]) -> RequestView:
         return RequestView(
             num_tokens=len(self.request.prompt_ids) + len(self.output_ids),
             max_new_tokens=self.request.sampling.max_tokens - len(self.output_ids),
-            hit_blocks=hit_blocks,
+            hits=hits,
             failed=frozenset(self.failed),
             no_prefill=frozenset(self.refused["prefill"]),
             no_decode=frozenset(self.refused["decode"]),
@@ -106,6 +108,7 @@ class Journey:
             num_prompt_tokens=len(self.request.prompt_ids),
             sampling=self.request.sampling,
             salt=self.request.salt,
+            kv_quota_bytes=self.request.kv_quota_bytes,
         )
 
     def take(self, tokens: Sequence[common_pb2.Token]) -> None:
@@ -191,15 +194,15 @@ class Dispatcher:
                 raise DeadlinePassed("the deadline passed on the way")
             if not journey.output_ids:  # from the first token on, other weights would go on with another text
                 journey.pool = self._registry.pool
-            hit_blocks = await self._locate(journey)
+            hits = await self._locate(journey)
             nodes = self._registry.snapshot(journey.pool)
-            plan = policy.plan(journey.view(hit_blocks), nodes, self._rng, self._rates)
+            plan = policy.plan(journey.view(hits), nodes, self._rng, self._rates)
             if isinstance(plan, Plan):
                 logger.info(
                     "request_id=%s event=plan tokens=%d hit_blocks=%d %s",
                     journey.request.request_id,
                     len(journey.request.prompt_ids) + len(journey.output_ids),
-                    max(hit_blocks.values(), default=0),
+                    longest(hits).num_blocks,
                     plan.explanation,
                 )
                 return plan
@@ -221,8 +224,8 @@ class Dispatcher:
             error = ClusterBusy if reject is Reject.BUSY else ClusterUnavailable
             raise error(reject.value + last)
 
-    async def _locate(self, journey: Journey) -> dict[str, int]:
-        """Arena id -> how many leading blocks it holds. Without Redis, nobody holds anything."""
+    async def _locate(self, journey: Journey) -> dict[str, Hit]:
+        """Arena id -> the leading blocks that it holds. Without Redis, nobody holds anything."""
         if journey.pool is None:
             return {}
         try:
@@ -230,7 +233,7 @@ class Dispatcher:
         except DirectoryUnavailable as error:
             logger.debug("request_id=%s event=locate_failed %s", journey.request.request_id, error)
             return {}
-        return {arena_id: len(slots) for arena_id, slots in runs.items()}
+        return {arena_id: Hit(len(slots), slots.count(ON_DISK)) for arena_id, slots in runs.items()}
 
     async def _attempt(self, journey: Journey, plan: Plan, timeline: Timeline) -> AsyncGenerator[Progress, None]:
         """Both legs once. Ends with a finish reason, or raises `LegFailed` or `LegRefused`."""

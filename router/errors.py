@@ -1,13 +1,15 @@
-"""What can go wrong in the router. The first four reach a client, as the status beside them; a leg's are retried.
+"""What can go wrong in the router. The first five reach a client, as the status beside them; a leg's are retried.
 
 RouterError
 ├── InvalidRequest      INVALID_ARGUMENT; names the field and the limit
+├── Unauthenticated     UNAUTHENTICATED; no key, or one that is nobody's
 ├── ClusterBusy         RESOURCE_EXHAUSTED; every node that could take the request refused it
 ├── ClusterUnavailable  UNAVAILABLE; no node is alive, or none could finish the request
 ├── DeadlinePassed      DEADLINE_EXCEEDED; the client's own
 ├── LegFailed           a node died, hung or broke off in the middle of a leg; the request goes on elsewhere
 ├── LegRefused          a node has no room for a leg now, or is draining; another one is asked
-└── UnusableTokenizer   the model's folder has no tokenizer that can be read; the router does not start
+├── UnusableTokenizer   the model's folder has no tokenizer that can be read; the router does not start
+└── UnusableTenants     the tenants' file cannot be read, or breaks a rule; neither router nor cluster starts
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ class InvalidRequest(RouterError):
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
         self.field = field
+
+
+class Unauthenticated(RouterError):
+    """The call's metadata has no API key of a tenant."""
 
 
 class ClusterBusy(RouterError):
@@ -65,3 +71,7 @@ class LegRefused(RouterError):
 
 class UnusableTokenizer(RouterError):
     """The model's folder lacks a tokenizer of the kind that is supported."""
+
+
+class UnusableTenants(RouterError):
+    """The tenants' file cannot be read, or a field of it is not what it must be; names the field and its line."""

@@ -25,8 +25,16 @@ from batonpb import inference_pb2
 from kvstore.directory import Directory
 from router.answer import Answer
 from router.dispatch import Dispatcher, Persistence, RoutedRequest
-from router.errors import ClusterBusy, ClusterUnavailable, DeadlinePassed, InvalidRequest, RouterError
+from router.errors import (
+    ClusterBusy,
+    ClusterUnavailable,
+    DeadlinePassed,
+    InvalidRequest,
+    RouterError,
+    Unauthenticated,
+)
 from router.registry import Patience, Pool, Registry
+from router.tenants import EVERYBODY, Tenant, Tenants, read_tenants
 from router.timeline import Timeline
 from router.tokenizer import Tokenizer
 from router.validate import CheckedRequest, Limits, check, check_length, check_model, check_tokens, parse
@@ -36,6 +44,7 @@ logger = logging.getLogger(__name__)
 SERVICE = "baton.v1.Inference"
 STATUSES = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     ClusterBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ClusterUnavailable: grpc.StatusCode.UNAVAILABLE,
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -56,6 +65,7 @@ class RouterConfig:
     host: str = "127.0.0.1"  # to listen on
     port: int = 0  # 0: the kernel chooses
     advertise_host: str = ""  # "" is `host`
+    tenants_file: str = ""  # read at the start; "": whoever reaches the port may use it, and all share one cache
     max_message_bytes: int = 16 * 2**20
     max_prompt_bytes: int = 4 * 2**20
     poll_s: float = 0.25
@@ -104,7 +114,7 @@ class RouterServer:
     async def start(self) -> dict[str, object]:
         """Listens. Returns the address and what else a launcher wants to print.
 
-        Raises `UnusableTokenizer`, and `RuntimeError` where the port is taken.
+        Raises `UnusableTokenizer`, `UnusableTenants`, and `RuntimeError` where the port is taken.
         """
         async with AsyncExitStack() as stack:
             address = await self._open(stack)
@@ -120,13 +130,16 @@ class RouterServer:
         """Opens the parts in the order in which they need each other; `stack` closes them in the opposite one."""
         config = self._config
         tokenizer = await asyncio.to_thread(Tokenizer, Path(config.model_dir))
+        tenants = await asyncio.to_thread(read_tenants, Path(config.tenants_file)) if config.tenants_file else None
+        if tenants is not None:
+            logger.info("event=tenants_read file=%s tenants=%d", config.tenants_file, len(tenants))
         directory = Directory(config.redis_url, config.cluster)
         stack.push_async_callback(directory.close)
         registry = Registry(directory, config.model, config.patience)
         stack.push_async_callback(registry.stop)
         await registry.start()
         dispatcher = Dispatcher(registry, directory, self._rng, Persistence(config.max_attempts, config.node_wait_s))
-        service = InferenceService(config, registry, dispatcher, tokenizer, self._rng)
+        service = InferenceService(config, registry, dispatcher, tokenizer, self._rng, tenants)
         server = grpc.aio.server(options=_server_options(config))
         server.add_generic_rpc_handlers((service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -150,14 +163,22 @@ class RouterServer:
 class InferenceService:
     """`Generate` and `GetModel`. Requests come in as bytes, so that what is no message has an answer, too."""
 
-    def __init__(
-        self, config: RouterConfig, registry: Registry, dispatcher: Dispatcher, tokenizer: Tokenizer, rng: random.Random
+    def __init__(  # noqa: PLR0913
+        self,
+        config: RouterConfig,
+        registry: Registry,
+        dispatcher: Dispatcher,
+        tokenizer: Tokenizer,
+        rng: random.Random,
+        tenants: Tenants | None = None,
     ) -> None:
+        """`tenants` are those who may call; None: everybody may."""
         self._config = config
         self._registry = registry
         self._dispatcher = dispatcher
         self._tokenizer = tokenizer
         self._rng = rng
+        self._tenants = tenants
 
     def handlers(self) -> grpc.GenericRpcHandler:
         response, model = inference_pb2.GenerateResponse, inference_pb2.GetModelResponse
@@ -173,6 +194,7 @@ class InferenceService:
 
     async def get_model(self, _body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.GetModelResponse:
         async with _statuses(context, "GetModel"):
+            self._authenticate(context)
             pool = self._pool()
         return inference_pb2.GetModelResponse(
             model=pool.model,
@@ -186,8 +208,9 @@ class InferenceService:
         """A coroutine that writes, not a generator: only so does its end run for certain when the caller is gone."""
         timeline = Timeline(time.monotonic)
         async with _statuses(context, "Generate"):
+            tenant = self._authenticate(context)
             checked = check(parse(body, self._config.limits), self._config.limits)
-            request = await self._route(checked, context)
+            request = await self._route(checked, tenant, context)
             answer = Answer(request, checked.sampling.stop, self._tokenizer, timeline)
             async with aclosing(self._dispatcher.run(request, timeline)) as journey:
                 async for progress in journey:
@@ -196,8 +219,12 @@ class InferenceService:
                     if response.finish_reason:
                         break
 
-    async def _route(self, checked: CheckedRequest, context: grpc.aio.ServicerContext) -> RoutedRequest:
-        """Fills in what the model and this router decide: tokens, length, seed, end tokens."""
+    def _authenticate(self, context: grpc.aio.ServicerContext) -> Tenant:
+        """Whose call it is. Raises `Unauthenticated`."""
+        return EVERYBODY if self._tenants is None else self._tenants.authenticate(context.invocation_metadata() or ())
+
+    async def _route(self, checked: CheckedRequest, tenant: Tenant, context: grpc.aio.ServicerContext) -> RoutedRequest:
+        """Fills in what the model and this router decide: tokens, length, seed, end tokens, the cache to use."""
         pool, remaining_s = self._pool(), context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         check_model(checked.model, pool.model)
@@ -213,6 +240,8 @@ class InferenceService:
             sampling=sampling,
             end_ids=eos_ids | frozenset(sampling.stop_token_ids),
             deadline_s=deadline_s,
+            salt=tenant.salt,
+            kv_quota_bytes=tenant.kv_quota_bytes,
         )
 
     async def _tokenise(self, checked: CheckedRequest, pool: Pool) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from deploy.node import NodeConfig, NodeServer
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from engine.engine import Engine
 from engine.request import SamplingParams
+from engine.speed import SpeedMeter
 from kvstore.directory import Directory, NodeRecord
 from kvstore.server import StoreConfig, StoreServer
 
@@ -171,9 +173,13 @@ class Machine:
         self.stores.append(store)
         return store
 
-    async def node(self, **fields: Any) -> Node:
+    async def node(self, is_measured: bool = False, **fields: Any) -> Node:
+        """A node that does not know how fast it is, unless `is_measured`: what it fetches then depends on no clock."""
         server = NodeServer(self.node_config(**fields))
         node = Node(server, await server.start())
+        if not is_measured:
+            server.intake.prefill_tokens_per_s = 0.0
+            server.loop.engine._speed = SpeedMeter(sys.maxsize)
         self.nodes.append(node)
         return node
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.rows import Peer, Row, lines
+from benchmarks.rows import Peer, Row, lines, tall_table
 
 RATE = Row("prefill", "tok/s", (10.0, 30.0, 20.0))
 TIME = Row("TPOT", "ms", (5.0,))
@@ -30,3 +30,9 @@ def test_what_is_reached_of_a_limit_is_a_fraction_of_rates_and_of_times() -> Non
 def test_a_peer_that_misses_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="each row"):
         lines("b", [RATE, TIME], [Peer("one", [(1.0,)])])
+
+
+def test_a_tall_table_has_a_line_for_each_who_has_figures() -> None:
+    grid = tall_table("b", [RATE, TIME], [Peer("one", [(40.0, 50.0, 30.0), ()]), Peer("two", [(10.0,), (4.0,)])])
+    assert list(grid.columns[2].cells) == ["baton", "one", "two", "baton", "two"]
+    assert list(grid.columns[-1].cells) == ["", "0.50", "2.00", "", "1.25"]

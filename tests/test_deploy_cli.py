@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent import futures
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -62,8 +63,11 @@ def test_every_option_arrives() -> None:
     assert (config.max_num_batched_tokens, config.max_num_requests) == (99, 7)
     config = config_from(parse("--store-eviction", "lru", "--store-disk-bytes", "3G", "--store-disk-dir", "/var/x"))
     assert (config.store_eviction, config.store_disk_bytes) == ("lru", 3 << 30)
-    assert config.store_disk_dir == Path("/var/x")
+    assert (config.store_disk_dir, config.store_disk_admission) == (Path("/var/x"), "all")
+    assert config_from(parse("--store-disk-admission", "second-touch")).store_disk_admission == "second-touch"
+    assert config.tenants_file is None
     assert config.pin_cores and not config_from(parse("--no-pin-cores")).pin_cores
+    assert config.metrics and not config_from(parse("--no-metrics")).metrics
 
 
 # --- the bar of a start ---
@@ -144,11 +148,13 @@ class EchoRouter(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self) -> None:
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.keys: list[str | None] = []
 
     def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[inference_pb2.GenerateResponse]:
         self.requests.append(request)
+        self.keys.append(dict(context.invocation_metadata()).get("authorization"))
         said = request.text or request.chat.messages[-1].content
         if said == "refuse":
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "all busy")
@@ -164,6 +170,7 @@ class EchoRouter(inference_pb2_grpc.InferenceServicer):
     def GetModel(
         self, request: inference_pb2.GetModelRequest, context: grpc.ServicerContext
     ) -> inference_pb2.GetModelResponse:
+        self.keys.append(dict(context.invocation_metadata()).get("authorization"))
         return inference_pb2.GetModelResponse(model="echo", has_chat_template=True)
 
 
@@ -203,6 +210,29 @@ def test_generate_from_standard_input_as_json(
 def test_generate_names_the_status(router: tuple[EchoRouter, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "refuse", "--address", router[1]]) == 1
     assert capsys.readouterr().err == "baton: error: RESOURCE_EXHAUSTED: all busy\n"
+
+
+def test_the_key_comes_from_the_flag_or_the_environment(
+    router: tuple[EchoRouter, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servicer, address = router
+    monkeypatch.delenv("BATON_API_KEY", raising=False)
+    assert main(["generate", "hello", "--address", address]) == 0
+    monkeypatch.setenv("BATON_API_KEY", "from-env\n")
+    assert main(["generate", "hello", "--address", address]) == 0
+    assert main(["generate", "hello", "--address", address, "--api-key", "from-flag"]) == 0
+    monkeypatch.setattr("builtins.input", lambda prompt: "/quit")
+    assert main(["chat", "--address", address]) == 0
+    assert servicer.keys == [None, "Bearer from-env", "Bearer from-flag", "Bearer from-env"]
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["chat"], ["bench"]])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in ("sécret", "sec ret", "sec\nret"):
+        assert main([*command, "--address", "127.0.0.1:1", "--api-key", key]) == 1
+    assert capsys.readouterr().err == "baton: error: the API key must be printable ASCII without spaces\n" * 3
 
 
 def test_router_is_found_through_the_state(
@@ -261,6 +291,11 @@ def test_tables_show_every_member() -> None:
     assert node_table([node, node]).row_count == 2
     arena = ArenaRecord(arena_id="x", address="tcp://x", host="x", num_slots=4, free_slots=1, slot_bytes=2**20)
     assert list(arena_table([arena]).columns[3].cells) == ["3/4"]
+    assert list(arena_table([arena]).columns[5].cells) == ["none"]
+    arena = replace(arena, draining=True, metrics_address="10.0.0.1:9100")
+    assert list(arena_table([arena]).columns[0].cells) == ["x (draining)"]
+    assert list(arena_table([arena]).columns[5].cells) == [":9100"]
+    assert list(node_table([replace(node, metrics_address="[::1]:9101")]).columns[9].cells) == [":9101"]
 
 
 def test_status_of_a_cluster_that_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

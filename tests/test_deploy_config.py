@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from deploy.actors import FREE_RESTARTS, MAX_BACKOFF_S, ServerActor, ServerSpec,
 from deploy.config import ClusterConfig, ConfigError, DeployError, machine_dir, parse_bytes
 from deploy.placement import Machine, gpu_share, place
 from deploy.processes import command, end_all, is_running, processes_of
+from deploy.specs import PlacedSpec, Specs
 from deploy.state import AlreadyServing, ServeState, StateDir, folders_of, start_ticks
+from kvstore.blocks import KVLayout
+from kvstore.server import StoreConfig
 
 ID = "0123abcd"
 
@@ -80,6 +84,35 @@ def test_parse_bytes_refuses(text: str) -> None:
 def test_option_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         cluster_config(**options)
+
+
+def test_a_tenants_file_is_checked_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    with pytest.raises(ConfigError, match=r"--tenants: .*tenants\.toml: .*No such file"):
+        cluster_config(tenants_file=file)
+    file.write_text('[[tenant]]\nname = "a"\nkey_sha256 = "no"\n')
+    with pytest.raises(ConfigError, match=r"--tenants: .*tenants\.toml: line 3: tenant\.key_sha256: must be 64 hex"):
+        cluster_config(tenants_file=file)
+    file.write_text(f'[[tenant]]\nname = "a"\nkey_sha256 = "{"0" * 64}"\n')
+    specs = specs_of(cluster_config(tenants_file=file, routers=2))
+    told = [(one.spec.kind, getattr(one.spec.config, "tenants_file", "")) for one in specs]
+    assert [path for kind, path in told if kind == "router"] == [str(file)] * 2
+    assert not any(path for kind, path in told if kind != "router")
+
+
+def specs_of(config: ClusterConfig) -> Iterator[PlacedSpec]:
+    """All servers on one machine."""
+    (machine,) = machines(1)
+    layout = KVLayout("m", "float32", block_size=16, num_layers=1, num_kv_heads=1, head_dim=8)
+    return Specs(config, ID, "redis://r", layout).all([machine], place(config, [machine]), machine)
+
+
+def test_what_is_asked_of_the_disk_reaches_the_store(tmp_path: Path) -> None:
+    disk = {"store_disk_bytes": 5, "store_disk_dir": tmp_path, "store_disk_admission": "second-touch"}
+    (store,) = (one.spec.config for one in specs_of(cluster_config(**disk)) if one.spec.kind == "store")
+    assert isinstance(store, StoreConfig)
+    assert (store.disk_bytes, store.disk_admission) == (5, "second-touch")
+    assert Path(store.disk_dir).parent == tmp_path.resolve()
 
 
 def test_names_and_roles() -> None:

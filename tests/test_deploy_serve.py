@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -19,16 +20,26 @@ from deploy.processes import CLUSTER_VARIABLE, command, processes_of
 pytestmark = pytest.mark.ray
 
 OUTLIVES_RAY = ("ray::DashboardA", "ray::RuntimeEnv")  # Ray's own helpers, where Ray was killed
+KEY = "key-of-ours"
+TENANTS = f"""
+[[tenant]]
+name = "ours"
+key_sha256 = "{hashlib.sha256(KEY.encode()).hexdigest()}"
+kv_memory = "1M"
+"""
 SMALL = ["--both", "1", "--kv-memory", "16M", "--store-memory", "16M", "--num-threads", "1"]
 
 
 class Serve:
-    """A `baton serve` in a process group of its own, as a shell makes one."""
+    """A `baton serve` with a tenant, in a process group of its own, as a shell makes one."""
 
     def __init__(self, model_dir: Path, state_dir: Path) -> None:
         self.state_dir = state_dir
+        tenants = state_dir.with_suffix(".toml")
+        tenants.write_text(TENANTS)
+        options = [*SMALL, "--tenants", str(tenants), "--state-dir", str(state_dir)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.cli", "serve", str(model_dir), *SMALL, "--state-dir", str(state_dir)],
+            [sys.executable, "-m", "deploy.cli", "serve", str(model_dir), *options],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -46,9 +57,10 @@ class Serve:
     def cluster_id(self) -> str:
         return str(json.loads((self.state_dir / "serve.json").read_text())["cluster_id"])
 
-    def baton(self, *argv: str) -> subprocess.CompletedProcess[str]:
+    def baton(self, *argv: str, key: str = KEY) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "deploy.cli", *argv, "--state-dir", str(self.state_dir)]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=90, check=False)
+        env = os.environ | {"BATON_API_KEY": key}
+        return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=90, check=False)
 
 
 @pytest.fixture
@@ -74,9 +86,17 @@ def test_served_asked_and_taken_down(serve: Serve, tiny_model_dir: Path) -> None
     assert [(node["role"], node["node_id"]) for node in members["nodes"]] == [("both", "both-0")]
     assert members["nodes"][0]["arena_id"] == members["arenas"][0]["arena_id"]
     assert "both-0" in serve.baton("status").stdout
+    assert all(one["metrics_address"] for one in members["nodes"] + members["arenas"])
+    assert "wire_key" in (serve.state_dir / "serve.json").read_text()
+    (store,) = json.loads(serve.baton("kv", "stats", "--json").stdout)["arenas"]
+    assert store["arena_id"] == members["arenas"][0]["arena_id"] and not store["draining"]
 
     answer = json.loads(serve.baton("generate", "Hello", "--max-tokens", "3", "--ignore-eos", "--json").stdout)
     assert len(answer["token_ids"]) == 3
+    bench = serve.baton("bench", "--num-prompts", "2", "--input-len", "40", "--output-len", "2")
+    assert bench.returncode == 0 and "Successful requests:                     2 " in bench.stdout
+    stranger = serve.baton("generate", "Hello", key="another")
+    assert stranger.returncode == 1 and "UNAUTHENTICATED" in stranger.stderr and "another" not in stranger.stderr
 
     second = serve.baton("serve", str(tiny_model_dir))
     assert second.returncode == 1

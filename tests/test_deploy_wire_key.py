@@ -36,6 +36,12 @@ def test_stores_and_nodes_get_it_and_show_it_to_nobody() -> None:
     assert not any(one.spec.config.trusts_network for one in placed if one.spec.kind == "store")
 
 
+@pytest.mark.parametrize("metrics", [True, False])
+def test_stores_and_nodes_are_told_whether_to_show_metrics(metrics: bool) -> None:
+    placed = specs_of(metrics=metrics)
+    assert [one.spec.config.metrics for one in placed if one.spec.kind != "router"] == [metrics] * 4
+
+
 def test_without_encryption_stores_are_told_to_trust_the_network() -> None:
     placed = specs_of("", store_encryption=False)
     assert all(one.spec.config.trusts_network for one in placed if one.spec.kind == "store")

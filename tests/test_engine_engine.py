@@ -476,10 +476,23 @@ def test_speeds_are_those_of_the_steps() -> None:
     assert meter.decode_step_s == pytest.approx(0.02) and meter.prefill_tokens_per_s == pytest.approx(1000)
     meter.observe([tail], 0.02)  # 500 tokens/s, but few of them
     assert 950 < meter.prefill_tokens_per_s < 1000
+    assert meter.long_prefill_tokens_per_s == pytest.approx(1000), "tails say nothing about long prompts"
     for _ in range(100):
         meter.observe([decode, prefill], 0.25)
     assert meter.prefill_tokens_per_s == pytest.approx(2000, rel=0.01)
+    assert meter.long_prefill_tokens_per_s == pytest.approx(2000, rel=0.01)
     assert meter.decode_step_s == pytest.approx(0.25, rel=0.01)
+    meter.forget()
+    assert meter.decode_step_s == meter.prefill_tokens_per_s == 0.0
+    assert meter.long_prefill_tokens_per_s == pytest.approx(2000, rel=0.01)
+
+
+def test_without_a_long_prompt_tails_say_how_fast_one_would_be() -> None:
+    request = Request("r", [1], 1, GREEDY, BlockHash(bytes(16)), BLOCK)
+    meter = SpeedMeter()
+    assert meter.long_prefill_tokens_per_s == 0.0
+    meter.observe([Chunk(request, 0, 10, True)], 0.02)
+    assert meter.long_prefill_tokens_per_s == pytest.approx(500)
 
 
 def test_timing_of_a_step_counts_its_work() -> None:
@@ -541,7 +554,26 @@ def test_warm_up_runs_a_prefill_and_a_decode_step(folder: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Runner, "run", note)
     engine.warm_up()
-    assert sizes == [[64], [1]]
+    assert sizes == [[64], [1], [64]], "the last one is measured"
+
+
+@pytest.mark.parametrize(("speed", "expected"), [(500, [64]), (1000, [64, 128]), (100_000, [64, 128, 200])])
+def test_warm_up_measures_longer_prompts_until_one_takes_its_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, speed: int, expected: list[int]
+) -> None:
+    engine = make_engine(folder, max_num_batched_tokens=200)
+    sizes: list[int] = []
+    observe = SpeedMeter.observe
+
+    def note(meter: SpeedMeter, chunks: Sequence[Chunk], _seconds: float) -> None:
+        sizes.append(chunks[0].num_tokens)
+        observe(meter, chunks, chunks[0].num_tokens / speed)
+
+    monkeypatch.setattr(SpeedMeter, "observe", note)
+    engine.warm_up()
+    assert sizes == [64, 1, *expected]
+    assert engine.long_prefill_tokens_per_s == pytest.approx(speed)
+    assert engine.load().prefill_tokens_per_s == 0.0, "a router is told of requests alone"
 
 
 def test_nobody_hits_what_warm_up_computed(folder: Path) -> None:

@@ -13,7 +13,8 @@ from kvstore.arena import Arena, Reservation, Written
 from kvstore.arena_map import FREE, READY, WRITING, ArenaMap, MappedPayload, arena_bytes, slots_offset, slots_within
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
-from kvstore.eviction import POLICIES
+from kvstore.eviction import POLICIES, Admission, SecondTouch
+from kvstore.quotas import NO_TENANT, SHARED, Owner
 
 SLOT_BYTES = 96
 
@@ -26,19 +27,21 @@ def content(block_hash: bytes) -> bytes:
     return (block_hash * 6)[:SLOT_BYTES]
 
 
-def new_arena(num_slots: int, policy: str = "lru") -> tuple[Arena, ArenaMap]:
+def new_arena(
+    num_slots: int, policy: str = "lru", admission: Admission[BlockHash] | None = None
+) -> tuple[Arena, ArenaMap]:
     arena_map = ArenaMap(memoryview(bytearray(arena_bytes(num_slots, SLOT_BYTES))), num_slots, SLOT_BYTES)
-    return Arena(arena_map, POLICIES[policy](num_slots)), arena_map
+    return Arena(arena_map, POLICIES[policy](num_slots), admission), arena_map
 
 
 def evicted(arena: Arena) -> list[BlockHash]:
     return [block.block_hash for block in arena.take_evicted()]
 
 
-def store(arena: Arena, arena_map: ArenaMap, *numbers: int, writer: str = "w") -> int:
+def store(arena: Arena, arena_map: ArenaMap, *numbers: int, writer: str = "w", owner: Owner = SHARED) -> int:
     hashes = [name(number) for number in numbers]
     written = []
-    for block_hash, item in zip(hashes, arena.reserve(hashes, writer), strict=True):
+    for block_hash, item in zip(hashes, arena.reserve(hashes, writer, owner=owner), strict=True):
         if item is not None:
             arena_map.view(item.slot)[:] = content(block_hash)
             written.append(Written(item.slot, item.generation, 7))
@@ -191,15 +194,110 @@ def test_any_policy_keeps_what_is_being_written_and_the_chain(policy: str) -> No
 
 
 def test_evicted_says_what_the_slot_still_holds_and_whether_it_was_asked_for_again() -> None:
-    arena, arena_map = new_arena(2)
+    arena, arena_map = new_arena(2, admission=SecondTouch(2))
     store(arena, arena_map, 1)
     assert arena.find(name(1)) is not None, "at once: the hand-off"
     store(arena, arena_map, 2)
     assert arena.find(name(1)) is not None
     store(arena, arena_map, 3, 4)
     first, second = arena.take_evicted()
-    assert (first.block_hash, first.was_reused, first.checksum) == (name(2), False, 7)
-    assert (second.block_hash, second.was_reused, second.checksum) == (name(1), True, 7)
+    assert (first.block_hash, first.is_admitted, first.checksum) == (name(2), False, 7)
+    assert (second.block_hash, second.is_admitted, second.checksum) == (name(1), True, 7)
+    arena, arena_map = new_arena(1)
+    store(arena, arena_map, 1)
+    store(arena, arena_map, 2)
+    assert [block.is_admitted for block in arena.take_evicted()] == [True], "unless it is told otherwise"
+
+
+# --- tenants ---
+
+ONE, TWO = b"1" * 16, b"2" * 16
+
+
+def held(arena: Arena) -> set[BlockHash]:
+    return {block_hash for block_hash, _ in arena.blocks()}
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_tenant_at_his_quota_pays_with_his_own(policy: str) -> None:
+    arena, arena_map = new_arena(8, policy)
+    assert store(arena, arena_map, 20, 21, owner=Owner(TWO, 2)) == 2
+    assert store(arena, arena_map, 10) == 1
+    assert store(arena, arena_map, 1, 2, 3, owner=Owner(ONE, 3)) == 3
+    assert arena.find(name(2)) is not None
+    assert store(arena, arena_map, 4, 5, owner=Owner(ONE, 3)) == 2
+    assert evicted(arena) == [name(3), name(1)], "the tail first, and not what was used since"
+    assert held(arena) == {name(number) for number in (20, 21, 10, 2, 4, 5)}
+    assert arena.num_free == 2, "there was room, but not for him"
+    assert (arena.num_blocks_of(ONE), arena.num_blocks_of(TWO)) == (3, 2)
+
+
+def test_a_chain_longer_than_the_quota_keeps_its_head() -> None:
+    arena, arena_map = new_arena(8)
+    owner = Owner(ONE, 3)
+    items = arena.reserve([name(number) for number in range(5)], "w", owner=owner)
+    assert [item is not None for item in items] == [True, True, True, False, False]
+    assert arena.reserve([name(9)], "v", owner=owner) == [None], "what is being written counts, and none of it may go"
+    assert arena.reserve([name(8)], "v", owner=Owner(TWO, 0)) == [None], "and it is no failure"
+    arena.abandon("w")
+    arena.check_integrity()
+    assert arena.num_blocks_of(ONE) == 0
+    assert store(arena, arena_map, 9, owner=owner) == 1
+    assert store(arena, arena_map, 9, 1, 2, 3, 4, owner=owner) == 2 and name(9) in held(arena)
+
+
+def test_readers_of_the_mapping_see_at_once_what_a_quota_took() -> None:
+    arena, arena_map = new_arena(8)
+    store(arena, arena_map, 1, 2, 3, owner=Owner(ONE, 3))
+    (slot,) = (slot for block_hash, slot in arena.blocks() if block_hash == name(3))
+    payload = arena_map.read(slot, name(3), 1)
+    assert payload is not None
+    assert store(arena, arena_map, 4, owner=Owner(ONE, 1)) == 1, "a smaller quota holds from the next write on"
+    assert held(arena) == {name(4)} and arena.num_free == 7
+    assert not payload.is_valid()
+    assert len(evicted(arena)) == 3
+
+
+def test_a_read_in_another_process_that_a_quota_sees_counts_for_eviction_too() -> None:
+    arena, arena_map = new_arena(4)
+    owner = Owner(ONE, 2)
+    for number, whose in ((1, owner), (2, owner), (10, SHARED)):
+        store(arena, arena_map, number, owner=whose)
+    assert arena_map.read(dict(arena.blocks())[name(1)], name(1), now=7) is not None
+    store(arena, arena_map, 3, owner=owner)
+    assert evicted(arena) == [name(2)], "of his own, the one that nobody read"
+    store(arena, arena_map, 11, 12)
+    assert evicted(arena) == [name(10)]
+
+
+def test_a_read_in_another_process_that_eviction_sees_counts_for_a_quota_too() -> None:
+    arena, arena_map = new_arena(4)
+    owner = Owner(ONE, 2)
+    for number, whose in ((1, owner), (10, SHARED), (2, owner), (11, SHARED)):
+        store(arena, arena_map, number, owner=whose)
+    assert arena_map.read(dict(arena.blocks())[name(1)], name(1), now=7) is not None
+    store(arena, arena_map, 12)
+    assert evicted(arena) == [name(10)]
+    store(arena, arena_map, 3, owner=owner)
+    assert evicted(arena) == [name(2)]
+
+
+def test_without_a_tenant_or_a_quota_there_is_no_bound() -> None:
+    arena, arena_map = new_arena(6)
+    assert store(arena, arena_map, 1, 2, 3, owner=Owner(NO_TENANT, 1)) == 3
+    assert store(arena, arena_map, 4, 5, 6, owner=Owner(ONE)) == 3
+    assert (arena.num_blocks_of(ONE), arena.num_blocks_of(NO_TENANT)) == (3, 0)
+
+
+def test_what_a_bounded_tenant_loses_is_not_kept_elsewhere() -> None:
+    for owner, is_kept in ((Owner(ONE, 2), False), (Owner(ONE), True), (SHARED, True)):
+        arena, arena_map = new_arena(4)
+        store(arena, arena_map, 1, owner=owner)
+        store(arena, arena_map, 10, 11)
+        assert arena.find(name(1)) is not None
+        store(arena, arena_map, 12, 13, 14, 15)
+        gone = {block.block_hash: block.is_admitted for block in arena.take_evicted()}
+        assert gone[name(1)] is is_kept, owner
 
 
 def test_books_do_not_believe_headers() -> None:
@@ -216,24 +314,33 @@ class ArenaMachine(RuleBasedStateMachine):
     """Writers, readers and deaths in any order. After each step the books balance, and what is readable is right."""
 
     writers = st.sampled_from(["a", "b", "c"])
-    some_hashes = st.lists(st.integers(0, 15).map(name), max_size=6)
+    # A block's name says whose it is, as salted names do: 0 to 7 are nobody's, then come four of each tenant.
+    numbers = st.one_of(*(st.lists(st.integers(*span), max_size=6) for span in ((0, 7), (8, 11), (12, 15))))
 
-    @initialize(num_slots=st.integers(1, 6), policy=st.sampled_from(sorted(POLICIES)))
-    def start(self, num_slots: int, policy: str) -> None:
+    @initialize(
+        num_slots=st.integers(1, 6),
+        policy=st.sampled_from(sorted(POLICIES)),
+        quotas=st.lists(st.none() | st.integers(0, 4), min_size=2, max_size=2),
+    )
+    def start(self, num_slots: int, policy: str, quotas: list[int | None]) -> None:
         self.num_slots = num_slots
+        self.quotas = dict(zip((ONE, TWO), quotas, strict=True))
         self.arena, self.map = new_arena(num_slots, policy)
         self.held: dict[str, list[tuple[BlockHash, Reservation]]] = {"a": [], "b": [], "c": []}
         self.copies: list[tuple[BlockHash, MappedPayload]] = []
         self.now = 0
 
-    @rule(writer=writers, hashes=some_hashes)
-    def reserve(self, writer: str, hashes: list[BlockHash]) -> None:
-        before = {block_hash for block_hash, _ in self.arena.blocks()}
+    @rule(writer=writers, numbers=numbers)
+    def reserve(self, writer: str, numbers: list[int]) -> None:
+        hashes = [name(number) for number in numbers]
+        before = held(self.arena)
         pending = {block_hash for held in self.held.values() for block_hash, _ in held}
+        owner = self.owner_of(numbers[0]) if numbers else SHARED
         try:
-            items = self.arena.reserve(hashes, writer)
+            items = self.arena.reserve(hashes, writer, owner=owner)
         except ArenaFull:
             assert len(pending) == self.num_slots or before & set(hashes)
+            assert held(self.arena) == before
             return
         for block_hash, item in zip(hashes, items, strict=True):
             if item is not None:
@@ -242,7 +349,22 @@ class ArenaMachine(RuleBasedStateMachine):
                 self.held[writer].append((block_hash, item))
                 self.map.view(item.slot)[: SLOT_BYTES // 2] = content(block_hash)[: SLOT_BYTES // 2]
         gone = evicted(self.arena)
-        assert before - {block_hash for block_hash, _ in self.arena.blocks()} == set(gone)
+        assert before - held(self.arena) == set(gone) and not before & set(gone) & set(hashes)
+        if owner.tenant in self.quotas and len(before | pending) < self.num_slots:
+            assert set(gone) <= self.names_of(owner.tenant), "where there is room, a quota takes from its own tenant"
+
+    @rule(tenant=st.sampled_from([ONE, TWO]), quota=st.none() | st.integers(0, 4))
+    def change_quota(self, tenant: bytes, quota: int | None) -> None:
+        """Holds from the tenant's next write on, so he has none of the old one's blocks any more."""
+        if not self.arena.num_blocks_of(tenant):
+            self.quotas[tenant] = quota
+
+    def owner_of(self, number: int) -> Owner:
+        tenant = (NO_TENANT, NO_TENANT, ONE, TWO)[number // 4]
+        return Owner(tenant, self.quotas.get(tenant))
+
+    def names_of(self, tenant: bytes) -> set[BlockHash]:
+        return {name(number) for number in range(16) if self.owner_of(number).tenant == tenant}
 
     @rule(writer=writers, data=st.data())
     def commit(self, writer: str, data: st.DataObject) -> None:
@@ -280,6 +402,14 @@ class ArenaMachine(RuleBasedStateMachine):
         if hasattr(self, "arena"):
             self.arena.check_integrity()
             assert self.arena.writers() == {writer for writer, held in self.held.items() if held}
+
+    @invariant()
+    def quotas_hold(self) -> None:
+        if hasattr(self, "arena"):
+            taken = held(self.arena) | {block_hash for held in self.held.values() for block_hash, _ in held}
+            for tenant, quota in self.quotas.items():
+                assert self.arena.num_blocks_of(tenant) == len(taken & self.names_of(tenant))
+                assert quota is None or self.arena.num_blocks_of(tenant) <= quota
 
     @invariant()
     def what_is_valid_is_right(self) -> None:

@@ -155,6 +155,22 @@ async def test_run_over_several_arenas(store: StoreServer, other_store: StoreSer
     assert [isinstance(payload, MappedPayload) for payload in payloads] == [True] * 4 + [False] * 6
 
 
+async def test_an_empty_newcomer_draws_no_writes(
+    store: StoreServer, other_store: StoreServer, make_client: MakeClient
+) -> None:
+    """Each writes to its own machine alone, however full that is and however empty another one."""
+    writers = {"a": (store, make_client(store.config.dir)), "b": (other_store, make_client(other_store.config.dir))}
+    num_slots = store.record().num_slots
+    for first in range(0, 4000, 1000):
+        assert await writers["a"][1].publish(chain(first, 8), writer_of(chain(first, 8))) == 8
+    assert store.arena.num_free == 0 and other_store.arena.num_free == num_slots
+    assert await read(writers["b"][1], chain(3000, 8)) == 8, "what it reads of others it does not keep by itself"
+    assert other_store.arena.num_free == num_slots
+    before = store.arena.blocks()
+    assert await writers["b"][1].publish(chain(5000, 3), writer_of(chain(5000, 3))) == 3
+    assert len(other_store.arena.blocks()) == 3 and store.arena.blocks() == before
+
+
 async def test_empty_and_unknown(store: StoreServer, make_client: MakeClient) -> None:
     client = make_client(store.config.dir)
     assert (await client.match([])).num_blocks == 0

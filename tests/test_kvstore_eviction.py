@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvstore.eviction import LRU, POLICIES, S3FIFO, Eviction, SecondTouch
+from kvstore.eviction import ADMISSIONS, LRU, POLICIES, S3FIFO, Eviction, SecondTouch
 
 
 def fill(policy: Eviction[int], *keys: int) -> None:
@@ -119,3 +119,13 @@ def test_second_touch_remembers_a_bounded_number_of_names() -> None:
         reuse.came([key])
     reuse.saw(1)
     assert not reuse.admits(1)
+
+
+def test_all_admits_what_nobody_asked_for_again() -> None:
+    admits = {}
+    for name, make in ADMISSIONS.items():
+        admission = make(10)
+        admission.came([1])
+        admission.saw(1)
+        admits[name] = admission.admits(1)
+    assert admits == {"all": True, "second-touch": False}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.links import HALF_LIFE_BYTES, MEMORY_S, Link, Links, Stretch
+from kvstore.directory import ON_DISK
+from kvstore.links import HALF_LIFE_BYTES, MEMORY_S, Link, Links, Stretch, link_of
 
 
 def moved(link: Link, num_bytes: int, began_s: float, ended_s: float) -> float:
@@ -53,11 +54,19 @@ def test_stretches_of_a_row_over_several_links() -> None:
     links = Links(10, lambda: now_s[0])
     links.begin("here", 4, is_local=True).end(4, 99.0, 100.0)
     waiting = links.begin("there", 3)
-    row = links.stretches(["here", "here", "there", "new", "new"])
+    row = links.stretches([("here", 7), ("here", 2), ("there", 0), ("new", 3), ("new", 4)])
     assert row == [Stretch(2, 40.0, 0), Stretch(1, 0.0, 30), Stretch(2, 0.0, 0)]
     waiting.end(2, 100.0, 101.0)
     local, remote = vars(links.local), vars(links.remote)
     assert local == {"num_blocks": 4, "num_bytes": 40, "seconds": 1.0}
     assert remote == {"num_blocks": 2, "num_bytes": 20, "seconds": 1.0}
     now_s[0] = 100.0 + 2 * MEMORY_S
-    assert links.stretches(["other", "here"]) == [Stretch(1), Stretch(1)]
+    assert links.stretches([("other", 0), ("here", 0)]) == [Stretch(1), Stretch(1)]
+
+
+def test_the_disk_behind_an_arena_is_a_link_of_its_own() -> None:
+    links = Links(10, lambda: 100.0)
+    links.begin(link_of(("here", 5)), 4).end(4, 99.0, 100.0)
+    links.begin(link_of(("here", ON_DISK)), 4).end(4, 90.0, 100.0)
+    row = links.stretches([("here", 1), ("here", ON_DISK), ("here", ON_DISK), ("here", 2)])
+    assert row == [Stretch(1, 40.0), Stretch(2, 4.0), Stretch(1, 40.0)]

@@ -162,6 +162,8 @@ async def test_bad_configs_are_refused_by_name(redis_url: str, short_dir: Path) 
         (replace(config, memory_bytes=1 << 44), OSError, "memory_bytes"),
         (replace(config, bind_host="203.0.113.1", trusts_network=True), OSError, "203"),
         (replace(config, bind_host="0.0.0.0"), ValueError, "bind_host: 0.0.0.0 needs a wire_key"),
+        (replace(config, eviction="fifo"), ValueError, "eviction: 'fifo' is none of lru, s3fifo"),
+        (replace(config, disk_admission="none"), ValueError, "disk_admission: 'none' is none of all, second-touch"),
         (replace(config, wire_key="secret"), ValueError, "wire_key: must be 64 hex digits"),
     ]
     for wrong, error, text in bad:

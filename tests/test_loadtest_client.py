@@ -26,6 +26,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self) -> None:
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.keys: set[str | None] = set()
         self.bundle = 1  # tokens in each message
         self.pause_s = 0.0
         self.fault = ""
@@ -33,6 +34,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServicer):
         self.in_flight = self.most_in_flight = 0
 
     async def GetModel(self, request: object, context: grpc.aio.ServicerContext) -> inference_pb2.GetModelResponse:
+        self.keys.add(dict(context.invocation_metadata()).get("authorization"))
         if self.calls_without_node:
             self.calls_without_node -= 1
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no node")
@@ -42,6 +44,7 @@ class ScriptedRouter(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         self.requests.append(request)
+        self.keys.add(dict(context.invocation_metadata()).get("authorization"))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -203,6 +206,17 @@ def test_run_closed_loop(router: RouterThread, capsys: pytest.CaptureFixture[str
     content = json.loads(out.read_text())
     assert (content["completed"], content["config"]["max_concurrency"]) == (12, 3)
     assert [request["index"] for request in content["requests"]] == list(range(12))
+
+
+def test_a_key_goes_with_each_call_and_into_no_file(router: RouterThread, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    flags = ["--num-prompts", "3", "--warmup", "1", "--json", str(out)]
+    assert bench.run(arguments(router, *flags, "--api-key", "my-key")) == 0
+    assert router.service.keys == {"Bearer my-key"}
+    assert "my-key" not in out.read_text()
+    router.service.keys.clear()
+    assert bench.run(arguments(router, *flags)) == 0
+    assert router.service.keys == {None}
 
 
 def test_run_poisson_with_warmup(router: RouterThread) -> None:

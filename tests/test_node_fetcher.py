@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from node_harness import (
 )
 
 from engine.request import RequestOutput
-from kvstore.blocks import BlockHash
 from node.fetcher import DIRECTORY_PACE, LOCAL_PACE
 from node.intake import MAX_PATIENCE_S, MIN_WIRE_LIMIT_S, PATIENCE_S
 
@@ -42,9 +41,9 @@ def hold_up(node: Node, gate: asyncio.Event) -> None:
     store: Any = node.server.publisher._store
     publish = store.publish
 
-    async def late(hashes: Sequence[BlockHash], write: Callable[..., None]) -> int:
+    async def late(*arguments: Any) -> int:
         await gate.wait()
-        return int(await publish(hashes, write))
+        return int(await publish(*arguments))
 
     store.publish = late
 
@@ -154,6 +153,23 @@ async def test_both_sides_of_the_choice_are_told(machine: Machine) -> None:
     assert fetches.predicted_fetch_s > 12 > fetches.predicted_compute_s >= 12 * BLOCK_SIZE / 1000.0
 
 
+async def test_a_node_that_ran_tails_alone_knows_what_computing_takes(machine: Machine) -> None:
+    """From its warm-up; so it does not fetch over a link that brings a byte a second. Routers hear of no speed."""
+    store = await machine.store()
+    first, second = await machine.node(), await machine.node(is_measured=True)
+    await journey(first, second, node_request(prompt_of(192)))  # 12 blocks, and a tail of one token
+    load = second.server.loop.engine.load()
+    assert load.prefill_tokens_per_s == 0.0 < load.decode_step_s
+    intake = second.server.intake
+    assert intake.prefill_tokens_per_s > 0.0
+    await first.prefill(node_request(prompt_of(192, seed=1)))
+    block_bytes, now_s = machine.layout.block_bytes, time.monotonic()
+    intake.store.links.begin(store.record().arena_id, 1).end(1, now_s - block_bytes, now_s)
+    computed = await decode(second, node_request(prompt_of(192, seed=1)))
+    assert computed.token_ids == machine.expected(prompt_of(192, seed=1))
+    assert computed.store_hit_tokens == 0
+
+
 async def test_bytes_from_another_machine_are_counted_apart(
     machine: Machine, tiny_model_dir: Path, redis_url: str, short_dir: Path
 ) -> None:
@@ -186,6 +202,26 @@ async def test_a_hit_that_begins_here_and_ends_on_another_machine(
         assert answer.store_hit_tokens == 192
         fetches = (await whole.load()).fetches
         assert (fetches.local.num_blocks, fetches.remote.num_blocks) == (6, 6)
+
+
+async def test_what_one_reader_fetched_from_another_machine_the_next_one_here_reads_mapped(
+    machine: Machine, tiny_model_dir: Path, redis_url: str, short_dir: Path
+) -> None:
+    await machine.store()
+    first = await machine.node()
+    await first.prefill(node_request(prompt_of(200)))
+    async with running_machine(tiny_model_dir, redis_url, short_dir / "other") as other:
+        store = await other.store(host="there")
+        hot, second = await other.node(node_id="far-0"), await other.node(node_id="far-1")
+        assert (await hot.prefill(node_request(prompt_of(200)))).store_hit_tokens == 192
+        fetches = (await hot.load()).fetches
+        assert (fetches.local.num_blocks, fetches.remote.num_blocks) == (0, 12)
+        await eventually(lambda: len(store.arena.blocks()) == 12, what="the replicas are in the arena")
+        answer = await second.prefill(node_request(prompt_of(200)))
+        assert answer.token.token_id == machine.expected(prompt_of(200))[0] and answer.store_hit_tokens == 192
+        fetches = (await second.load()).fetches
+        assert (fetches.local.num_blocks, fetches.remote.num_blocks) == (12, 0)
+        assert len(machine.stores[0].arena.blocks()) == 12, "and there they are as before"
 
 
 async def test_follows_a_prefill_chunk_by_chunk(machine: Machine) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from engine.request import FullBlock
 from kvstore.blocks import BlockHash
+from kvstore.quotas import SHARED, Owner
 from node import publisher as module
 from node.publisher import MAX_WRITES, Publisher
 
@@ -49,8 +50,10 @@ class Store:
         self.can_publish = True
         self.writes: list[asyncio.Future[None]] = []
         self.hashes: list[list[BlockHash]] = []
+        self.owners: list[Owner] = []
 
-    async def publish(self, hashes: Sequence[BlockHash], write: Callable[..., None]) -> int:
+    async def publish(self, hashes: Sequence[BlockHash], write: Callable[..., None], owner: Owner) -> int:
+        self.owners.append(owner)
         gate = asyncio.get_running_loop().create_future()
         self.writes.append(gate)
         self.hashes.append(list(hashes))
@@ -102,6 +105,22 @@ async def test_a_few_writes_are_under_way_in_order(loop: Loop, store: Store) -> 
     assert loop.engine.unpinned == Counter(range(7))
     assert loop.engine.exported == list(range(7))
     assert [block_hash[0] for part in store.hashes for block_hash in part] == list(range(7))
+
+
+async def test_a_write_is_of_one_owner(loop: Loop, store: Store) -> None:
+    publisher, one, two = publisher_of(loop, store), Owner(b"1" * 16, 5), Owner(b"2" * 16)
+    for number, owner in enumerate([one, one, one, two, SHARED, SHARED, one]):
+        publisher.publish(blocks(number), owner)
+    flushing = asyncio.create_task(publisher.flush())
+    for at in range(5):
+        await turn()
+        store.writes[at].set_result(None)
+    await flushing
+    assert [[block_hash[0] for block_hash in part] for part in store.hashes] == [[0, 1], [2], [3], [4, 5], [6]]
+    assert store.owners == [one, one, two, SHARED, one]
+    assert loop.engine.unpinned == Counter(range(7))
+    assert not publisher.publish(blocks(7), Owner(b"3" * 16, 0)), "who may have nothing need not wait for it"
+    assert loop.engine.unpinned == Counter(range(8)) and len(store.writes) == 5
 
 
 async def test_a_write_that_fails_is_unpinned_and_the_next_one_goes_on(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.hits import NO_HIT, Hit
 from router.policy import NodeView, Plan, Rates, Reject, RequestView, decode_terms, handoff_s, plan, prefill_terms
 
 BLOCK = 16
@@ -57,11 +58,12 @@ nodes_strategy = st.builds(
     step_s=st.sampled_from([0.0, 0.005, 0.1]),
 )
 clusters = st.lists(nodes_strategy, max_size=6, unique_by=lambda view: view.node_id)
+hits_strategy = st.integers(0, 2000).flatmap(lambda n: st.builds(Hit, st.just(n), st.integers(0, n)))
 requests = st.builds(
     request,
     num_tokens=st.integers(1, 20_000),
     max_new_tokens=st.integers(1, 1000),
-    hit_blocks=st.dictionaries(st.sampled_from(["a0", "a1", "gone"]), st.integers(0, 2000)),
+    hits=st.dictionaries(st.sampled_from(["a0", "a1", "gone"]), hits_strategy),
     failed=st.frozensets(st.sampled_from(["n0", "n1"])),
     no_prefill=st.frozensets(st.sampled_from(["n2", "n3"])),
     no_decode=st.frozensets(st.sampled_from(["n3", "n4"])),
@@ -84,7 +86,7 @@ def test_seconds_grow_with_load(view: RequestView, one: NodeView, more: int, tok
 def test_seconds_shrink_with_hits(view: RequestView, one: NodeView, blocks: int) -> None:
     """What this machine's arena holds besides is never worth less than nothing, as memory outruns computing."""
     quick = replace(one, arena_id="a0", block_bytes=1024)
-    warmer = replace(view, hit_blocks={**view.hit_blocks, "a0": view.hit_blocks.get("a0", 0) + blocks})
+    warmer = replace(view, hits={**view.hits, "a0": Hit(view.hits.get("a0", NO_HIT).num_blocks + blocks)})
     before, after = prefill_terms(view, quick, RATES), prefill_terms(warmer, quick, RATES)
     assert after.compute_s <= before.compute_s
     assert after.compute_s > 0, "one token is always computed"
@@ -134,7 +136,7 @@ def test_a_shared_system_prompt_does_not_herd(roles: tuple[str, ...], uncached_t
     """100 requests at once share a long prefix that one machine's arena holds. Loads change by dispatching alone."""
     cluster = {f"{role}{n}": node(f"{role}{n}", role, arena_id=f"a{n % 4}") for n, role in enumerate(roles)}
     prefix_blocks = 2048 // BLOCK
-    view = request(2048 + uncached_tail, 200, hit_blocks={"a0": prefix_blocks})
+    view = request(2048 + uncached_tail, 200, hits={"a0": Hit(prefix_blocks)})
     rng = random.Random(1)
     used: dict[str, Counter[str]] = {"prefill": Counter(), "decode": Counter()}
     for _ in range(100):
@@ -151,6 +153,53 @@ def test_a_shared_system_prompt_does_not_herd(roles: tuple[str, ...], uncached_t
         assert max(counts.values()) <= 50, f"{leg}: {counts}"
 
 
+NUM_CHATS = 40  # whose first 100 blocks somebody holds
+
+
+@dataclass
+class Served:
+    """A node in a simulation: what it still has to compute, and when its requests end."""
+
+    view: NodeView
+    queued_tokens: int = 0
+    ends_s: list[float] = field(default_factory=list)
+
+    def at(self, now_s: float) -> NodeView:
+        """As a router sees it, a tenth of a second after the last request."""
+        self.queued_tokens = max(0, self.queued_tokens - 200)
+        self.ends_s = [end_s for end_s in self.ends_s if end_s > now_s]
+        return replace(self.view, num_requests=len(self.ends_s), queued_prefill_tokens=self.queued_tokens)
+
+
+def serve(cluster: dict[str, Served], num_requests: int, held: dict[int, dict[str, Hit]], seed: int) -> list[str]:
+    """Who runs each request. One in three is cold; the others go on with a chat, then also held by who fetched it."""
+    rng, chosen = random.Random(seed), list[str]()
+    for number in range(num_requests):
+        now_s, chat = number * 0.1, rng.randrange(NUM_CHATS * 3 // 2)
+        nodes = [one.at(now_s) for one in cluster.values()]
+        made = choose(request(1700, hits=held.get(chat, {})), nodes, rng.randrange(1 << 30))
+        winner = cluster[made.decode_node]
+        winner.queued_tokens += made.prefill_tokens
+        winner.ends_s.append(now_s + 3.0)
+        if chat < NUM_CHATS:
+            held[chat][winner.view.arena_id] = Hit(100)
+        chosen.append(made.decode_node)
+    return chosen
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_empty_newcomer_gets_its_share_and_not_all(seed: int) -> None:
+    """Four nodes with caches and load; then a fifth joins that has neither and was never measured."""
+    cluster = {f"n{n}": Served(node(f"n{n}", arena_id=f"a{n}")) for n in range(4)}
+    held = {chat: {f"a{chat % 4}": Hit(100)} for chat in range(NUM_CHATS)}
+    serve(cluster, 100, held, seed)
+    cluster["new"] = Served(node("new", arena_id="a-new", prefill_tokens_per_s=0.0, step_s=0.0))
+    chosen = serve(cluster, 500, held, seed + 100)
+    first, later = Counter(chosen[:50]), Counter(chosen[50:])
+    assert 10 <= first["new"] <= 30, f"more than a fifth while it catches up, and never all: {first}"
+    assert min(later.values()) > 0.7 * 90 and max(later.values()) < 1.3 * 90, later
+
+
 def test_a_cold_prompt_goes_to_the_shortest_queue() -> None:
     nodes = [node("p0", "prefill", queued_prefill_tokens=4000), node("p1", "prefill"), node("d0", "decode")]
     assert pair(choose(request(4000), nodes)) == ("p1", "d0")
@@ -158,7 +207,7 @@ def test_a_cold_prompt_goes_to_the_shortest_queue() -> None:
 
 def test_a_warm_prompt_goes_where_its_blocks_are_until_that_queue_is_longer() -> None:
     """2,048 tokens in 128 blocks of 1 MiB: 134 ms by wire and 34 ms from memory, so the cache is worth 100 ms."""
-    view = request(2100, hit_blocks={"a1": 128})
+    view = request(2100, hits={"a1": Hit(128)})
 
     def nodes(queued: int) -> list[NodeView]:
         warm = node("p1", "prefill", arena_id="a1", queued_prefill_tokens=queued)
@@ -174,7 +223,7 @@ def test_a_short_uncached_prompt_skips_the_first_leg() -> None:
     assert pair(choose(request(16), nodes)) == (None, "d0")
     assert pair(choose(request(1000), nodes)) == ("p0", "d0")
     # A long one that is cached but for its tail is short in this sense.
-    assert pair(choose(request(1000, hit_blocks={"a0": 62}), nodes)) == (None, "d0")
+    assert pair(choose(request(1000, hits={"a0": Hit(62)}), nodes)) == (None, "d0")
 
 
 def test_a_short_prompt_keeps_off_a_decode_node_with_a_queue() -> None:
@@ -218,6 +267,61 @@ def test_the_store_decides_how_far_a_handoff_is() -> None:
     assert near == pytest.approx(RATES.handoff_s), "hidden behind the prefill"
     assert far == pytest.approx(RATES.handoff_s + 100 * (1 << 20) / 1e7 - 0.8)
     assert unpublished == pytest.approx(RATES.handoff_s + 0.8), "computed once more"
+
+
+DISK_S = (1 << 20) / RATES.disk_bytes_per_s  # of one block
+NEAR_S, FAR_S = (1 << 20) / RATES.memory_bytes_per_s, (1 << 20) / RATES.wire_bytes_per_s
+
+
+def test_what_lies_on_disk_takes_longer() -> None:
+    def fetch_s(hits: dict[str, Hit]) -> float:
+        return prefill_terms(request(1610, hits=hits), node("n0"), RATES).fetch_s
+
+    assert fetch_s({"a0": Hit(100)}) == pytest.approx(100 * NEAR_S)
+    assert fetch_s({"a0": Hit(100, 30)}) == pytest.approx(100 * NEAR_S + 30 * DISK_S)
+    assert fetch_s({"a1": Hit(100, 30)}) == pytest.approx(100 * FAR_S + 30 * DISK_S)
+    assert fetch_s({"a0": Hit(60, 10), "a1": Hit(100, 30)}) == pytest.approx(60 * NEAR_S + 40 * FAR_S + 40 * DISK_S)
+    assert fetch_s({"a1": Hit(100, 30), "a2": Hit(100)}) == pytest.approx(100 * FAR_S), "from whoever has it at hand"
+
+
+def test_a_disk_that_is_slower_than_computing_holds_nothing() -> None:
+    view, slow = request(1610, hits={"a0": Hit(100, 30)}), Rates(disk_bytes_per_s=1e6)
+    terms = prefill_terms(view, node("n0"), slow)
+    assert terms.fetch_s == pytest.approx(70 * NEAR_S)
+    assert terms.compute_s == pytest.approx((1610 - 70 * BLOCK) / 2000.0)
+    assert prefill_terms(view, node("n0", prefill_tokens_per_s=10.0), slow).compute_s == pytest.approx(10 / 10.0)
+    assert choose(view, [node("n0")], rates=slow).prefill_tokens == 1610 - 70 * BLOCK
+    prefill = prefill_terms(view, node("n0", arena_id=""), slow)
+    unpublished = handoff_s(view, node("n0", arena_id=""), node("n1"), prefill, slow)
+    assert unpublished == pytest.approx(slow.handoff_s + (1610 - 70 * BLOCK) / 2000.0)
+
+
+def test_a_cache_in_memory_draws_more_than_one_on_disk() -> None:
+    """Of two machines with one prefix, that with it in memory may have a queue as long as the other's disk takes."""
+
+    def chosen(queued: int) -> str:
+        at_hand = node("n1", arena_id="a1", queued_prefill_tokens=queued)
+        view = request(2100, hits={"a0": Hit(128, 128), "a1": Hit(128)})
+        return choose(view, [node("n0", arena_id="a0"), at_hand]).decode_node
+
+    assert chosen(0) == "n1" and chosen(100) == "n1"  # 134 ms from disk, 50 ms in the queue
+    assert chosen(400) == "n0"
+
+
+@given(requests, nodes_strategy, st.sampled_from([1e6, 1e8, 1e10]))
+def test_a_disk_is_never_better_than_memory_nor_worse_than_nothing(
+    view: RequestView, one: NodeView, disk_bytes_per_s: float
+) -> None:
+    rates = Rates(disk_bytes_per_s=disk_bytes_per_s)
+    all_in_memory = replace(view, hits={name: Hit(hit.num_blocks) for name, hit in view.hits.items()})
+    terms, best = prefill_terms(view, one, rates), prefill_terms(all_in_memory, one, rates)
+    assert terms.compute_s >= best.compute_s
+    alone = replace(view, hits={name: hit for name, hit in view.hits.items() if name == "a1"})
+    without = replace(alone, hits={name: hit.in_memory() for name, hit in alone.hits.items()})
+    terms, worst = prefill_terms(alone, one, rates), prefill_terms(without, one, rates)
+    num_tokens = alone.hits.get("a1", NO_HIT).num_blocks * one.block_size
+    if num_tokens < alone.num_tokens:  # else the last token is computed all the same
+        assert terms.ttft_s <= worst.ttft_s + 1e-9
 
 
 def test_lost_roles_are_played_by_whoever_lives() -> None:

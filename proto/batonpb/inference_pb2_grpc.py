@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Where the router has tenants, each call's metadata must be theirs: authorization: Bearer KEY. UNAUTHENTICATED otherwise.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,7 +48,8 @@ class InferenceStub:
 
 
 class InferenceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Where the router has tenants, each call's metadata must be theirs: authorization: Bearer KEY. UNAUTHENTICATED otherwise.
+    """
 
     def Generate(self, request, context):
         """Streams text as it is made. The last message carries finish_reason, usage and timeline.
@@ -84,7 +86,8 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """Missing associated documentation comment in .proto file."""
+    """Where the router has tenants, each call's metadata must be theirs: authorization: Bearer KEY. UNAUTHENTICATED otherwise.
+    """
 
     @staticmethod
     def Generate(request,

@@ -1,0 +1,173 @@
+"""Who may use this router: tenants, their API keys, and what each of them gets. Pure, but for `read_tenants`.
+
+A tenant's name makes the salt of his blocks' names, so the caches of two tenants have no block in common, in no engine
+and in no arena. Keys are never kept, only their SHA-256: it is that of a long random key, which nobody can guess.
+
+    [[tenant]]
+    name = "search"
+    key_sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    kv_memory = "2GiB"  # of each machine's arena; without it there is no bound
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from router.amounts import parse_bytes
+from router.errors import Unauthenticated, UnusableTenants
+
+AUTHORIZATION = "authorization"  # of a call's metadata: "Bearer KEY"
+FIELDS = ("name", "key_sha256", "kv_memory")
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+_HEAD = re.compile(r"\s*\[\[\s*tenant\s*\]\]")
+_FIELD = re.compile(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""")
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Whose a request is, and what he gets. The one without a name is everybody, where there are no tenants."""
+
+    name: str = ""
+    kv_quota_bytes: int = 0  # in each machine's arena; 0: no bound
+
+    @property
+    def salt(self) -> bytes:
+        """Makes his blocks' names his own. Follows from his name alone, so it outlives restarts and new keys."""
+        return hashlib.sha256(b"baton-tenant\0" + self.name.encode()).digest() if self.name else b""
+
+
+EVERYBODY = Tenant()
+
+
+class Tenants:
+    """The tenants by the digests of their keys."""
+
+    def __init__(self, by_digest: Mapping[bytes, Tenant]) -> None:
+        self._by_digest = dict(by_digest)
+
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
+    def authenticate(self, metadata: Iterable[tuple[str, str | bytes]]) -> Tenant:
+        """Whose key a call's metadata has. Raises `Unauthenticated`, which never repeats what it was given."""
+        values = [value for name, value in metadata if name.lower() == AUTHORIZATION]
+        if not values:
+            raise Unauthenticated(f"metadata: {AUTHORIZATION}: Bearer KEY is needed")
+        scheme, _, key = (values[0] if isinstance(values[0], str) else "").partition(" ")
+        key = key.strip()
+        if len(values) > 1 or scheme.lower() != "bearer" or not key:
+            raise Unauthenticated(f"metadata: {AUTHORIZATION}: must be Bearer KEY, once")
+        tenant = self._of_digest(hashlib.sha256(key.encode()).digest())
+        if tenant is None:
+            raise Unauthenticated(f"metadata: {AUTHORIZATION}: the key is no tenant's")
+        return tenant
+
+    def _of_digest(self, digest: bytes) -> Tenant | None:
+        """Looks at all of them, each in constant time: how long it takes tells nothing of the keys."""
+        found = None
+        for known, tenant in self._by_digest.items():
+            if hmac.compare_digest(known, digest):
+                found = tenant
+        return found
+
+
+def read_tenants(path: Path) -> Tenants:
+    """The tenants of a file. Raises `UnusableTenants`."""
+    try:
+        return parse_tenants(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnusableTenants(f"{path}: {error}") from None
+    except UnusableTenants as error:
+        raise UnusableTenants(f"{path}: {error}") from None
+
+
+def parse_tenants(text: str) -> Tenants:
+    """The tenants of a file's text. Raises `UnusableTenants`, which names the field and its line."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UnusableTenants(f"is no TOML: {error}") from None
+    lines = _Lines(text)
+    for name in document:
+        if name != "tenant":
+            raise UnusableTenants(f"{lines.of_field(-1, name)}{name}: only [[tenant]] is known")
+    tables = document.get("tenant")
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise UnusableTenants("tenant: must be [[tenant]], once or more")
+    by_digest: dict[bytes, Tenant] = {}
+    for index, table in enumerate(tables):
+        try:
+            _add(by_digest, table)
+        except _BadField as bad:
+            raise UnusableTenants(f"{lines.of_field(index, bad.field)}tenant.{bad.field}: {bad}") from None
+    return Tenants(by_digest)
+
+
+class _BadField(Exception):
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(problem)
+        self.field = field
+
+
+def _add(by_digest: dict[bytes, Tenant], table: Mapping[str, Any]) -> None:
+    for name in table:
+        if name not in FIELDS:
+            raise _BadField(name, f"is no field; there are {', '.join(FIELDS)}")
+    name, key_sha256 = _text(table, "name"), _text(table, "key_sha256")
+    if not _NAME.fullmatch(name):
+        raise _BadField("name", f"must be 1 to 64 letters, digits, '.', '_' or '-', got {name!r}")
+    if any(tenant.name == name for tenant in by_digest.values()):
+        raise _BadField("name", f"{name!r} is there twice")
+    if not _DIGEST.fullmatch(key_sha256):  # which may be a key itself: not to be shown
+        raise _BadField("key_sha256", f"must be 64 hex digits, the SHA-256 of a key; got {len(key_sha256)} characters")
+    digest = bytes.fromhex(key_sha256)
+    if digest in by_digest:
+        raise _BadField("key_sha256", f"is that of {by_digest[digest].name!r}, too")
+    by_digest[digest] = Tenant(name, _quota_bytes(table))
+
+
+def _text(table: Mapping[str, Any], field: str) -> str:
+    value = table.get(field)
+    if not isinstance(value, str):
+        raise _BadField(field, "must be set" if value is None else "must be a text in quotes")
+    return value
+
+
+def _quota_bytes(table: Mapping[str, Any]) -> int:
+    if "kv_memory" not in table:
+        return 0
+    try:
+        quota_bytes = parse_bytes(_text(table, "kv_memory"))
+    except ValueError as error:
+        raise _BadField("kv_memory", str(error)) from None
+    if not 0 < quota_bytes < 2**63:
+        raise _BadField("kv_memory", "must be more than 0, and less than 8388608T")
+    return quota_bytes
+
+
+class _Lines:
+    """Where fields stand in a file, which `tomllib` does not tell. Good enough for messages."""
+
+    def __init__(self, text: str) -> None:
+        self._heads: list[int] = []
+        self._fields: dict[tuple[int, str], int] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if _HEAD.match(line):
+                self._heads.append(number)
+            elif match := _FIELD.match(line):
+                self._fields.setdefault((len(self._heads) - 1, match[1]), number)
+
+    def of_field(self, index: int, field: str) -> str:
+        """ "line N: " of the field of a table, or of the table's head where it has no such field."""
+        number = self._fields.get((index, field))
+        if number is None and 0 <= index < len(self._heads):
+            number = self._heads[index]
+        return "" if number is None else f"line {number}: "

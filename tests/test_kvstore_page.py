@@ -1,0 +1,47 @@
+"""`docs/kvstore.md` names the metrics that stores and nodes show, and the commands: all that there are, no others."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+from deploy import kv
+from deploy.node_metrics import NodeCollector
+from engine.speed import StepTiming
+from kvstore.links import Links
+from kvstore.server import StoreConfig, StoreServer
+from node.intake import Intake
+
+PAGE = (REPOSITORY / "docs" / "kvstore.md").read_text()
+
+
+async def test_the_metrics_that_the_page_names_are_those_that_there_are(redis_url: str, short_dir: Any) -> None:
+    store = StoreServer(StoreConfig(dir=str(short_dir / "s"), redis_url=redis_url, slot_bytes=64, memory_bytes=1 << 14))
+    await store.start()
+    client: Any = SimpleNamespace(links=Links(64, lambda: 0.0))
+    engine: Any = SimpleNamespace(timing=StepTiming())
+    names = set()
+    for collector in (store._metrics, NodeCollector(Intake(client, 16, 64), engine)):
+        for family in collector.collect():
+            names.add(family.name + "_total" * (family.type == "counter"))
+            assert family.documentation.endswith(".")
+    await store.stop()
+    rows = "\n".join(line for line in PAGE.splitlines() if line.startswith("| `baton_"))
+    assert set(re.findall(r"`(baton_\w+)`", rows)) == names
+
+
+def test_the_commands_that_the_page_names_are_those_that_there_are() -> None:
+    parser = argparse.ArgumentParser()
+    kv.add_arguments(parser)
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    assert set(re.findall(r"^\*\*`baton kv (\w+)", PAGE, re.MULTILINE)) == set(commands.choices)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
+def test_the_page_is_found(page: str) -> None:
+    assert "kvstore.md)" in (REPOSITORY / page).read_text()

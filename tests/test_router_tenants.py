@@ -1,0 +1,281 @@
+"""Tenants: their file, their keys, and the door that asks for one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from conftest import POCKET, eventually
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import given
+from hypothesis import strategies as st
+from router_fakes import BLOCK, CLUSTER, ROOT, FakeCluster, request, running
+
+from batonpb import inference_pb2
+from kvstore.blocks import BlockHash, hash_blocks, salted
+from kvstore.directory import ArenaRecord, Directory
+from router import policy
+from router.errors import Unauthenticated, UnusableTenants
+from router.server import RouterConfig, RouterServer
+from router.tenants import EVERYBODY, Tenant, parse_tenants, read_tenants
+
+KEYS = {"red": "key-of-red", "blue": "key-of-blue"}
+DIGESTS = {name: hashlib.sha256(key.encode()).hexdigest() for name, key in KEYS.items()}
+FILE = f"""# who may come in
+[[tenant]]
+name = "red"
+key_sha256 = "{DIGESTS["red"]}"
+kv_memory = "2GiB"
+
+[[tenant]]
+name = "blue"
+key_sha256 = "{DIGESTS["blue"].upper()}"
+"""
+
+
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {key}"),)
+
+
+# --- the file ---
+
+
+def test_a_file_names_tenants_by_their_keys() -> None:
+    tenants = parse_tenants(FILE)
+    assert len(tenants) == 2
+    assert tenants.authenticate(bearer(KEYS["red"])) == Tenant("red", 2 << 30)
+    assert tenants.authenticate(bearer(KEYS["blue"])) == Tenant("blue", 0)
+
+
+def test_a_salt_follows_from_the_name_and_nothing_else() -> None:
+    assert Tenant("red", 5).salt == Tenant("red").salt == hashlib.sha256(b"baton-tenant\0red").digest()
+    assert len({Tenant("red").salt, Tenant("blue").salt, Tenant("red ").salt, EVERYBODY.salt}) == 4
+    assert EVERYBODY.salt == b""
+
+
+RED = f'name = "red"\nkey_sha256 = "{DIGESTS["red"]}"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "tenant: must be [[tenant]], once or more"),
+        ("tenant = 5", "tenant: must be [[tenant]], once or more"),
+        ("[tenant]\n" + RED, "tenant: must be [[tenant]], once or more"),
+        ("[[tenant]]\nname = ", "is no TOML: Invalid value (at end of document)"),
+        ("\n[[tenant]\n", "is no TOML: Expected ']]' at the end of an array declaration (at line 2, "),
+        ("limit = 5\n[[tenant]]\n" + RED, "line 1: limit: only [[tenant]] is known"),
+        ("[[tenant]]\n" + RED + 'quota = "2G"', "line 4: tenant.quota: is no field; there are name, key_sha256, kv_m"),
+        ("\n\n[[tenant]]\n", "line 3: tenant.name: must be set"),
+        ('[[tenant]]\nname = "a"', "line 1: tenant.key_sha256: must be set"),
+        ("[[tenant]]\nname = 5", "line 2: tenant.name: must be a text in quotes"),
+        ('[[tenant]]\n"name" = ""\nkey_sha256 = ""', "line 2: tenant.name: must be 1 to 64 letters, digits"),
+        ('[[tenant]]\nname = "a b"\nkey_sha256 = ""', "got 'a b'"),
+        ('[[tenant]]\nname = "a"\nkey_sha256 = "0123"', "line 3: tenant.key_sha256: must be 64 hex digits"),
+        (f'[[tenant]]\nname = "a"\nkey_sha256 = "{"g" * 64}"', "got 64 characters"),
+        (f"[[tenant]]\n{RED}\n[[tenant]]\n{RED}", "line 6: tenant.name: 'red' is there twice"),
+        (f"[[tenant]]\n{RED}[[tenant]]\n{RED.replace('red', 'two')}", "line 6: tenant.key_sha256: is that of 'red'"),
+        (f"[[tenant]]\n{RED}kv_memory = 5", "line 4: tenant.kv_memory: must be a text in quotes"),
+        (f'[[tenant]]\n{RED}kv_memory = "lots"', "line 4: tenant.kv_memory: 'lots' is no amount of memory"),
+        (f'[[tenant]]\n{RED}kv_memory = "0.1"', "line 4: tenant.kv_memory: must be more than 0"),
+        (f'[[tenant]]\n{RED}kv_memory = "{"9" * 400}"', "is no amount of memory"),
+        (f'[[tenant]]\n{RED}kv_memory = "9000000T"', "less than 8388608T"),
+        (f'tenant = [{{name = "a b", key_sha256 = "{DIGESTS["red"]}"}}]', "tenant.name: must be 1 to 64"),
+    ],
+    ids=range(22),
+)
+def test_what_is_wrong_is_refused_by_field_and_line(text: str, message: str) -> None:
+    with pytest.raises(UnusableTenants) as error:
+        parse_tenants(text)
+    assert message in str(error.value)
+
+
+def test_a_key_in_place_of_its_hash_is_not_shown() -> None:
+    with pytest.raises(UnusableTenants) as error:
+        parse_tenants('[[tenant]]\nname = "a"\nkey_sha256 = "my-secret-key"')
+    assert "secret" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnusableTenants, match=r"tenants\.toml.*No such file"):
+        read_tenants(tmp_path / "tenants.toml")
+    (tmp_path / "tenants.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UnusableTenants, match=r"tenants\.toml.*utf-8"):
+        read_tenants(tmp_path / "tenants.toml")
+    (tmp_path / "tenants.toml").write_text("[[tenant]]\n")
+    with pytest.raises(UnusableTenants, match=r"tenants\.toml: line 1: tenant\.name: must be set"):
+        read_tenants(tmp_path / "tenants.toml")
+
+
+# --- keys ---
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [],
+        [("x-api-key", KEYS["red"])],
+        [("authorization", KEYS["red"])],
+        [("authorization", f"Basic {KEYS['red']}")],
+        [("authorization", "Bearer ")],
+        [("authorization", "Bearer")],
+        [("authorization", "")],
+        [("authorization", b"Bearer key-of-red")],
+        [("authorization", f"Bearer {KEYS['red']}x")],
+        [("authorization", f"Bearer {KEYS['red'][:-1]}")],
+        [("authorization", f"Bearer {DIGESTS['red']}")],
+        [*bearer(KEYS["red"]), *bearer(KEYS["blue"])],
+        [*bearer("wrong"), *bearer(KEYS["red"])],
+    ],
+    ids=range(13),
+)
+def test_no_key_or_a_wrong_one(metadata: list[tuple[str, str | bytes]]) -> None:
+    with pytest.raises(Unauthenticated, match="metadata: authorization: ") as error:
+        parse_tenants(FILE).authenticate(metadata)
+    assert not any(str(value).removeprefix("Bearer ") in str(error.value) for _, value in metadata if len(value) > 7)
+
+
+@given(st.text(max_size=40).filter(lambda text: text.strip() not in KEYS.values()))
+def test_no_other_key_opens(key: str) -> None:
+    with pytest.raises(Unauthenticated):
+        parse_tenants(FILE).authenticate(bearer(key))
+
+
+def test_the_scheme_is_not_case_sensitive_the_key_is() -> None:
+    tenants = parse_tenants(FILE)
+    assert tenants.authenticate([("Authorization", f"bearer  {KEYS['red']}")]).name == "red"
+    with pytest.raises(Unauthenticated):
+        tenants.authenticate(bearer(KEYS["red"].upper()))
+
+
+# --- the door ---
+
+
+@pytest.fixture
+async def cluster(redis_url: str, tmp_path: Path) -> AsyncIterator[FakeCluster]:
+    file = tmp_path / "tenants.toml"
+    file.write_text(FILE)
+    async with running(FakeCluster(redis_url)) as cluster:
+        for node_id in ("prefill0", "decode0"):
+            await cluster.add(node_id)
+        await cluster.open(tenants_file=str(file))
+        yield cluster
+
+
+async def ask(
+    cluster: FakeCluster, metadata: tuple[tuple[str, str], ...], message: inference_pb2.GenerateRequest | None = None
+) -> list[int]:
+    call = cluster.stub.Generate(message or request([256, *range(100)], max_tokens=4, seed=1), metadata=metadata)
+    return [token.token_id async for response in call for token in response.tokens]
+
+
+@pytest.mark.parametrize("metadata", [(), bearer("wrong"), bearer(KEYS["red"]) * 2], ids=range(3))
+async def test_strangers_get_no_further_than_the_door(
+    cluster: FakeCluster, metadata: tuple[tuple[str, str], ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "router")
+    for call in (
+        ask(cluster, metadata),
+        ask(cluster, metadata, request("")),  # no word on what else is wrong
+        cluster.stub.GetModel(inference_pb2.GetModelRequest(), metadata=metadata),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await call
+        assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert "authorization" in error.value.details()
+    assert not any(node.seen.admits or node.seen.prefills for node in cluster.nodes.values())
+    assert not any(key in caplog.text for key in ("wrong", *KEYS.values()))
+
+
+async def test_health_needs_no_key(cluster: FakeCluster) -> None:
+    async def is_served() -> bool:
+        check = health_pb2.HealthCheckRequest(service="baton.v1.Inference")
+        answer = await health_pb2_grpc.HealthStub(cluster.channel).Check(check)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    await eventually(is_served, 5, "served")
+
+
+async def test_nodes_get_the_tenants_salt_and_quota_in_both_legs(
+    cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    red, blue = [await ask(cluster, bearer(key)) for key in KEYS.values()]
+    assert red == blue, "the cache is a tenant's own, the text is not"
+    seen = [*cluster.nodes["decode0"].seen.admits, *cluster.nodes["prefill0"].seen.prefills]
+    expected = [(Tenant(name).salt, quota) for name, quota in (("red", 2 << 30), ("blue", 0))]
+    assert [(message.salt, message.kv_quota_bytes) for message in seen] == expected * 2
+    assert not any(key in caplog.text for key in KEYS.values())
+    model = await cluster.stub.GetModel(inference_pb2.GetModelRequest(), metadata=bearer(KEYS["red"]))
+    assert model.model == "pocket"
+
+
+async def test_nothing_that_a_client_sends_makes_a_salt(cluster: FakeCluster) -> None:
+    """Metadata of many names, and fields that the message does not have."""
+    pretended = Tenant("blue").salt
+    metadata = bearer(KEYS["red"]) + tuple(
+        (name, value)
+        for name in ("salt", "x-salt", "tenant", "x-baton-tenant", "x-baton-salt")
+        for value in ("blue", pretended.hex())
+    )
+    metadata += (("salt-bin", pretended),)
+    wire = request([256, *range(100)], max_tokens=4, seed=1).SerializeToString()
+    for number in (*range(7, 16), 100):
+        wire += _field(number, pretended)
+    wire += bytes([6 << 3]) + b"\x05"  # field 6 as NodeRequest has it; in place of sampling, whose type it is not
+    call = cluster.channel.unary_stream("/baton.v1.Inference/Generate")(wire, metadata=metadata)
+    assert [message async for message in call]
+    legs = [*cluster.nodes["decode0"].seen.admits, *cluster.nodes["prefill0"].seen.prefills]
+    assert [leg.salt for leg in legs] == [Tenant("red").salt] * 2
+    assert all(pretended not in leg.SerializeToString() for leg in legs)
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A length-delimited field in protobuf's wire format."""
+    tag = number << 3 | 2
+    head = bytes([tag]) if tag < 0x80 else bytes([tag & 0x7F | 0x80, tag >> 7])
+    return head + bytes([len(value)]) + value
+
+
+async def test_the_plan_sees_the_tenants_own_blocks_alone(
+    cluster: FakeCluster, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = [256, *range(100)]
+    directory = Directory(redis_url, CLUSTER)
+    address = "tcp://127.0.0.1:1"
+    arena = ArenaRecord(arena_id="ab" * 16, address=address, host="here", slot_bytes=1 << 16, num_slots=9)
+    hashes = hash_blocks(salted(BlockHash(ROOT), Tenant("red").salt), prompt, BLOCK)
+    await directory.announce_all(arena.arena_id, list(zip(hashes, range(6), strict=True)), 30.0)
+    await directory.heartbeat_arena(arena, 30.0)
+    hits: list[dict[str, int]] = []
+    plan = policy.plan
+
+    def watch(view: policy.RequestView, *rest: object) -> object:
+        hits.append(dict(view.hit_blocks))
+        return plan(view, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("router.dispatch.policy.plan", watch)
+    for key in (KEYS["red"], KEYS["blue"]):
+        await ask(cluster, bearer(key), request(prompt, max_tokens=2))
+    await directory.close()
+    assert hits == [{arena.arena_id: 6}, {}]
+
+
+async def test_without_a_file_everybody_may_and_keys_are_not_looked_at(redis_url: str) -> None:
+    async with running(FakeCluster(redis_url)) as cluster:
+        await cluster.add("both0")
+        await cluster.open()
+        for metadata in ((), bearer("whatever")):
+            assert await ask(cluster, metadata)
+        assert [leg.salt for leg in cluster.nodes["both0"].seen.admits] == [b"", b""]
+
+
+async def test_a_router_with_a_bad_file_does_not_start(redis_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(FILE + "kv_memory = 5\n")
+    with pytest.raises(UnusableTenants, match=r"line 10: tenant\.kv_memory"):
+        await RouterServer(RouterConfig(str(POCKET), redis_url, tenants_file=str(file))).start()
