@@ -29,6 +29,7 @@ class Rates:
     max_stall_s: float = 0.02  # a decode node's own streams may be held up so long by a prompt that skips the first leg
     work_ratio: float = 0.1  # what each second that a prefill node computes costs those who come later
     horizon_tokens: int = 32  # output tokens that a decode node's speed is weighed over
+    ttft_slack_s: float = 0.0  # first tokens come so much later than predicted, now and then: kept free under a limit
     tie_s: float = 0.002
     tie_ratio: float = 0.01
 

@@ -18,6 +18,7 @@ SHORTLIST = 4  # nodes of each role that are tried in pairs
 
 def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Random, rates: Rates) -> Plan | Reject:
     """The cheapest choice that keeps the request's limits; one of them at random where several are about as cheap."""
+    request = cautious(request, rates)
     # 1) Filter and score: who may run which leg, and seconds for each node alone.
     seen = survey(request, cluster, now_s, rates)
     if isinstance(seen, Reject):
@@ -33,6 +34,18 @@ def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Ra
     # 3) Pick: at random among near ties, so that routers with the same snapshot do not all pick the same node.
     chosen = pick(request, plans, rng, rates)
     return replace(chosen, seen=seen) if isinstance(chosen, Reject) else chosen
+
+
+def cautious(request: RequestView, rates: Rates) -> RequestView:
+    """Asks for as much less than its TTFT limit as predictions were short of late, but for no less than half of it.
+
+    Else half of what is admitted under overload would be late: each is admitted as soon as it is predicted to be just
+    in time, and several routers, who do not see what the others send meanwhile, are all too hopeful.
+    """
+    limit_s = request.ttft_limit_s
+    if limit_s is None or rates.ttft_slack_s <= 0.0:
+        return request
+    return replace(request, ttft_limit_s=limit_s - min(rates.ttft_slack_s, max(0.0, limit_s) / 2))
 
 
 def pick(request: RequestView, plans: Sequence[Plan], rng: random.Random, rates: Rates) -> Plan | Reject:

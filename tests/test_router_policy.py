@@ -340,11 +340,11 @@ def test_a_disk_is_never_better_than_memory_nor_worse_than_nothing(
 ) -> None:
     rates = Rates(disk_bytes_per_s=disk_bytes_per_s)
     all_in_memory = replace(view, hits={name: Hit(hit.num_blocks) for name, hit in view.hits.items()})
-    terms, best = prefill_terms(view, one, rates), prefill_terms(all_in_memory, one, rates)
+    terms, best = (prefill_terms(each, one, rates, block_bytes=1024) for each in (view, all_in_memory))
     assert terms.ttft_s >= best.ttft_s - 1e-9
     alone = replace(view, hits={name: hit for name, hit in view.hits.items() if name == "a1"})
     without = replace(alone, hits={name: hit.in_memory() for name, hit in alone.hits.items()})
-    terms, worst = prefill_terms(alone, one, rates), prefill_terms(without, one, rates)
+    terms, worst = (prefill_terms(each, one, rates, block_bytes=1024) for each in (alone, without))
     assert terms.ttft_s <= worst.ttft_s + 1e-9
 
 
