@@ -75,7 +75,7 @@ class PrefillTerms:
 class DecodeTerms:
     """Predicted seconds of a second leg over the horizon."""
 
-    step_s: float  # with this request in the batch: the predicted TPOT
+    step_s: float  # with this request in the batch
     steps_s: float
     pressure_s: float
 
@@ -112,7 +112,9 @@ class Plan:
 
     @property
     def predicted_tpot_s(self) -> float:
-        return self.decode.step_s
+        """A step, and its share of the hand-off, which lies between the first token and the second."""
+        num_steps = self.decode.steps_s / self.decode.step_s if self.decode.step_s else 1.0
+        return self.decode.step_s + self.handoff_s / max(1.0, num_steps - 1.0)
 
     @property
     def explanation(self) -> str:

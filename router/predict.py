@@ -52,14 +52,16 @@ def pick(request: RequestView, plans: Sequence[Plan], rng: random.Random, rates:
     """One of the cheapest plans that keep the request's limits."""
     if not plans:
         return Reject(Reason.BUSY)
-    good = [plan for plan in plans if broken_limit(request, plan) is None]
+    has_limits = request.ttft_limit_s is not None or request.tpot_limit_s is not None
+    good = [plan for plan in plans if broken_limit(request, plan) is None] if has_limits else plans
     if not good:
         best = min(plans, key=lambda plan: plan.predicted_ttft_s)
         reason = broken_limit(request, best) or Reason.TTFT
         late_s = best.predicted_ttft_s - (request.ttft_limit_s or 0.0)
         return Reject(reason, best, retry_after_s=max(late_s if reason is Reason.TTFT else 0.0, 1.0))
-    limit_s = _margin(min(plan.cost_s for plan in good), rates)
-    return rng.choice([plan for plan in good if plan.cost_s <= limit_s])
+    costs_s = [plan.cost_s for plan in good]
+    limit_s = _margin(min(costs_s), rates)
+    return rng.choice([plan for plan, cost_s in zip(good, costs_s, strict=True) if cost_s <= limit_s])
 
 
 def broken_limit(request: RequestView, plan: Plan) -> Reason | None:
