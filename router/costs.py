@@ -119,6 +119,7 @@ class Survey:
             prefill_tokens=max(1, self.request.num_tokens - blocks * self.cluster.block_size),
             fetch_blocks=blocks,
             blocks=blocks_needed(self.request, self.cluster),
+            is_known=bool(self.cluster.is_known[source] and self.cluster.is_known[target]),
             seen=self,
         )
 

@@ -96,6 +96,7 @@ class Plan:
     prefill_tokens: int  # that the first leg computes
     fetch_blocks: int  # leading blocks that it has when it begins to compute
     blocks: int  # that each leg holds
+    is_known: bool = True  # both nodes' speeds were measured lately
     seen: Survey | None = field(default=None, compare=False, repr=False)  # what it was chosen from
 
     def bare(self) -> Plan:

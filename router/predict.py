@@ -23,8 +23,10 @@ def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Ra
     seen = survey(request, cluster, now_s, rates)
     if isinstance(seen, Reject):
         return seen
-    sources = shortlist(seen.first.cost_s, within(seen.firsts, seen.first.ttft_s, request.ttft_limit_s), rng, rates)
-    seconds = within(seen.seconds, seen.second.step_s, request.tpot_limit_s)
+    known = cluster.is_known
+    firsts = within(seen.firsts, known, seen.first.ttft_s, request.ttft_limit_s)
+    sources = shortlist(seen.first.cost_s, firsts, rng, rates)
+    seconds = within(seen.seconds, known, seen.second.step_s, request.tpot_limit_s)
     targets = shortlist(seen.second.cost_s, seconds, rng, rates)
     # Where one node is to run both legs, its queue and its hits count as much as its steps.
     both = shortlist(seen.first.cost_s + seen.second.cost_s, seen.alone, rng, rates)
@@ -65,7 +67,12 @@ def pick(request: RequestView, plans: Sequence[Plan], rng: random.Random, rates:
 
 
 def broken_limit(request: RequestView, plan: Plan) -> Reason | None:
-    """Which limit of the request the plan is predicted to break."""
+    """Which limit of the request the plan is predicted to break.
+
+    A guess breaks none: were requests refused by it, nobody would ever measure the node.
+    """
+    if not plan.is_known:
+        return None
     if request.ttft_limit_s is not None and plan.predicted_ttft_s > request.ttft_limit_s:
         return Reason.TTFT
     if request.tpot_limit_s is not None and plan.predicted_tpot_s > request.tpot_limit_s:
@@ -73,11 +80,11 @@ def broken_limit(request: RequestView, plan: Plan) -> Reason | None:
     return None
 
 
-def within(mask: Mask, values_s: Column, limit_s: float | None) -> Mask:
-    """The rows of `mask` that keep the limit, where there are any."""
+def within(mask: Mask, known: Mask, values_s: Column, limit_s: float | None) -> Mask:
+    """The rows of `mask` that keep the limit as far as is `known`, where there are any."""
     if limit_s is None:
         return mask
-    kept = mask & (values_s <= limit_s)
+    kept = mask & ((values_s <= limit_s) | ~known)
     return kept if kept.any() else mask
 
 

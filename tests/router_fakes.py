@@ -19,7 +19,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc, node_pb2, node_pb2_grpc
 from kvstore.directory import Directory, NodeRecord
-from router.server import RouterConfig, RouterServer
+from router.config import RouterConfig
+from router.server import RouterServer
 
 EOS = 257
 BLOCK = 16

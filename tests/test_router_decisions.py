@@ -69,6 +69,13 @@ async def test_what_would_be_late_is_refused_before_anything_is_spent(
     assert len(await generate(cluster, ttft_slo_ms=5000, tpot_slo_ms=1000)) > 1
 
 
+async def test_a_cluster_that_nobody_has_measured_refuses_nothing(redis_url: str) -> None:
+    async with running(FakeCluster(redis_url)) as cluster:
+        await cluster.add("both0", prefill_tokens_per_s=0.0, decode_step_s=0.0)
+        await cluster.open()
+        assert len(await generate(cluster, ttft_slo_ms=1, tpot_slo_ms=1)) > 1
+
+
 async def test_limits_out_of_range_are_named(cluster: FakeCluster) -> None:
     for fields, field in (
         ({"ttft_slo_ms": 0}, "ttft_slo_ms"),

@@ -411,6 +411,16 @@ def test_limits_are_kept_or_the_request_is_rejected() -> None:
     assert slow.best.predicted_tpot_s == pytest.approx(0.03 + RATES.handoff_s / 31), "and its share of the hand-off"
 
 
+def test_nobody_is_refused_by_a_guess() -> None:
+    """Else a cluster whose requests all have limits would never be measured, nor one that was slow for a while."""
+    guessed = [node("p0", "prefill", is_known=False), node("d0", "decode", is_known=False)]
+    tight = request(2000, ttft_limit_s=0.1, tpot_limit_s=0.001)
+    assert pair(choose(tight, guessed)) == ("p0", "d0")
+    assert isinstance(plan(tight, [node("p0", "prefill"), node("d0", "decode")], random.Random(0)), Reject)
+    newcomer = node("p1", "prefill", is_known=False, queued_prefill_tokens=200)
+    assert choose(request(2000, ttft_limit_s=0.1), [node("p0", "prefill"), newcomer, guessed[1]]).prefill_node == "p1"
+
+
 def test_legs_that_still_prefill_count_for_their_decode_node() -> None:
     """Their requests are there when this one's prefill ends."""
     crowd = node("d0", "decode", num_requests=30)
