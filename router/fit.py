@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_SURPRISE = 0.3  # predicted by actual; what took longer counts as this
+# Errors being relative, what was quick outweighs what is slow by the square of their ratio. That a machine became slow
+# is seen because history is forgotten where the fit stays below this part of what was observed, so often in a row.
+SURPRISE, MANY_SURPRISES = 0.3, 2
 
 Vector = NDArray[np.float64]
 
@@ -44,6 +46,7 @@ class LinearFit:
         for point in prior_points:
             self._add(np.asarray(point, dtype=np.float64), float(np.dot(prior, point)), prior_weight)
         self.num_observed = 0
+        self._num_surprises = 0  # in a row
 
     @property
     def factors(self) -> tuple[float, ...]:
@@ -57,21 +60,13 @@ class LinearFit:
         """Counts one observation; one that took no time says nothing."""
         if seconds <= 0.0:
             return
-        fade = self._fade * self._surprise(self.seconds(features), seconds)
+        fade = self._fade if self._num_surprises < MANY_SURPRISES else self._fade * SURPRISE**2
         self._products *= fade
         self._targets *= fade
         self._add(np.asarray(features, dtype=np.float64), seconds, 1.0)
         self._factors = self._solve()
         self.num_observed += 1
-
-    @staticmethod
-    def _surprise(predicted_s: float, seconds: float) -> float:
-        """What older observations count, at most, beside one that took so much longer than they say.
-
-        Errors being relative, they would outweigh it by the square of that ratio, and a machine that became slow would
-        not be seen to be. The bound is for outliers: a single one moves little.
-        """
-        return min(1.0, max(MAX_SURPRISE, predicted_s / seconds)) ** 2
+        self._num_surprises = self._num_surprises + 1 if self.seconds(features) < SURPRISE * seconds else 0
 
     def _add(self, features: Vector, seconds: float, weight: float) -> None:
         relative = features / max(seconds, 1e-9)
