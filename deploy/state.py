@@ -44,6 +44,7 @@ class ServeState:
     routers: tuple[str, ...] = ()  # empty until it is ready
     bases: tuple[str, ...] = ()
     wire_key: str = field(default="", repr=False)  # of its stores; "" too where the file is not its owner's alone
+    router_metrics: tuple[str, ...] = ()  # "ip:port" of each one's /metrics; "" is none
 
 
 def default_state_dir() -> Path:
@@ -101,7 +102,8 @@ class StateDir:
     def read(self) -> ServeState | None:
         try:
             fields = json.loads(self._file.read_text())
-            return ServeState(**fields | {key: tuple(fields[key]) for key in ("routers", "bases")})
+            lists = {key: tuple(fields[key]) for key in ("routers", "bases")}
+            return ServeState(**fields | lists | {"router_metrics": tuple(fields.get("router_metrics", ()))})
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

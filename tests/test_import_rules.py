@@ -11,6 +11,20 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 OURS = {"engine", "kvstore", "node", "prefill_node", "decode_node", "router", "deploy", "loadtest", "batonpb"}
 
+PURE_ROUTER = (
+    "backlog",
+    "baselines",
+    "cluster",
+    "costs",
+    "fit",
+    "hits",
+    "plan",
+    "policy",
+    "predict",
+    "speeds",
+    "warming",
+)
+
 # package -> (our modules it may import, outside packages that it may not)
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "engine": ({"engine", "kvstore.blocks", "kvstore.copies"}, {"ray", "grpc", "redis", "zmq", "transformers"}),
@@ -19,10 +33,14 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "prefill_node": ({"prefill_node", "node", "batonpb", "engine", "kvstore"}, {"ray", "redis", "zmq", "transformers"}),
     "decode_node": ({"decode_node", "node", "batonpb", "engine", "kvstore"}, {"ray", "redis", "zmq", "transformers"}),
     "router": (
-        {"router", "batonpb", "kvstore.blocks", "kvstore.directory", "kvstore.errors"},
+        {"router", "batonpb", "kvstore.blocks", "kvstore.directory", "kvstore.errors", "kvstore.scrape"},
         {"ray", "torch", "redis", "zmq", "transformers"},
     ),
-    "loadtest": ({"loadtest", "batonpb", "router.policy"}, {"ray", "torch", "redis", "zmq", "transformers"}),
+    "loadtest": (
+        # The simulator runs the shipped pure code: policies, eviction, the order of a prefill queue.
+        {"loadtest", "batonpb", "kvstore.eviction", "engine.order"} | {f"router.{name}" for name in PURE_ROUTER},
+        {"ray", "torch", "redis", "zmq", "transformers"},
+    ),
     "deploy": (OURS, {"transformers"}),
 }
 

@@ -15,8 +15,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from router_fakes import CLUSTER, FakeCluster, expected, request, running, saying
 
 from batonpb import common_pb2, inference_pb2
+from router.config import RouterConfig
 from router.errors import UnusableTokenizer
-from router.server import RouterConfig, RouterServer
+from router.server import RouterServer
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 TALK = "Naïve 😀 façade, 日本 — and so on.\n" * 3
@@ -126,7 +127,7 @@ async def test_what_goes_wrong_inside_is_said_without_details(cluster: FakeClust
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr("router.dispatch.policy.plan", broken)
+    monkeypatch.setattr("router.decider.Decider.decide", broken)
     error = await refusal(cluster, request("x"))
     assert error.code() == grpc.StatusCode.INTERNAL and "secret" not in error.details()
 
