@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from deploy import client, kv, serve
 from deploy.config import DeployError
-from loadtest import bench
+from loadtest import bench, simulate
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("generate", client.generate, client.add_generate_arguments, "send one prompt and stream the answer")
     add("chat", client.chat, client.add_chat_arguments, "talk to the model, turn by turn")
     add("bench", _bench, _add_bench_arguments, "measure a router under load")
+    add("simulate", simulate.run, simulate.add_arguments, "run a trace through a cluster under a virtual clock")
     return parser
 
 
