@@ -66,6 +66,7 @@ def _tokens(leg: DecodeLeg, tokens: Sequence[OutputToken]) -> node_pb2.DecodeRes
         tokens=[to_token(token) for token in tokens],
         local_hit_tokens=leg.request.num_local_hit_tokens,
         store_hit_tokens=leg.request.num_store_hit_tokens,
+        compute_s=leg.compute_s,
     )
     return node_pb2.DecodeResponse(tokens=message)
 

@@ -7,6 +7,7 @@ are published too: the next turn of the conversation begins with them.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -31,6 +32,7 @@ class DecodeLeg:
         self.request = request
         self.free_blocks = free_blocks  # of the node, behind this request's
         self.finish_reason: FinishReason | None = None
+        self.compute_s = 0.0  # from its first step to its first token
         self._fetcher = fetcher
         self._publish = publish
         self._waiting: list[RequestOutput] = []  # not yet taken by `run`
@@ -68,6 +70,8 @@ class DecodeLeg:
         """Takes outputs as they come: a slow reader of the tokens must not keep blocks pinned."""
         try:
             async for output in outputs:
+                if output.tokens and not self.compute_s and self.request.started_s is not None:
+                    self.compute_s = time.perf_counter() - self.request.started_s  # the engine's clock
                 self._publish(output.full_blocks)
                 self._waiting.append(output)
                 self._has_waiting.set()

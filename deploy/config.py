@@ -13,6 +13,7 @@ from pathlib import Path
 
 from router import amounts
 from router.errors import UnusableTenants
+from router.policy import DEFAULT, POLICIES
 from router.tenants import read_tenants
 
 MAX_NODES = 256
@@ -45,6 +46,7 @@ class ClusterConfig:
     decode: int = 1
     both: int = 0
     routers: int = 1
+    policy: str = DEFAULT  # of the routers
     host: str = "127.0.0.1"
     port: int = 0
     cluster: str = "default"
@@ -67,7 +69,7 @@ class ClusterConfig:
     max_num_requests: int = 64
     num_threads: int = 0  # 0: the machine's cores shared out among its nodes
     pin_cores: bool = True  # each node computes on its share of them, where they suffice
-    metrics: bool = True  # of each store and node, for Prometheus, over HTTP
+    metrics: bool = True  # of each store, node and router, for Prometheus, over HTTP
     prefill_hosts: tuple[str, ...] = ()  # addresses or names of Ray machines; (): any
     decode_hosts: tuple[str, ...] = ()
     start_timeout_s: float = 300.0
@@ -84,6 +86,7 @@ class ClusterConfig:
         check("nodes", 1 <= sum(counts) <= MAX_NODES, f"between 1 and {MAX_NODES}, got {sum(counts)}")
         check("--decode", self.both > 0 or self.decode > 0, "1 or more where there is no --both node")
         check("--routers", 1 <= self.routers <= MAX_NODES, f"between 1 and {MAX_NODES}, got {self.routers}")
+        check("--policy", self.policy in POLICIES, f"one of {', '.join(sorted(POLICIES))}")
         check("--port", 0 <= self.port <= 65535, f"between 0 and 65535, got {self.port}")
         check("--block-size", 1 <= self.block_size <= 1024, f"between 1 and 1024 tokens, got {self.block_size}")
         check("--kv-memory", self.kv_bytes >= 2**20, f"1M or more, got {self.kv_bytes} bytes")

@@ -25,6 +25,8 @@ from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
 from kvstore.directory import ArenaRecord, Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
 from kvstore.eviction import ADMISSIONS, POLICIES
+from router.policy import DEFAULT as DEFAULT_ROUTING
+from router.policy import POLICIES as ROUTING
 
 WATCH_S = 1.0
 DOWN_TIMEOUT_S = 60.0
@@ -82,6 +84,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="TOML: who may use the router, by which key, and how much of each arena they get; without, everybody"
         " may, and all share one cache",
     )
+    add(
+        "--policy",
+        choices=sorted(ROUTING),
+        default=DEFAULT_ROUTING,
+        help="how routers choose nodes (default %(default)s, by predicted seconds; the others are to compare with)",
+    )
     add("--routers", type=int, default=1, metavar="N", help="the first one takes --port, the next one more")
     add("--redis-url", default="", metavar="URL", help="default: an embedded Redis")
     add("--cluster", default="default", metavar="NAME", help="keeps clusters in one Redis apart")
@@ -93,7 +101,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="each store and node shows /metrics to Prometheus at a port of its own (default; see `baton status`)",
+        help="each store, node and router shows /metrics to Prometheus at a port of its own (default; see `baton"
+        " status` and, for routers, their log)",
     )
     add("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     add("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
@@ -124,6 +133,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         decode=default if args.decode is None else args.decode,
         both=args.both,
         routers=args.routers,
+        policy=args.policy,
         host=args.host,
         port=args.port,
         cluster=args.cluster,

@@ -118,5 +118,7 @@ class Specs:
             model_dir=str(self.config.model_dir.resolve()),
             model=self.config.model_name,
             tenants_file=str(tenants.resolve()) if tenants is not None else "",
+            policy=self.config.policy,
+            metrics=self.config.metrics,
         )
         return ServerSpec("router", f"router-{index}", config, self.folder(own), self.config.log_level)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from batonpb import common_pb2, inference_pb2
 from router.detokenizer import TextStream, detokenizer
-from router.dispatch import Progress, RoutedRequest
+from router.journey import Progress, RoutedRequest
 from router.timeline import Timeline
 from router.tokenizer import Decoder
 

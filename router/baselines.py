@@ -30,11 +30,11 @@ def by(rule: Rule, may_fetch: bool = False, keeps_limits: bool = False) -> Polic
         seen = survey(request, cluster, now_s, rates, may_fetch)
         if isinstance(seen, Reject):
             return seen
-        if not seen.firsts.any():
-            return Reject(Reason.BUSY)
+        if not (seen.firsts.any() and seen.seconds.any()):
+            return Reject(Reason.BUSY, seen=seen)
         plan = seen.plan(*rule(seen, rng))
         reason = broken_limit(request, plan) if keeps_limits else None
-        return plan if reason is None else Reject(reason, plan, retry_after_s=1.0)
+        return plan if reason is None else Reject(reason, plan, retry_after_s=1.0, seen=seen)
 
     return decide
 

@@ -7,12 +7,13 @@ SGLang's (least_load).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from router.cluster import Cluster, Column, Mask
-from router.hits import NO_HIT, longest
+from router.hits import NO_HIT, Hit, longest
 from router.plan import DecodeTerms, Plan, PrefillTerms, Rates, Reason, Reject, RequestView
 
 
@@ -61,26 +62,23 @@ def prefill_costs(
 ) -> PrefillCosts:
     """Each node with the blocks of its own arena, or, where that is sooner, with the longest run of all.
 
-    Without `may_fetch` nobody fetches from others.
+    What lies on a disk that is slower than computing is left there. Without `may_fetch` nobody fetches from others.
     """
-    own, own_disk = _own_runs(request, cluster)
-    best = longest(request.hits)
     queue_s = np.maximum(cluster.free_at_s - now_s, 0.0) + cluster.num_requests * rates.request_s
     room_s = np.where(_is_full(request, cluster), rates.no_room_s, 0.0)
     wait_s = queue_s + room_s
-    near_s = own * (cluster.block_bytes / rates.memory_bytes_per_s) + own_disk * _disk_block_s(cluster, rates)
-    compute_s = _compute_s(request, cluster, own)
-    fetch_s, blocks = near_s, own
-    if may_fetch and best.num_blocks > own.min(initial=best.num_blocks):
-        far_s = near_s + (best.num_blocks - own) * (cluster.block_bytes / rates.wire_bytes_per_s)
-        far_s += best.num_on_disk(0, best.num_blocks) * _disk_block_s(cluster, rates) * (own < best.num_blocks)
-        far_compute_s = _compute_s(request, cluster, np.full(len(own), float(best.num_blocks)))
-        is_far = np.maximum(wait_s, far_s) + far_compute_s < np.maximum(wait_s, near_s) + compute_s
-        fetch_s = np.where(is_far, far_s, near_s)
-        compute_s = np.where(is_far, far_compute_s, compute_s)
-        blocks = np.where(is_far, float(best.num_blocks), own)
-    # Where requests run that are not first legs themselves, each of them waits for this one's chunks.
-    stall_s = np.where(cluster.is_shared & (cluster.num_requests > 0), compute_s, 0.0)
+    (blocks, fetch_s), *others = _ways(request, cluster, rates, may_fetch)
+    compute_s = _compute_s(request, cluster, blocks)
+    for other_blocks, other_fetch_s in others:
+        other_s = _compute_s(request, cluster, other_blocks)
+        is_sooner = np.maximum(wait_s, other_fetch_s) + other_s < np.maximum(wait_s, fetch_s) + compute_s
+        blocks = np.where(is_sooner, other_blocks, blocks)
+        fetch_s = np.where(is_sooner, other_fetch_s, fetch_s)
+        compute_s = np.where(is_sooner, other_s, compute_s)
+    # Where requests run that are not first legs themselves, each of them waits for this one's chunks; and whoever comes
+    # later waits longer for what is computed once more.
+    share = np.where(cluster.is_shared & (cluster.num_requests > 0), 1.0, rates.work_ratio)
+    stall_s = share * compute_s
     return PrefillCosts(queue_s, room_s, fetch_s, compute_s, stall_s, blocks)
 
 
@@ -104,6 +102,7 @@ class Survey:
     second: DecodeCosts
     firsts: Mask  # rows that may run the first leg
     seconds: Mask  # and the second
+    alone: Mask  # and both of them, without a hand-off
 
     def plan(self, source: int, target: int) -> Plan:
         """The plan for a pair of rows: first leg, second leg; the same row twice runs both."""
@@ -118,57 +117,66 @@ class Survey:
             prefill_tokens=max(1, self.request.num_tokens - blocks * self.cluster.block_size),
             fetch_blocks=blocks,
             blocks=blocks_needed(self.request, self.cluster),
+            seen=self,
         )
 
     def handoff_s(self, source: int, target: int) -> float:
         """What the way from a first leg on `source` to a second on `target` adds between first and second token.
 
-        Blocks travel while the prompt is still being computed, so only what takes longer than that counts.
+        Blocks travel from when they are there: those that arenas hold at once, the others while they are computed.
+        Only what takes longer than that counts.
         """
         request, cluster, rates = self.request, self.cluster, self.rates
         num_blocks = request.num_tokens // cluster.block_size
         arena_id = cluster.arena_ids[source]
-        if not arena_id:  # it publishes nothing: the target computes all that no arena holds
-            tokens = uncached_tokens(request, cluster)
-            return rates.handoff_s + _compute_row_s(cluster, target, tokens, request.num_tokens - tokens)
-        near = num_blocks if arena_id == cluster.arena_ids[target] else 0
-        near = max(near, request.hits.get(cluster.arena_ids[target], NO_HIT).num_blocks)
-        bytes_s = near / rates.memory_bytes_per_s + max(0, num_blocks - near) / rates.wire_bytes_per_s
-        return rates.handoff_s + max(0.0, bytes_s * cluster.block_bytes - float(self.first.compute_s[source]))
+        here = request.hits.get(cluster.arena_ids[target], NO_HIT).up_to(num_blocks)
+        if not arena_id:  # it publishes nothing: the target computes all that it cannot fetch from others
+            return rates.handoff_s + float(self.first.compute_s[target])
+        wire_s, memory_s = cluster.block_bytes / rates.wire_bytes_per_s, cluster.block_bytes / rates.memory_bytes_per_s
+        disk_s = min(wire_s, memory_s + cluster.block_bytes / rates.disk_bytes_per_s)
+        is_near = arena_id == cluster.arena_ids[target]
+        new_s = max(0, num_blocks - int(self.first.fetch_blocks[source])) * (memory_s if is_near else wire_s)
+        all_s = num_blocks * memory_s
+        if not is_near:
+            at_hand = here.num_blocks - here.num_disk_blocks
+            all_s = at_hand * memory_s + here.num_disk_blocks * disk_s + (num_blocks - here.num_blocks) * wire_s
+        first = self.first.terms(source)
+        return rates.handoff_s + max(0.0, all_s - first.ttft_s, new_s - first.compute_s)
 
     def own_blocks(self) -> Column:
         """The leading run that each row's own arena holds."""
-        return _own_runs(self.request, self.cluster)[0]
+        return _own_runs(self.request.hits, self.cluster)[0]
 
 
 def survey(
     request: RequestView, cluster: Cluster, now_s: float, rates: Rates, may_fetch: bool = True
 ) -> Survey | Reject:
     """Looks at all nodes at once; a rejection where nobody could take the request."""
-    firsts, seconds = candidates(request, cluster)
-    if not seconds.any():
-        return Reject(Reason.BUSY if cluster.is_there.any() else Reason.NO_NODE)
-    first = prefill_costs(request, cluster, now_s, rates, may_fetch)
-    return Survey(request, cluster, rates, first, decode_costs(request, cluster, rates), firsts, seconds)
-
-
-def candidates(request: RequestView, cluster: Cluster) -> tuple[Mask, Mask]:
-    """Rows that may run a first leg, and a second. A role that nobody is left to play is played by everybody."""
     living = cluster.is_there & (cluster.max_model_len > request.num_tokens)
     _clear(living, request.failed, cluster)
+    if not living.any():
+        return Reject(Reason.NO_NODE)
+    firsts, seconds, alone = candidates(request, cluster, living)
+    first = prefill_costs(request, cluster, now_s, rates, may_fetch)
+    # A decode node runs the first leg itself where that is its role too, or where its streams hardly notice.
+    alone = seconds & (alone | (first.compute_s <= rates.max_stall_s))
+    return Survey(request, cluster, rates, first, decode_costs(request, cluster, rates), firsts, seconds, alone)
+
+
+def candidates(request: RequestView, cluster: Cluster, living: Mask) -> tuple[Mask, Mask, Mask]:
+    """Rows that may run a first leg, a second one, and both because that is their role.
+
+    A role that nobody is left to play is played by everybody.
+    """
     fits = living & ((cluster.total_blocks == 0) | (cluster.total_blocks >= blocks_needed(request, cluster)))
     living = fits if fits.any() else living  # where none can hold it, for a node to say so by name and limit
     first, second = living & cluster.can_prefill, living & cluster.can_decode
     first = first if first.any() else living.copy()
     second = second if second.any() else living.copy()
+    alone = first & second
     _clear(first, request.no_prefill, cluster)
     _clear(second, request.no_decode, cluster)
-    return first, second
-
-
-def uncached_tokens(request: RequestView, cluster: Cluster) -> int:
-    """How many tokens no arena holds. At least one is always computed."""
-    return max(1, request.num_tokens - longest(request.hits).num_blocks * cluster.block_size)
+    return first, second, alone
 
 
 def blocks_needed(request: RequestView, cluster: Cluster) -> int:
@@ -176,10 +184,43 @@ def blocks_needed(request: RequestView, cluster: Cluster) -> int:
     return request.num_tokens // cluster.block_size + 1
 
 
-def _own_runs(request: RequestView, cluster: Cluster) -> tuple[Column, Column]:
+def _ways(request: RequestView, cluster: Cluster, rates: Rates, may_fetch: bool) -> Iterator[tuple[Column, Column]]:
+    """How each node may come by a leading run: (its length, seconds to fetch it)."""
+    most = (request.num_tokens - 1) // cluster.block_size  # the last token is computed in any case
+    hits = {arena_id: hit.up_to(most) for arena_id, hit in request.hits.items()}
+    if any(hit.num_disk_blocks for hit in hits.values()):
+        yield from _fetches(hits, cluster, rates, may_fetch)
+        hits = {arena_id: hit.in_memory() for arena_id, hit in hits.items()}
+    yield from _fetches(hits, cluster, rates, may_fetch)
+    if request.warming:  # behind those that it computes already there is nothing to fetch
+        warm = np.zeros(len(cluster.node_ids))
+        for node_id, num_blocks in request.warming.items():
+            row = cluster.row(node_id)
+            if row is not None:
+                warm[row] = min(num_blocks, most)
+        yield warm, np.zeros(len(warm))
+
+
+def _fetches(
+    hits: Mapping[str, Hit], cluster: Cluster, rates: Rates, may_fetch: bool
+) -> Iterator[tuple[Column, Column]]:
+    """From its own arena, and from others behind that. What lies on disk, here or there, is read before it comes."""
+    block_bytes = cluster.block_bytes
+    disk_s = block_bytes / rates.disk_bytes_per_s
+    own, own_disk = _own_runs(hits, cluster)
+    near_s = own * (block_bytes / rates.memory_bytes_per_s) + own_disk * disk_s
+    yield own, near_s
+    best = longest(hits)
+    if may_fetch and best.num_blocks > own.min(initial=best.num_blocks):
+        far = best.num_blocks - own
+        far_s = far * (block_bytes / rates.wire_bytes_per_s) + np.minimum(far, best.num_disk_blocks) * disk_s
+        yield np.full(len(own), float(best.num_blocks)), near_s + far_s
+
+
+def _own_runs(hits: Mapping[str, Hit], cluster: Cluster) -> tuple[Column, Column]:
     """The leading run that each row's own arena holds, and how much of it lies on disk."""
     runs, on_disk = np.zeros(len(cluster.node_ids)), np.zeros(len(cluster.node_ids))
-    found = [(row, hit) for arena_id, hit in request.hits.items() for row in cluster.rows_of(arena_id)]
+    found = [(row, hit) for arena_id, hit in hits.items() for row in cluster.rows_of(arena_id)]
     if found:
         rows = [row for row, _ in found]
         runs[rows] = [hit.num_blocks for _, hit in found]
@@ -195,16 +236,6 @@ def _compute_s(request: RequestView, cluster: Cluster, blocks: Column) -> Column
     uncached = np.maximum(1.0, request.num_tokens - blocks * cluster.block_size)
     pairs = uncached * (request.num_tokens - uncached / 2)
     return cluster.prefill_base_s + cluster.prefill_token_s * uncached + cluster.prefill_pair_s * pairs
-
-
-def _compute_row_s(cluster: Cluster, row: int, uncached: float, cached: float) -> float:
-    pairs = uncached * (cached + uncached / 2)
-    base, token, pair = cluster.prefill_base_s[row], cluster.prefill_token_s[row], cluster.prefill_pair_s[row]
-    return float(base + token * uncached + pair * pairs)
-
-
-def _disk_block_s(cluster: Cluster, rates: Rates) -> float:
-    return cluster.block_bytes / rates.disk_bytes_per_s
 
 
 def _clear(mask: Mask, node_ids: frozenset[str], cluster: Cluster) -> None:

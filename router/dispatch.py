@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractContextManager, aclosing, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
+from dataclasses import dataclass
 
-from batonpb import common_pb2, node_pb2
-from kvstore.blocks import BlockHash, hash_blocks, salted
+from batonpb import common_pb2
 from kvstore.directory import ON_DISK, Directory
 from kvstore.errors import DirectoryUnavailable
-from router import policy
-from router.errors import ClusterBusy, ClusterUnavailable, DeadlinePassed, LegFailed, LegRefused, RouterError
-from router.hits import Hit, longest
-from router.legs import Burden, PrefillLeg
-from router.policy import Plan, Rates, Reject, RequestView
-from router.registry import Pool, Registry
+from router.decider import Decider
+from router.errors import ClusterBusy, ClusterUnavailable, DeadlinePassed, LegFailed, LegRefused, WouldBeLate
+from router.hits import Hit
+from router.journey import UNFINISHED, Journey, Progress, RoutedRequest
+from router.legs import Burden, Leg, PrefillLeg, Work
+from router.plan import Plan, Reason, Reject
+from router.registry import Registry
 from router.timeline import Timeline
 
 logger = logging.getLogger(__name__)
-
-UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
-LASTING_TOKENS = 32  # so many new tokens between two failures, and the second one begins a new count
 
 
 @dataclass(frozen=True)
@@ -41,138 +37,31 @@ class Persistence:
     retry_s: float = 0.25
 
 
-@dataclass(frozen=True)
-class RoutedRequest:
-    """A request as it sets out: tokens, and all defaults filled in."""
-
-    request_id: str
-    prompt_ids: Sequence[int]
-    sampling: common_pb2.SamplingParams  # seed and max_tokens set, within the model's length
-    end_ids: frozenset[int]  # tokens that end it, once min_tokens are there
-    deadline_s: float | None = None  # on the dispatcher's clock
-    salt: bytes = b""  # the tenant's; never anything that a client has sent
-    kv_quota_bytes: int = 0  # that the tenant's blocks may take in each arena; 0: no bound
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Tokens that came, and in the last one why they ended."""
-
-    tokens: Sequence[common_pb2.Token]
-    finish_reason: common_pb2.FinishReason = UNFINISHED
-
-
-@dataclass(eq=False)
-class Journey:
-    """One request on its way: what it has, and whom it need not ask again."""
-
-    request: RoutedRequest
-    output_ids: list[int] = field(default_factory=list)
-    num_failures: int = 0
-    last_failure: RouterError | None = None
-    failed: set[str] = field(default_factory=set)  # node ids
-    refused: dict[str, set[str]] = field(default_factory=lambda: {"prefill": set(), "decode": set()})
-    stuck_since_s: float | None = None  # nobody takes it
-    pool: Pool | None = None  # whose nodes may run it
-    _failed_at_tokens: int = 0
-    _root: BlockHash | None = None
-    _hashes: list[BlockHash] = field(default_factory=list)
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [*self.request.prompt_ids, *self.output_ids]
-
-    def hashes(self, pool: Pool) -> list[BlockHash]:
-        """The names of all full blocks so far; only new ones are computed."""
-        root = salted(pool.root, self.request.salt)
-        if root != self._root:
-            self._root, self._hashes = root, []
-        parent = self._hashes[-1] if self._hashes else root
-        self._hashes += hash_blocks(parent, self.token_ids[len(self._hashes) * pool.block_size :], pool.block_size)
-        return self._hashes
-
-    def view(self, hits: dict[str, Hit]) -> RequestView:
-        return RequestView(
-            num_tokens=len(self.request.prompt_ids) + len(self.output_ids),
-            max_new_tokens=self.request.sampling.max_tokens - len(self.output_ids),
-            hits=hits,
-            failed=frozenset(self.failed),
-            no_prefill=frozenset(self.refused["prefill"]),
-            no_decode=frozenset(self.refused["decode"]),
-        )
-
-    def message(self) -> node_pb2.NodeRequest:
-        return node_pb2.NodeRequest(
-            request_id=self.request.request_id,
-            token_ids=self.token_ids,
-            num_prompt_tokens=len(self.request.prompt_ids),
-            sampling=self.request.sampling,
-            salt=self.request.salt,
-            kv_quota_bytes=self.request.kv_quota_bytes,
-        )
-
-    def take(self, tokens: Sequence[common_pb2.Token]) -> None:
-        self.output_ids += [token.token_id for token in tokens]
-        self.stuck_since_s = None
-
-    def note(self, failure: LegFailed | LegRefused) -> None:
-        """A node that failed is as good as dead for this request; one without room may still run the other leg."""
-        self.last_failure = failure
-        if isinstance(failure, LegRefused) and not failure.is_draining:
-            self.refused[failure.leg].add(failure.node_id)
-        else:
-            self.failed.add(failure.node_id)
-        # A machine that dies takes many nodes along; calls that none of them took are no attempts.
-        if isinstance(failure, LegFailed) and not failure.is_unreached:
-            self._count_failure()
-
-    def _count_failure(self) -> None:
-        """Failures add up only while they keep the request from going on; and somebody had taken it until now."""
-        if len(self.output_ids) - self._failed_at_tokens >= LASTING_TOKENS:
-            self.num_failures = 0
-        self._failed_at_tokens = len(self.output_ids)
-        self.num_failures += 1
-        self.stuck_since_s = None
-
-    def forgive(self) -> None:
-        """Everybody may be asked again: what kept them may be over."""
-        self.failed.clear()
-        self.refused = {"prefill": set(), "decode": set()}
-
-    def end(self) -> common_pb2.FinishReason:
-        """Why the tokens so far are all there will be, where a node died before it could say so."""
-        sampling, count = self.request.sampling, len(self.output_ids)
-        if count and self.output_ids[-1] in self.request.end_ids and count >= sampling.min_tokens:
-            return common_pb2.FINISH_REASON_STOP
-        return common_pb2.FINISH_REASON_LENGTH if count >= sampling.max_tokens else UNFINISHED
-
-
 class Dispatcher:
     """Carries requests through the cluster, any number at a time."""
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         registry: Registry,
         directory: Directory,
-        rng: random.Random,
+        decider: Decider,
         persistence: Persistence | None = None,
-        rates: Rates | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
         self._directory = directory
-        self._rng = rng
+        self._decider = decider
         self._persistence = persistence or Persistence()
-        self._rates = rates or Rates()
         self._clock = clock
 
     async def run(self, request: RoutedRequest, timeline: Timeline) -> AsyncGenerator[Progress, None]:
         """The request's tokens, until one `Progress` with a finish reason.
 
-        Raises `InvalidRequest`, `ClusterBusy`, `ClusterUnavailable`, `DeadlinePassed`. Close the generator to abandon
-        the request: that cancels its legs.
+        Raises `InvalidRequest`, `ClusterBusy`, `ClusterUnavailable`, `WouldBeLate`, `DeadlinePassed`.
+        Close the generator to abandon the request: that cancels its legs.
         """
         journey = Journey(request)
+        self._decider.began(request)
         while True:
             plan = await self._plan(journey)
             try:
@@ -195,34 +84,24 @@ class Dispatcher:
             if not journey.output_ids:  # from the first token on, other weights would go on with another text
                 journey.pool = self._registry.pool
             hits = await self._locate(journey)
-            nodes = self._registry.snapshot(journey.pool)
-            plan = policy.plan(journey.view(hits), nodes, self._rng, self._rates)
-            if isinstance(plan, Plan):
-                logger.info(
-                    "request_id=%s event=plan tokens=%d hit_blocks=%d %s",
-                    journey.request.request_id,
-                    len(journey.request.prompt_ids) + len(journey.output_ids),
-                    longest(hits).num_blocks,
-                    plan.explanation,
-                )
-                return plan
-            self._check_patience(journey, plan)
+            chosen = self._decider.decide(journey, self._registry.snapshot(journey.pool), hits)
+            if isinstance(chosen, Plan):
+                return chosen
+            self._check_patience(journey, chosen)
             await asyncio.sleep(self._persistence.retry_s)
             journey.forgive()
 
     def _check_patience(self, journey: Journey, reject: Reject) -> None:
-        """Raises the rejection, unless the request has begun, so that the client would see what it must not see.
-
-        It has, once a leg of it failed: whoever failed may be back by now, under a new incarnation.
-        """
+        """Raises the rejection, unless the request has begun."""
         now_s = self._clock()
         if journey.stuck_since_s is None:
             journey.stuck_since_s = now_s
-        has_begun = journey.output_ids or journey.num_failures
-        if not has_begun or now_s - journey.stuck_since_s >= self._persistence.node_wait_s:
+        if not journey.has_begun or now_s - journey.stuck_since_s >= self._persistence.node_wait_s:
+            if reject.reason in (Reason.TTFT, Reason.TPOT):
+                raise WouldBeLate(str(reject), reject.retry_after_s)
             last = f" (last: {journey.last_failure})" if journey.last_failure else ""
-            error = ClusterBusy if reject is Reject.BUSY else ClusterUnavailable
-            raise error(reject.value + last)
+            error = ClusterBusy if reject.reason is Reason.BUSY else ClusterUnavailable
+            raise error(reject.reason.value + last)
 
     async def _locate(self, journey: Journey) -> dict[str, Hit]:
         """Arena id -> the leading blocks that it holds. Without Redis, nobody holds anything."""
@@ -239,8 +118,11 @@ class Dispatcher:
         """Both legs once. Ends with a finish reason, or raises `LegFailed` or `LegRefused`."""
         timeline.planned(plan)
         message, is_first = journey.message(), not journey.output_ids
-        own_tokens = 0 if plan.prefill_node else plan.prefill_tokens
-        with self._registry.decode_leg(plan.decode_node, Burden(own_tokens, plan.blocks)) as decode:
+        own_s = 0.0 if plan.prefill_node else plan.prefill.compute_s
+        with (
+            self._registry.decode_leg(plan.decode_node, Burden(own_s, plan.blocks)) as decode,
+            self._warms(journey, plan) as has_computed,
+        ):
             # 1) Both legs count from now on: whoever is planned next must see them.
             with self._prefill_leg(plan) as prefill:
                 # 2) Room on the decode node, before any prefill is spent.
@@ -248,6 +130,8 @@ class Dispatcher:
                 timeline.admitted()
                 timeline.prefill_started()
                 first = await prefill.run(message, self._remaining_s(journey)) if prefill else None
+                if prefill and first:
+                    has_computed(prefill, first.local_hit_tokens + first.store_hit_tokens, first.compute_s)
             # 3) The first token. It goes to the client while Start is on its way.
             if first is None:
                 decode.start([])
@@ -260,17 +144,42 @@ class Dispatcher:
                 if first.finish_reason:
                     return
             # 4) The others, from the decode node.
+            is_computed = first is not None
             while (reply := await decode.read()).WhichOneof("message") != "finished":
-                if is_first and first is None:
-                    timeline.hit(reply.tokens.local_hit_tokens, reply.tokens.store_hit_tokens)
-                timeline.decode_hit(reply.tokens.store_hit_tokens)
-                yield _take(journey, timeline, reply.tokens.tokens)
+                tokens = reply.tokens
+                if not is_computed:
+                    is_computed = True
+                    has_computed(decode, tokens.local_hit_tokens + tokens.store_hit_tokens, tokens.compute_s)
+                    if is_first:
+                        timeline.hit(tokens.local_hit_tokens, tokens.store_hit_tokens)
+                timeline.decode_hit(tokens.store_hit_tokens)
+                yield _take(journey, timeline, tokens.tokens)
             yield Progress((), reply.finished.finish_reason)
 
     def _prefill_leg(self, plan: Plan) -> AbstractContextManager[PrefillLeg | None]:
         if plan.prefill_node is None:
             return nullcontext()
-        return self._registry.prefill_leg(plan.prefill_node, Burden(plan.prefill_tokens, plan.blocks))
+        return self._registry.prefill_leg(plan.prefill_node, Burden(plan.prefill.compute_s, plan.blocks))
+
+    @contextmanager
+    def _warms(self, journey: Journey, plan: Plan) -> Iterator[Callable[[Leg, int, float], None]]:
+        """Inside, whoever is planned next knows what the first leg is going to compute.
+
+        Call what it gives with the leg that has computed the prompt, its hits in tokens, and its seconds.
+        """
+        promise = self._decider.promise(journey, plan)
+        num_tokens, is_computed = journey.num_tokens, False
+
+        def has_computed(leg: Leg, num_hit_tokens: int, seconds: float) -> None:
+            nonlocal is_computed
+            is_computed = True
+            self._registry.computed(leg, Work(max(1, num_tokens - num_hit_tokens), num_hit_tokens, seconds))
+
+        try:
+            yield has_computed
+        finally:
+            if not is_computed:
+                self._decider.take_back(promise)
 
     def _note(self, journey: Journey, failure: LegFailed | LegRefused, timeline: Timeline) -> None:
         """Takes the consequences of a failed attempt. Raises where it was the last."""

@@ -1,9 +1,11 @@
-"""What can go wrong in the router. The first five reach a client, as the status beside them; a leg's are retried.
+"""What can go wrong in the router. The first seven reach a client, as the status beside them; a leg's are retried.
 
 RouterError
 ├── InvalidRequest      INVALID_ARGUMENT; names the field and the limit
 ├── Unauthenticated     UNAUTHENTICATED; no key, or one that is nobody's
 ├── ClusterBusy         RESOURCE_EXHAUSTED; every node that could take the request refused it
+├── WouldBeLate         RESOURCE_EXHAUSTED; no node is predicted to keep the request's own limits
+├── UnknownRequest      NOT_FOUND; no decision of that name is kept
 ├── ClusterUnavailable  UNAVAILABLE; no node is alive, or none could finish the request
 ├── DeadlinePassed      DEADLINE_EXCEEDED; the client's own
 ├── LegFailed           a node died, hung or broke off in the middle of a leg; the request goes on elsewhere
@@ -35,6 +37,18 @@ class Unauthenticated(RouterError):
 
 class ClusterBusy(RouterError):
     """There are nodes, but none of them has room."""
+
+
+class WouldBeLate(RouterError):
+    """The request's SLO or deadline would be broken; nothing was spent on it."""
+
+    def __init__(self, prediction: str, retry_after_s: float) -> None:
+        super().__init__(prediction)
+        self.retry_after_s = retry_after_s
+
+
+class UnknownRequest(RouterError):
+    """The router keeps no decision on a request of that id: it is another router's, too old, or somebody else's."""
 
 
 class ClusterUnavailable(RouterError):

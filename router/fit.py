@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_SURPRISE = 0.3  # predicted by actual; what took longer counts as this
+
 Vector = NDArray[np.float64]
 
 
@@ -55,11 +57,21 @@ class LinearFit:
         """Counts one observation; one that took no time says nothing."""
         if seconds <= 0.0:
             return
-        self._products *= self._fade
-        self._targets *= self._fade
+        fade = self._fade * self._surprise(self.seconds(features), seconds)
+        self._products *= fade
+        self._targets *= fade
         self._add(np.asarray(features, dtype=np.float64), seconds, 1.0)
         self._factors = self._solve()
         self.num_observed += 1
+
+    @staticmethod
+    def _surprise(predicted_s: float, seconds: float) -> float:
+        """What older observations count, at most, beside one that took so much longer than they say.
+
+        Errors being relative, they would outweigh it by the square of that ratio, and a machine that became slow would
+        not be seen to be. The bound is for outliers: a single one moves little.
+        """
+        return min(1.0, max(MAX_SURPRISE, predicted_s / seconds)) ** 2
 
     def _add(self, features: Vector, seconds: float, weight: float) -> None:
         relative = features / max(seconds, 1e-9)

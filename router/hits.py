@@ -16,10 +16,11 @@ class Hit:
     num_blocks: int
     num_disk_blocks: int = 0  # of them
 
-    def num_on_disk(self, start: int, end: int) -> int:
-        """How many of the blocks from `start` to `end` lie on disk."""
-        first = max(start, self.num_blocks - self.num_disk_blocks)
-        return max(0, min(end, self.num_blocks) - first)
+    def up_to(self, num_blocks: int) -> Hit:
+        """What of it lies before this block."""
+        if self.num_blocks <= num_blocks:
+            return self
+        return Hit(num_blocks, max(0, self.num_disk_blocks - (self.num_blocks - num_blocks)))
 
     def in_memory(self) -> Hit:
         """What of it need not come from disk."""

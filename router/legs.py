@@ -35,8 +35,17 @@ class Callee:
 class Burden:
     """What a leg lays on its node, as far as a router can tell."""
 
-    prefill_tokens: int = 0  # that it will compute
+    compute_s: float = 0.0  # of prefill, predicted
     blocks: int = 0  # that it holds
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a first leg has computed, by the node's own word."""
+
+    uncached_tokens: int
+    cached_tokens: int
+    seconds: float  # 0.0: not told
 
 
 class Leg:

@@ -12,8 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from batonpb import node_pb2_grpc
 from kvstore.directory import NodeRecord
-from router.legs import Burden, Callee, DecodeLeg, Leg, PrefillLeg
-from router.policy import NodeView, Rates
+from router.backlog import Backlog
+from router.cluster import NodeView
+from router.legs import Burden, Callee, DecodeLeg, Leg, PrefillLeg, Work
+from router.speeds import GUESSED_PREFILL, GUESSED_STEP, NodeSpeeds, PrefillSpeed, StepSpeed
 
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 2**20),
@@ -34,7 +36,10 @@ class Node:
         self.record = record
         self.seen_s = now_s
         self.busy_s = now_s
-        self.step_s = _single_step_s(record)
+        self.speeds = NodeSpeeds()
+        self.in_use: tuple[PrefillSpeed, StepSpeed] = GUESSED_PREFILL, GUESSED_STEP
+        self._backlog = Backlog()
+        self._is_news = True  # the record has not been reckoned with yet
         self.down_since_s: float | None = None
         self.asked_s = now_s  # when its health was known last
         self.asking: asyncio.Task[None] | None = None
@@ -51,30 +56,54 @@ class Node:
             self.busy_s = now_s
         if record == self.record:
             return
-        self.record = record
-        if record.num_running or not self.step_s:  # of an idle node, what it did last says little
-            self.step_s = _single_step_s(record)
+        self.record, self._is_news = record, True
         for leg in self.legs:
             leg.is_reported = leg.is_reported or leg.sent_s < last_poll_s
 
+    def learn(self) -> None:
+        """What the last record says of the node's speeds; before all nodes' speeds are compared."""
+        record = self.record
+        if self._is_news:
+            self.speeds.reported(record.prefill_tokens_per_s, record.decode_step_s, record.num_running)
+        if self.seen_s - self.busy_s > REST_S:
+            self.speeds.rest()
+        else:
+            self.speeds.is_rested = False
+
+    def reckon(self, prefill: PrefillSpeed, step: StepSpeed, now_s: float) -> None:
+        """Speeds to reckon with from now on, and by them the seconds of what the last record says is queued."""
+        self.in_use = prefill, step
+        if self._is_news:
+            self._is_news = False
+            record = self.record
+            self._backlog.reported(now_s, prefill.queue_seconds(record.queued_prefill_tokens, record.num_waiting))
+            for leg in self.legs:
+                if leg.is_reported:
+                    self._backlog.counted(leg)
+
+    def computed(self, leg: Leg, work: Work, now_s: float) -> None:
+        """A leg has its first token: nothing of it is queued any more, and it says how fast this node is."""
+        self._backlog.computed(leg, now_s)
+        prefill, step = self.in_use
+        self.speeds.computed(work.uncached_tokens, work.cached_tokens, work.seconds, prefill)
+        self.in_use = self.speeds.prefill() or prefill, step
+
     def view(self) -> NodeView:
-        """What the policy is to know of this node now."""
+        """What a policy is to know of this node now."""
         record = self.record
         sent = [leg.burden for leg in self.legs if not leg.is_reported]
+        prefill, step = self.in_use
         return NodeView(
             node_id=record.node_id,
             role=record.role,
-            block_size=record.block_size,
-            block_bytes=record.block_bytes,
-            max_model_len=record.max_model_len,
+            prefill=prefill,
+            step=step,
             arena_id=record.arena_id,
+            free_at_s=self._backlog.free_at_s(),
             num_requests=record.num_running + record.num_waiting + len(sent),
-            queued_prefill_tokens=record.queued_prefill_tokens + sum(burden.prefill_tokens for burden in sent),
             free_blocks=max(0, record.free_blocks - sum(burden.blocks for burden in sent)),
             total_blocks=record.total_blocks,
-            prefill_tokens_per_s=record.prefill_tokens_per_s,
-            step_s=self.step_s,
-            is_rested=self.seen_s - self.busy_s > REST_S,
+            max_model_len=record.max_model_len,
         )
 
     def prefill_leg(self, burden: Burden, clock: Callable[[], float]) -> AbstractContextManager[PrefillLeg]:
@@ -112,13 +141,11 @@ class Node:
         """Keeps the books: a leg counts from here to the end of the context, however that is left."""
         self.legs.add(leg)
         self.busy_s = leg.sent_s
+        if leg.burden.compute_s:
+            self._backlog.sent(leg, leg.sent_s, leg.burden.compute_s)
         try:
             yield leg
         finally:
             leg.close()
             self.legs.discard(leg)
-
-
-def _single_step_s(record: NodeRecord) -> float:
-    """What a decode step of a single request takes, out of the one that was measured; 0.0 where none was."""
-    return record.decode_step_s / (1.0 + Rates.step_slope * max(0, record.num_running - 1))
+            self._backlog.counted(leg)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import enum
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 from router.cluster import Cluster
 from router.hits import Hit
+
+if TYPE_CHECKING:
+    from router.costs import Survey
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Rates:
     no_room_s: float = 1.0  # waiting until a full node has room for a prefill
     pressure_s: float = 0.15  # times k / (1 - k) where k of the decode node's blocks are in use
     max_stall_s: float = 0.02  # a decode node's own streams may be held up so long by a prompt that skips the first leg
+    work_ratio: float = 0.1  # what each second that a prefill node computes costs those who come later
     horizon_tokens: int = 32  # output tokens that a decode node's speed is weighed over
     tie_s: float = 0.002
     tie_ratio: float = 0.01
@@ -31,11 +35,15 @@ class Rates:
 
 @dataclass(frozen=True)
 class RequestView:
-    """What the choice depends on. `hits`: arena id -> the leading run of blocks that it holds, or is about to hold."""
+    """What the choice depends on. `hits`: arena id -> the leading run of blocks that it holds.
+
+    `warming`: node id -> the leading run that it was just sent to compute: whoever queues there finds it computed.
+    """
 
     num_tokens: int  # the prompt, and what was put out before a failover
     max_new_tokens: int
     hits: Mapping[str, Hit] = field(default_factory=dict)
+    warming: Mapping[str, int] = field(default_factory=dict)
     failed: frozenset[str] = frozenset()  # node ids that broke this request off: as good as dead
     no_prefill: frozenset[str] = frozenset()  # node ids that refused a leg for want of room: alive
     no_decode: frozenset[str] = frozenset()
@@ -87,6 +95,11 @@ class Plan:
     prefill_tokens: int  # that the first leg computes
     fetch_blocks: int  # leading blocks that it has when it begins to compute
     blocks: int  # that each leg holds
+    seen: Survey | None = field(default=None, compare=False, repr=False)  # what it was chosen from
+
+    def bare(self) -> Plan:
+        """Without what it was chosen from, which is as large as the cluster."""
+        return replace(self, seen=None)
 
     @property
     def cost_s(self) -> float:
@@ -126,6 +139,11 @@ class Reject:
     reason: Reason
     best: Plan | None = None
     retry_after_s: float = 0.0
+    seen: Survey | None = field(default=None, compare=False, repr=False)
+
+    def bare(self) -> Reject:
+        """Without what it was made from, which is as large as the cluster."""
+        return replace(self, best=self.best.bare() if self.best else None, seen=None)
 
     def __str__(self) -> str:
         if self.best is None:

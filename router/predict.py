@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,16 +22,17 @@ def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Ra
     seen = survey(request, cluster, now_s, rates)
     if isinstance(seen, Reject):
         return seen
-    sources = shortlist(seen.first.cost_s, seen.firsts, rng, rates)
-    targets = shortlist(seen.second.cost_s, seen.seconds, rng, rates)
-    # 2) The best few in pairs. A decode node runs the first leg itself where that is its role too, or where its
-    # streams hardly notice.
+    sources = shortlist(seen.first.cost_s, within(seen.firsts, seen.first.ttft_s, request.ttft_limit_s), rng, rates)
+    seconds = within(seen.seconds, seen.second.step_s, request.tpot_limit_s)
+    targets = shortlist(seen.second.cost_s, seconds, rng, rates)
+    # Where one node is to run both legs, its queue and its hits count as much as its steps.
+    both = shortlist(seen.first.cost_s + seen.second.cost_s, seen.alone, rng, rates)
+    # 2) The best few in pairs.
     pairs = [(source, target) for source, target in itertools.product(sources, targets) if source != target]
-    may_skip = seen.firsts | (seen.first.compute_s <= rates.max_stall_s)
-    pairs += [(target, target) for target in targets if may_skip[target]]
-    plans = [seen.plan(*pair) for pair in pairs]
+    plans = [seen.plan(*pair) for pair in [*pairs, *((row, row) for row in both)]]
     # 3) Pick: at random among near ties, so that routers with the same snapshot do not all pick the same node.
-    return pick(request, plans, rng, rates)
+    chosen = pick(request, plans, rng, rates)
+    return replace(chosen, seen=seen) if isinstance(chosen, Reject) else chosen
 
 
 def pick(request: RequestView, plans: Sequence[Plan], rng: random.Random, rates: Rates) -> Plan | Reject:
@@ -54,6 +56,14 @@ def broken_limit(request: RequestView, plan: Plan) -> Reason | None:
     if request.tpot_limit_s is not None and plan.predicted_tpot_s > request.tpot_limit_s:
         return Reason.TPOT
     return None
+
+
+def within(mask: Mask, values_s: Column, limit_s: float | None) -> Mask:
+    """The rows of `mask` that keep the limit, where there are any."""
+    if limit_s is None:
+        return mask
+    kept = mask & (values_s <= limit_s)
+    return kept if kept.any() else mask
 
 
 def shortlist(cost_s: Column, mask: Mask, rng: random.Random, rates: Rates) -> list[int]:

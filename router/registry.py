@@ -10,21 +10,23 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from kvstore.blocks import HASH_BYTES, BlockHash
 from kvstore.directory import Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
+from router.cluster import Cluster
 from router.errors import LegFailed
-from router.legs import Burden, DecodeLeg, PrefillLeg
-from router.nodes import Node
-from router.policy import NodeView
+from router.legs import Burden, DecodeLeg, Leg, PrefillLeg, Work
+from router.nodes import LegT, Node
+from router.speeds import in_use
 
 logger = logging.getLogger(__name__)
 
 ROLES = ("prefill", "decode", "both")
+Ground = tuple[str, BlockHash]  # model, root
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Registry:
         self._nodes: dict[str, Node] = {}
         self._left: list[Node] = []  # gone or replaced; their connection is open as long as they have legs
         self._pool: Pool | None = None
+        self._clusters: dict[Ground, Cluster] = {}  # those of each that can be given work
         self._last_poll_s = clock()
         self._is_blind = False
         self._polling: asyncio.Task[None] | None = None
@@ -87,19 +90,31 @@ class Registry:
         """The nodes' common ground; the last one known while no node is alive, None before the first."""
         return self._pool
 
-    def snapshot(self, pool: Pool | None = None) -> list[NodeView]:
-        """The nodes of `pool` (None: of the one that most nodes are in) that can be given work."""
+    def snapshot(self, pool: Pool | None = None) -> Cluster:
+        """The nodes of `pool` (None: of the one that most nodes are in) that can be given work, as of now.
+
+        It is the registry's own and goes on changing: ask for it, decide, and let it go.
+        """
         pool = pool or self._pool
-        nodes = [node for node in self._nodes.values() if node.down_since_s is None and not node.record.draining]
-        return [node.view() for node in nodes if pool is not None and _ground(node.record) == (pool.model, pool.root)]
+        cluster = self._clusters.get((pool.model, pool.root)) if pool is not None else None
+        return Cluster(1, 1) if cluster is None else cluster
 
     def prefill_leg(self, node_id: str, burden: Burden) -> AbstractContextManager[PrefillLeg]:
         """A leg to `run` inside the context. Raises `LegFailed` where the node is gone by now."""
-        return self._find(node_id).prefill_leg(burden, self._clock)
+        node = self._find(node_id)
+        return self._counted(node, node.prefill_leg(burden, self._clock))
 
     def decode_leg(self, node_id: str, burden: Burden) -> AbstractContextManager[DecodeLeg]:
         """A leg to `admit` and `start` inside the context. Raises `LegFailed` where the node is gone by now."""
-        return self._find(node_id).decode_leg(burden, self._clock)
+        node = self._find(node_id)
+        return self._counted(node, node.decode_leg(burden, self._clock))
+
+    def computed(self, leg: Leg, work: Work) -> None:
+        """A leg that is still open has computed its prompt."""
+        node = self._nodes.get(leg.callee.node_id)
+        if node is not None and leg in node.legs:
+            node.computed(leg, work, self._clock())
+            self._put(node)
 
     def mark_down(self, node_id: str, incarnation: str, problem: str) -> None:
         """Sends a node nothing more until it answers again, or a new incarnation takes its place."""
@@ -143,8 +158,50 @@ class Registry:
         for node in [node for node in self._nodes.values() if now_s - node.seen_s > self._patience.ttl_s]:
             logger.info("event=node_gone node_id=%s", node.record.node_id)
             self._left.append(self._nodes.pop(node.record.node_id))
+            for cluster in self._clusters.values():
+                cluster.drop(node.record.node_id)
         self._last_poll_s = started_s
         self._pool = _common_ground([node.record for node in self._nodes.values()]) or self._pool
+        self._reckon(now_s)
+
+    def _reckon(self, now_s: float) -> None:
+        """Compares all nodes' speeds, and puts their rows anew."""
+        groups: dict[Ground, list[Node]] = defaultdict(list)
+        for node in self._nodes.values():
+            node.learn()
+            groups[_ground(node.record)].append(node)
+        self._clusters = {ground: cluster for ground, cluster in self._clusters.items() if ground in groups}
+        for nodes in groups.values():
+            speeds = in_use([(node.record.role, node.speeds) for node in nodes])
+            for node, (prefill, step) in zip(nodes, speeds, strict=True):
+                node.reckon(prefill, step, now_s)
+                self._put(node)
+
+    def _put(self, node: Node) -> None:
+        """Its row as it is now, or none where it can be given no work."""
+        record = node.record
+        if self._nodes.get(record.node_id) is not node:
+            return  # another one has taken its place
+        ground = _ground(record)
+        for other, cluster in self._clusters.items():
+            if other != ground:
+                cluster.drop(record.node_id)
+        if ground not in self._clusters:
+            self._clusters[ground] = Cluster(record.block_size, record.block_bytes)
+        if node.down_since_s is None and not record.draining:
+            self._clusters[ground].put(node.view())
+        else:
+            self._clusters[ground].drop(record.node_id)
+
+    @contextmanager
+    def _counted(self, node: Node, kept: AbstractContextManager[LegT]) -> Iterator[LegT]:
+        """Whoever is planned next sees what the leg lays on its node, from here to the end of the context."""
+        try:
+            with kept as leg:
+                self._put(node)
+                yield leg
+        finally:
+            self._put(node)
 
     def _take_one(self, record: NodeRecord, now_s: float) -> None:
         node = self._nodes.get(record.node_id)
@@ -182,12 +239,14 @@ class Registry:
         elif node.down_since_s is not None:
             logger.info("event=node_back node_id=%s", node.record.node_id)
             node.down_since_s = None
+            self._put(node)
 
     def _set_down(self, node: Node, problem: str) -> None:
         if node.down_since_s is None:
             record = node.record
             logger.warning("event=node_down node_id=%s incarnation=%s %s", record.node_id, record.incarnation, problem)
         node.down_since_s = self._clock()
+        self._put(node)
 
     async def _close_left(self) -> None:
         for node in [node for node in self._left if not node.legs]:
@@ -210,14 +269,14 @@ def _is_sound(record: NodeRecord) -> bool:
     return len(root) == HASH_BYTES and min(sizes) > 0 and record.role in ROLES
 
 
-def _ground(record: NodeRecord) -> tuple[str, BlockHash]:
+def _ground(record: NodeRecord) -> Ground:
     """Nodes may exchange blocks if, and only if, this is equal. (The root names the block size too.)"""
     return record.model, BlockHash(bytes.fromhex(record.kv_root))
 
 
 def _common_ground(records: Sequence[NodeRecord]) -> Pool | None:
     """The largest group of nodes that can work together; the same one on every router."""
-    groups: dict[tuple[str, BlockHash], list[NodeRecord]] = defaultdict(list)
+    groups: dict[Ground, list[NodeRecord]] = defaultdict(list)
     for record in records:
         groups[_ground(record)].append(record)
     if not groups:

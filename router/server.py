@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import math
 import random
 import time
 import uuid
@@ -18,13 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from batonpb import inference_pb2
 from kvstore.directory import Directory
+from kvstore.scrape import ScrapeDoor
 from router.answer import Answer
-from router.dispatch import Dispatcher, Persistence, RoutedRequest
+from router.decider import Decider
+from router.dispatch import Dispatcher, Persistence
 from router.errors import (
     ClusterBusy,
     ClusterUnavailable,
@@ -32,7 +36,12 @@ from router.errors import (
     InvalidRequest,
     RouterError,
     Unauthenticated,
+    UnknownRequest,
+    WouldBeLate,
 )
+from router.journey import RoutedRequest
+from router.metrics import RouterCollector
+from router.policy import DEFAULT
 from router.registry import Patience, Pool, Registry
 from router.tenants import EVERYBODY, Tenant, Tenants, read_tenants
 from router.timeline import Timeline
@@ -46,9 +55,12 @@ STATUSES = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     ClusterBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    WouldBeLate: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnknownRequest: grpc.StatusCode.NOT_FOUND,
     ClusterUnavailable: grpc.StatusCode.UNAVAILABLE,
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+RETRY_AFTER = "retry-after-ms"  # in the trailing metadata of a request that would be late
 INLINE_BYTES = 2048  # texts up to this size are tokenised on the event loop: a thread would cost more
 # gRPC itself answers RESOURCE_EXHAUSTED to what is over its limit, so ours comes first by a wide margin.
 TRANSPORT_FACTOR = 4
@@ -65,6 +77,8 @@ class RouterConfig:
     host: str = "127.0.0.1"  # to listen on
     port: int = 0  # 0: the kernel chooses
     advertise_host: str = ""  # "" is `host`
+    policy: str = DEFAULT  # a name of router.policy.POLICIES
+    metrics: bool = False  # for Prometheus, over HTTP, at a port of its own
     tenants_file: str = ""  # read at the start; "": whoever reaches the port may use it, and all share one cache
     max_message_bytes: int = 16 * 2**20
     max_prompt_bytes: int = 4 * 2**20
@@ -117,17 +131,25 @@ class RouterServer:
         Raises `UnusableTokenizer`, `UnusableTenants`, and `RuntimeError` where the port is taken.
         """
         async with AsyncExitStack() as stack:
-            address = await self._open(stack)
+            address, metrics_address = await self._open(stack)
             self._stack = stack.pop_all()
-        logger.info("event=router_up address=%s", address)
-        return {"address": address, "model": self._config.model, "cluster": self._config.cluster}
+        logger.info("event=router_up address=%s metrics=%s", address, metrics_address or "none")
+        return {
+            "address": address,
+            "model": self._config.model,
+            "cluster": self._config.cluster,
+            "metrics_address": metrics_address,
+        }
 
     async def stop(self) -> None:
         """Takes no new requests, lets those that run end within `drain_s`, closes. Idempotent."""
         await self._stack.aclose()
 
-    async def _open(self, stack: AsyncExitStack) -> str:
-        """Opens the parts in the order in which they need each other; `stack` closes them in the opposite one."""
+    async def _open(self, stack: AsyncExitStack) -> tuple[str, str]:
+        """Opens the parts in the order in which they need each other; `stack` closes them in the opposite one.
+
+        Returns where the door is, and where the metrics are.
+        """
         config = self._config
         tokenizer = await asyncio.to_thread(Tokenizer, Path(config.model_dir))
         tenants = await asyncio.to_thread(read_tenants, Path(config.tenants_file)) if config.tenants_file else None
@@ -138,8 +160,10 @@ class RouterServer:
         registry = Registry(directory, config.model, config.patience)
         stack.push_async_callback(registry.stop)
         await registry.start()
-        dispatcher = Dispatcher(registry, directory, self._rng, Persistence(config.max_attempts, config.node_wait_s))
-        service = InferenceService(config, registry, dispatcher, tokenizer, self._rng, tenants)
+        persistence = Persistence(config.max_attempts, config.node_wait_s)
+        decider = Decider(self._rng, config.policy)
+        dispatcher = Dispatcher(registry, directory, decider, persistence)
+        service = InferenceService(config, registry, dispatcher, decider, tokenizer, self._rng, tenants)
         server = grpc.aio.server(options=_server_options(config))
         server.add_generic_rpc_handlers((service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -150,7 +174,16 @@ class RouterServer:
         reporting = asyncio.create_task(self._report_health(registry))
         stack.callback(reporting.cancel)
         stack.push_async_callback(self._health.enter_graceful_shutdown)
-        return f"{config.advertise_host or config.host}:{port}"
+        return f"{config.advertise_host or config.host}:{port}", await self._open_metrics(stack, decider)
+
+    async def _open_metrics(self, stack: AsyncExitStack, decider: Decider) -> str:
+        """Where they are; "" for nowhere."""
+        config = self._config
+        if not config.metrics:
+            return ""
+        door = ScrapeDoor()
+        stack.push_async_callback(door.close)
+        return await door.open(RouterCollector(decider.accuracy), config.host, config.advertise_host or config.host)
 
     async def _report_health(self, registry: Registry) -> None:
         """The process is well while it answers; its service is, while there is a node to serve it."""
@@ -161,13 +194,14 @@ class RouterServer:
 
 
 class InferenceService:
-    """`Generate` and `GetModel`. Requests come in as bytes, so that what is no message has an answer, too."""
+    """The door's methods. Requests come in as bytes, so that what is no message has an answer, too."""
 
     def __init__(  # noqa: PLR0913
         self,
         config: RouterConfig,
         registry: Registry,
         dispatcher: Dispatcher,
+        decider: Decider,
         tokenizer: Tokenizer,
         rng: random.Random,
         tenants: Tenants | None = None,
@@ -176,6 +210,7 @@ class InferenceService:
         self._config = config
         self._registry = registry
         self._dispatcher = dispatcher
+        self._decider = decider
         self._tokenizer = tokenizer
         self._rng = rng
         self._tenants = tenants
@@ -188,6 +223,9 @@ class InferenceService:
             ),
             "GetModel": grpc.unary_unary_rpc_method_handler(
                 self.get_model, response_serializer=model.SerializeToString
+            ),
+            "Explain": grpc.unary_unary_rpc_method_handler(
+                self.explain, response_serializer=inference_pb2.ExplainResponse.SerializeToString
             ),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -204,17 +242,30 @@ class InferenceService:
             has_chat_template=self._tokenizer.has_chat_template,
         )
 
+    async def explain(self, body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.ExplainResponse:
+        """Why a request went where it went: a tenant's own, and no other's."""
+        async with _statuses(context, "Explain"):
+            tenant = self._authenticate(context)
+            try:
+                request_id = inference_pb2.ExplainRequest.FromString(body).request_id
+            except DecodeError:
+                raise InvalidRequest("message", "is no baton.v1.ExplainRequest") from None
+            return self._decider.journal.explain(tenant.salt, request_id)
+        raise AssertionError("an aborted call goes on")
+
     async def generate(self, body: bytes, context: grpc.aio.ServicerContext) -> None:
         """A coroutine that writes, not a generator: only so does its end run for certain when the caller is gone."""
-        timeline = Timeline(time.monotonic)
+        timeline, received_s = Timeline(time.monotonic), time.monotonic()
         async with _statuses(context, "Generate"):
             tenant = self._authenticate(context)
             checked = check(parse(body, self._config.limits), self._config.limits)
-            request = await self._route(checked, tenant, context)
+            request = await self._route(checked, tenant, context, received_s)
             answer = Answer(request, checked.sampling.stop, self._tokenizer, timeline)
             async with aclosing(self._dispatcher.run(request, timeline)) as journey:
                 async for progress in journey:
                     response = answer.respond(progress)
+                    if response.finish_reason:
+                        self._decider.finished(request, response.timeline)
                     await context.write(response)
                     if response.finish_reason:
                         break
@@ -223,7 +274,9 @@ class InferenceService:
         """Whose call it is. Raises `Unauthenticated`."""
         return EVERYBODY if self._tenants is None else self._tenants.authenticate(context.invocation_metadata() or ())
 
-    async def _route(self, checked: CheckedRequest, tenant: Tenant, context: grpc.aio.ServicerContext) -> RoutedRequest:
+    async def _route(
+        self, checked: CheckedRequest, tenant: Tenant, context: grpc.aio.ServicerContext, received_s: float
+    ) -> RoutedRequest:
         """Fills in what the model and this router decide: tokens, length, seed, end tokens, the cache to use."""
         pool, remaining_s = self._pool(), context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
@@ -242,6 +295,9 @@ class InferenceService:
             deadline_s=deadline_s,
             salt=tenant.salt,
             kv_quota_bytes=tenant.kv_quota_bytes,
+            priority=checked.priority,
+            first_due_s=None if checked.ttft_slo_s is None else received_s + checked.ttft_slo_s,
+            tpot_limit_s=checked.tpot_slo_s,
         )
 
     async def _tokenise(self, checked: CheckedRequest, pool: Pool) -> list[int]:
@@ -270,7 +326,10 @@ async def _statuses(context: grpc.aio.ServicerContext, method: str) -> AsyncIter
     except RouterError as error:
         code = STATUSES.get(type(error), grpc.StatusCode.INTERNAL)
         logger.info("event=refused method=%s code=%s %s", method, code.name, error)
-        await context.abort(code, str(error))
+        metadata: tuple[tuple[str, str], ...] = ()
+        if isinstance(error, WouldBeLate):
+            metadata = ((RETRY_AFTER, str(math.ceil(error.retry_after_s * 1000))),)
+        await context.abort(code, str(error), trailing_metadata=metadata)
     except grpc.aio.AbortError:
         raise
     except Exception:

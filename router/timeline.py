@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from batonpb import inference_pb2
-from router.policy import Plan
+from router.plan import Plan
 
 NEVER_S = -1.0
 
@@ -41,6 +41,7 @@ class Timeline:
         if not self._num_tokens:
             self._message.planned_s = self._now_s()
             self._message.predicted_ttft_s = plan.predicted_ttft_s
+            self._message.predicted_tpot_s = plan.predicted_tpot_s
             self._message.prefill_node = plan.prefill_node or ""
 
     def admitted(self) -> None:

@@ -23,6 +23,7 @@ MAX_STOP_IDS = 16
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class CheckedRequest:
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     messages: tuple[tuple[str, str], ...] | None = None  # (role, content)
+    priority: int = 0  # the smaller one is computed first
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
 
 
 def parse(body: bytes, limits: Limits) -> inference_pb2.GenerateRequest:
@@ -66,7 +70,20 @@ def check(request: inference_pb2.GenerateRequest, limits: Limits) -> CheckedRequ
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)
     prompt = _check_prompt(request, limits)
-    return CheckedRequest(request.model, request.request_id, sampling, **prompt)
+    in_range = abs(request.priority) <= MAX_PRIORITY
+    _check(in_range, "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {request.priority}")
+    for name in ("ttft_slo_ms", "tpot_slo_ms"):
+        if request.HasField(name):
+            _check(getattr(request, name) >= 1, name, "must be at least 1, got 0")
+    return CheckedRequest(
+        request.model,
+        request.request_id,
+        sampling,
+        priority=request.priority,
+        ttft_slo_s=request.ttft_slo_ms / 1000 if request.HasField("ttft_slo_ms") else None,
+        tpot_slo_s=request.tpot_slo_ms / 1000 if request.HasField("tpot_slo_ms") else None,
+        **prompt,
+    )
 
 
 def check_model(asked: str, served: str) -> None:

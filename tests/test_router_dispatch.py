@@ -14,10 +14,11 @@ from router_fakes import BLOCK, CLUSTER, ROOT, Answer, FakeCluster, FakeNode, ex
 from batonpb import common_pb2
 from kvstore.blocks import BlockHash, hash_blocks
 from kvstore.directory import ON_DISK, ArenaRecord, Directory
-from router import policy
-from router.dispatch import Journey, RoutedRequest
 from router.errors import LegFailed, LegRefused
 from router.hits import Hit
+from router.journey import Journey, RoutedRequest
+from router.plan import Plan, Reject, RequestView
+from router.policy import POLICIES
 
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
 PROMPT = [256, *range(97, 197)]  # 101 tokens take 0.1 s at the fakes' speed: too long to skip the first leg
@@ -571,17 +572,23 @@ async def test_hits_are_located_and_draw_requests_to_their_arena(cluster: FakeCl
     await directory.close()
 
 
-async def test_what_lies_on_disk_is_told_to_the_policy(
-    cluster: FakeCluster, redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory, views = Directory(redis_url, CLUSTER), list[policy.RequestView]()
-    choose = policy.plan
+@pytest.fixture
+def views(monkeypatch: pytest.MonkeyPatch) -> list[RequestView]:
+    """What routers that start from now on ask their policy."""
+    seen, choose = list[RequestView](), POLICIES["predict"]()
 
-    def note(view: policy.RequestView, *rest: Any) -> policy.Plan | policy.Reject:
-        views.append(view)
+    def note(view: RequestView, *rest: Any) -> Plan | Reject:
+        seen.append(view)
         return choose(view, *rest)
 
-    monkeypatch.setattr(policy, "plan", note)
+    monkeypatch.setitem(POLICIES, "predict", lambda: note)
+    return seen
+
+
+async def test_what_lies_on_disk_is_told_to_the_policy(
+    views: list[RequestView], cluster: FakeCluster, redis_url: str
+) -> None:
+    directory = Directory(redis_url, CLUSTER)
     prompt = [256, *(97 + n % 26 for n in range(BLOCK * 8))]
     hashes = hash_blocks(BlockHash(ROOT), prompt, BLOCK)[:6]
     arena = ArenaRecord(arena_id="a1", address="tcp://127.0.0.1:1", host="h", slot_bytes=1, num_slots=100)

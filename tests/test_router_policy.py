@@ -4,31 +4,74 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.cluster import Cluster, NodeView
+from router.costs import decode_costs, prefill_costs, survey
 from router.hits import NO_HIT, Hit
-from router.policy import NodeView, Plan, Rates, Reject, RequestView, decode_terms, handoff_s, plan, prefill_terms
+from router.plan import DecodeTerms, Plan, PrefillTerms, Rates, Reason, Reject, RequestView
+from router.policy import POLICIES
+from router.predict import predict
+from router.speeds import PrefillSpeed, StepSpeed
 
-BLOCK = 16
+BLOCK, BLOCK_BYTES = 16, 1 << 20
 RATES = Rates()
+NOW_S = 100.0
 
 
 def node(name: str, role: str = "both", **fields: object) -> NodeView:
+    """One that computes 2,000 tokens a second and has nothing to do."""
+    rate = float(fields.pop("prefill_tokens_per_s", 2000.0))
+    step_s = float(fields.pop("step_s", 0.03))
     defaults = {
-        "block_size": BLOCK,
-        "block_bytes": 1 << 20,
-        "max_model_len": 1 << 20,
+        "prefill": PrefillSpeed.of_rate(rate),
+        "step": StepSpeed.of_step(step_s, 1),
         "arena_id": "a0",
+        "free_at_s": NOW_S + fields.pop("queued_prefill_tokens", 0) / rate,
         "free_blocks": 10_000,
         "total_blocks": 10_000,
-        "prefill_tokens_per_s": 2000.0,
-        "step_s": 0.03,
+        "max_model_len": 1 << 20,
     }
     return NodeView(node_id=name, role=role, **(defaults | fields))
+
+
+def cluster_of(nodes: Sequence[NodeView], block_bytes: int = BLOCK_BYTES) -> Cluster:
+    return Cluster(BLOCK, block_bytes, nodes)
+
+
+def plan(view: RequestView, nodes: Sequence[NodeView], rng: random.Random, rates: Rates = RATES) -> Plan | Reject:
+    return predict(view, cluster_of(nodes), NOW_S, rng, rates)
+
+
+def prefill_terms(
+    view: RequestView, one: NodeView, rates: Rates = RATES, block_bytes: int = BLOCK_BYTES
+) -> PrefillTerms:
+    return prefill_costs(view, cluster_of([one], block_bytes), NOW_S, rates).terms(0)
+
+
+def decode_terms(view: RequestView, one: NodeView, rates: Rates = RATES) -> DecodeTerms:
+    return decode_costs(view, cluster_of([one]), rates).terms(0)
+
+
+def handoff_s(view: RequestView, source: NodeView, target: NodeView, rates: Rates = RATES) -> float:
+    seen = survey(view, cluster_of([source, target]), NOW_S, rates)
+    assert not isinstance(seen, Reject)
+    return seen.handoff_s(0, 1)
+
+
+def with_leg(one: NodeView, compute_s: float, blocks: int) -> NodeView:
+    """This node after one more leg was sent to it."""
+    return replace(
+        one,
+        num_requests=one.num_requests + 1,
+        free_at_s=max(one.free_at_s, NOW_S) + compute_s,
+        free_blocks=max(0, one.free_blocks - blocks),
+    )
 
 
 def request(num_tokens: int = 1000, max_new_tokens: int = 100, **fields: object) -> RequestView:
@@ -54,8 +97,8 @@ nodes_strategy = st.builds(
     queued_prefill_tokens=st.integers(0, 100_000),
     free_blocks=st.integers(0, 1000),
     total_blocks=st.sampled_from([0, 1000]),
-    prefill_tokens_per_s=st.sampled_from([0.0, 500.0, 20_000.0]),
-    step_s=st.sampled_from([0.0, 0.005, 0.1]),
+    prefill_tokens_per_s=st.sampled_from([500.0, 20_000.0]),
+    step_s=st.sampled_from([0.005, 0.1]),
 )
 clusters = st.lists(nodes_strategy, max_size=6, unique_by=lambda view: view.node_id)
 hits_strategy = st.integers(0, 2000).flatmap(lambda n: st.builds(Hit, st.just(n), st.integers(0, n)))
@@ -75,20 +118,20 @@ def test_seconds_grow_with_load(view: RequestView, one: NodeView, more: int, tok
     busier = replace(
         one,
         num_requests=one.num_requests + more,
-        queued_prefill_tokens=one.queued_prefill_tokens + tokens,
+        free_at_s=one.free_at_s + tokens / 500.0,
         free_blocks=max(0, one.free_blocks - blocks),
     )
-    assert prefill_terms(view, busier, RATES).cost_s >= prefill_terms(view, one, RATES).cost_s
-    assert decode_terms(view, busier, RATES).cost_s >= decode_terms(view, one, RATES).cost_s
+    assert prefill_terms(view, busier).cost_s >= prefill_terms(view, one).cost_s
+    assert decode_terms(view, busier).cost_s >= decode_terms(view, one).cost_s
 
 
 @given(requests, nodes_strategy, st.integers(1, 1000))
 def test_seconds_shrink_with_hits(view: RequestView, one: NodeView, blocks: int) -> None:
     """What this machine's arena holds besides is never worth less than nothing, as memory outruns computing."""
-    quick = replace(one, arena_id="a0", block_bytes=1024)
+    quick = replace(one, arena_id="a0")
     warmer = replace(view, hits={**view.hits, "a0": Hit(view.hits.get("a0", NO_HIT).num_blocks + blocks)})
-    before, after = prefill_terms(view, quick, RATES), prefill_terms(warmer, quick, RATES)
-    assert after.compute_s <= before.compute_s
+    before, after = (prefill_terms(each, quick, block_bytes=1024) for each in (view, warmer))
+    assert after.ttft_s <= before.ttft_s + 1e-9
     assert after.compute_s > 0, "one token is always computed"
 
 
@@ -97,7 +140,7 @@ def test_a_plan_keeps_its_promises(view: RequestView, cluster: list[NodeView], s
     chosen = plan(view, cluster, random.Random(seed), RATES)
     living = {one.node_id: one for one in cluster if one.node_id not in view.failed}
     if not isinstance(chosen, Plan):
-        assert (chosen is Reject.NO_NODE) == (not living)
+        assert (chosen.reason is Reason.NO_NODE) == (not living)
         return
     assert chosen.decode_node in living and chosen.decode_node not in view.no_decode
     assert chosen.prefill_node is None or chosen.prefill_node in living
@@ -113,7 +156,8 @@ def test_a_plan_keeps_its_promises(view: RequestView, cluster: list[NodeView], s
 def test_a_much_busier_node_is_left_alone(view: RequestView, cluster: list[NodeView], seed: int) -> None:
     """A copy of a node that is minutes behind is never chosen beside the node itself."""
     twins = [
-        replace(one, node_id=one.node_id + "-busy", queued_prefill_tokens=10**8, num_requests=10**6) for one in cluster
+        replace(one, node_id=one.node_id + "-busy", free_at_s=one.free_at_s + 10**5, num_requests=10**6)
+        for one in cluster
     ]
     free = replace(view, no_prefill=frozenset(), no_decode=frozenset(), failed=frozenset())
     chosen = plan(free, cluster + twins, random.Random(seed), RATES)
@@ -145,9 +189,9 @@ def test_a_shared_system_prompt_does_not_herd(roles: tuple[str, ...], uncached_t
         first = chosen.prefill_node or chosen.decode_node
         used["prefill"][first] += 1
         used["decode"][chosen.decode_node] += 1
-        cluster[first] = cluster[first].with_leg(chosen.prefill_tokens, chosen.blocks)
+        cluster[first] = with_leg(cluster[first], chosen.prefill.compute_s, chosen.blocks)
         if first != chosen.decode_node:
-            cluster[chosen.decode_node] = cluster[chosen.decode_node].with_leg(0, chosen.blocks)
+            cluster[chosen.decode_node] = with_leg(cluster[chosen.decode_node], 0.0, chosen.blocks)
     for leg, counts in used.items():
         assert len(counts) >= 4, f"{leg}: {counts}"
         assert max(counts.values()) <= 50, f"{leg}: {counts}"
@@ -168,7 +212,8 @@ class Served:
         """As a router sees it, a tenth of a second after the last request."""
         self.queued_tokens = max(0, self.queued_tokens - 200)
         self.ends_s = [end_s for end_s in self.ends_s if end_s > now_s]
-        return replace(self.view, num_requests=len(self.ends_s), queued_prefill_tokens=self.queued_tokens)
+        free_at_s = NOW_S + self.queued_tokens / 2000.0
+        return replace(self.view, num_requests=len(self.ends_s), free_at_s=free_at_s)
 
 
 def serve(cluster: dict[str, Served], num_requests: int, held: dict[int, dict[str, Hit]], seed: int) -> list[str]:
@@ -189,11 +234,11 @@ def serve(cluster: dict[str, Served], num_requests: int, held: dict[int, dict[st
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_empty_newcomer_gets_its_share_and_not_all(seed: int) -> None:
-    """Four nodes with caches and load; then a fifth joins that has neither and was never measured."""
+    """Four nodes with caches and load; then a fifth joins that has neither."""
     cluster = {f"n{n}": Served(node(f"n{n}", arena_id=f"a{n}")) for n in range(4)}
     held = {chat: {f"a{chat % 4}": Hit(100)} for chat in range(NUM_CHATS)}
     serve(cluster, 100, held, seed)
-    cluster["new"] = Served(node("new", arena_id="a-new", prefill_tokens_per_s=0.0, step_s=0.0))
+    cluster["new"] = Served(node("new", arena_id="a-new"))
     chosen = serve(cluster, 500, held, seed + 100)
     first, later = Counter(chosen[:50]), Counter(chosen[50:])
     assert 10 <= first["new"] <= 30, f"more than a fifth while it catches up, and never all: {first}"
@@ -235,38 +280,19 @@ def test_a_node_of_both_roles_runs_both_legs_alone() -> None:
     assert pair(choose(request(5000), [node("n0"), node("n1", num_requests=8)])) == (None, "n0")
 
 
-def test_a_newcomer_is_taken_to_be_as_fast_as_its_peers() -> None:
-    """Else nobody would ever measure it: 5 ms a step is far from any guess."""
-    old = [node("p0", "prefill", prefill_tokens_per_s=50_000.0), node("d0", "decode", step_s=0.005)]
-    new = [node("p1", "prefill", prefill_tokens_per_s=0.0), node("d1", "decode", step_s=0.0)]
-    chosen = [choose(request(5000), old + new, seed) for seed in range(40)]
-    assert {c.prefill_node for c in chosen} == {"p0", "p1"}
-    assert {c.decode_node for c in chosen} == {"d0", "d1"}
-
-
-def test_a_node_that_was_slow_is_tried_again_after_a_rest() -> None:
-    def used(is_rested: bool) -> set[str]:
-        nodes = [node("n0", step_s=0.005), node("n1", step_s=0.05, is_rested=is_rested)]
-        return {choose(request(), nodes, seed).decode_node for seed in range(40)}
-
-    assert used(is_rested=False) == {"n0"}
-    assert used(is_rested=True) == {"n0", "n1"}
-
-
-def test_speeds_of_nodes_that_all_rest_are_better_than_a_guess() -> None:
-    nodes = [node(f"n{n}", prefill_tokens_per_s=50_000.0, is_rested=True) for n in range(3)]
-    assert choose(request(5000), nodes).predicted_ttft_s == pytest.approx(0.1)
-
-
 def test_the_store_decides_how_far_a_handoff_is() -> None:
-    view, prefill = request(1600), prefill_terms(request(1600), node("p0"), RATES)
-    near = handoff_s(view, node("p0"), node("d0"), prefill, RATES)
+    view = request(1600)
+    near = handoff_s(view, node("p0"), node("d0"))
     slow_wire = Rates(wire_bytes_per_s=1e7)
-    far = handoff_s(view, node("p0"), node("d0", arena_id="a1"), prefill, slow_wire)
-    unpublished = handoff_s(view, node("p0", arena_id=""), node("d0"), prefill, RATES)
+    far = handoff_s(view, node("p0"), node("d0", arena_id="a1"), slow_wire)
+    unpublished = handoff_s(view, node("p0", arena_id=""), node("d0"))
     assert near == pytest.approx(RATES.handoff_s), "hidden behind the prefill"
     assert far == pytest.approx(RATES.handoff_s + 100 * (1 << 20) / 1e7 - 0.8)
     assert unpublished == pytest.approx(RATES.handoff_s + 0.8), "computed once more"
+    held = request(1600, hits={"a1": Hit(90), "a0": Hit(90)})
+    far = handoff_s(held, node("p0"), node("d0", arena_id="a1"), slow_wire)
+    new_s, near_s = 10 * (1 << 20) / 1e7, 90 * (1 << 20) / 4e9
+    assert far == pytest.approx(RATES.handoff_s + near_s + new_s - (near_s + 0.08)), "it has ninety of them already"
 
 
 DISK_S = (1 << 20) / RATES.disk_bytes_per_s  # of one block
@@ -275,7 +301,8 @@ NEAR_S, FAR_S = (1 << 20) / RATES.memory_bytes_per_s, (1 << 20) / RATES.wire_byt
 
 def test_what_lies_on_disk_takes_longer() -> None:
     def fetch_s(hits: dict[str, Hit]) -> float:
-        return prefill_terms(request(1610, hits=hits), node("n0"), RATES).fetch_s
+        slow = node("n0", prefill_tokens_per_s=100.0)  # so that it is worth while
+        return prefill_terms(request(1610, hits=hits), slow).fetch_s
 
     assert fetch_s({"a0": Hit(100)}) == pytest.approx(100 * NEAR_S)
     assert fetch_s({"a0": Hit(100, 30)}) == pytest.approx(100 * NEAR_S + 30 * DISK_S)
@@ -291,8 +318,7 @@ def test_a_disk_that_is_slower_than_computing_holds_nothing() -> None:
     assert terms.compute_s == pytest.approx((1610 - 70 * BLOCK) / 2000.0)
     assert prefill_terms(view, node("n0", prefill_tokens_per_s=10.0), slow).compute_s == pytest.approx(10 / 10.0)
     assert choose(view, [node("n0")], rates=slow).prefill_tokens == 1610 - 70 * BLOCK
-    prefill = prefill_terms(view, node("n0", arena_id=""), slow)
-    unpublished = handoff_s(view, node("n0", arena_id=""), node("n1"), prefill, slow)
+    unpublished = handoff_s(view, node("n0", arena_id=""), node("n1"), slow)
     assert unpublished == pytest.approx(slow.handoff_s + (1610 - 70 * BLOCK) / 2000.0)
 
 
@@ -315,13 +341,11 @@ def test_a_disk_is_never_better_than_memory_nor_worse_than_nothing(
     rates = Rates(disk_bytes_per_s=disk_bytes_per_s)
     all_in_memory = replace(view, hits={name: Hit(hit.num_blocks) for name, hit in view.hits.items()})
     terms, best = prefill_terms(view, one, rates), prefill_terms(all_in_memory, one, rates)
-    assert terms.compute_s >= best.compute_s
+    assert terms.ttft_s >= best.ttft_s - 1e-9
     alone = replace(view, hits={name: hit for name, hit in view.hits.items() if name == "a1"})
     without = replace(alone, hits={name: hit.in_memory() for name, hit in alone.hits.items()})
     terms, worst = prefill_terms(alone, one, rates), prefill_terms(without, one, rates)
-    num_tokens = alone.hits.get("a1", NO_HIT).num_blocks * one.block_size
-    if num_tokens < alone.num_tokens:  # else the last token is computed all the same
-        assert terms.ttft_s <= worst.ttft_s + 1e-9
+    assert terms.ttft_s <= worst.ttft_s + 1e-9
 
 
 def test_lost_roles_are_played_by_whoever_lives() -> None:
@@ -338,14 +362,14 @@ def test_a_role_that_is_busy_is_not_lost() -> None:
     """Overflow of decode nodes must not land on prefill nodes: the client is told to come again."""
     nodes = [node("p0", "prefill"), node("d0", "decode")]
     rng = random.Random(0)
-    assert plan(request(5000, no_decode=frozenset({"d0"})), nodes, rng) is Reject.BUSY
-    assert plan(request(5000, no_prefill=frozenset({"p0"})), nodes, rng) is Reject.BUSY
+    assert plan(request(5000, no_decode=frozenset({"d0"})), nodes, rng) == Reject(Reason.BUSY)
+    assert plan(request(5000, no_prefill=frozenset({"p0"})), nodes, rng) == Reject(Reason.BUSY)
     assert pair(choose(request(16, no_prefill=frozenset({"p0"})), nodes)) == (None, "d0")
 
 
 def test_no_node() -> None:
-    assert plan(request(), [], random.Random(0)) is Reject.NO_NODE
-    assert plan(request(failed=frozenset({"n0"})), [node("n0")], random.Random(0)) is Reject.NO_NODE
+    assert plan(request(), [], random.Random(0)) == Reject(Reason.NO_NODE)
+    assert plan(request(failed=frozenset({"n0"})), [node("n0")], random.Random(0)) == Reject(Reason.NO_NODE)
 
 
 def test_room_comes_before_speed() -> None:
@@ -365,10 +389,67 @@ def test_the_explanation_is_one_line_of_seconds() -> None:
     assert all(part.count("=") == 1 for part in text.split())
 
 
-def test_a_newcomer_is_taken_to_be_as_fast_as_the_others() -> None:
-    measured = node("old", prefill_tokens_per_s=20_000.0, step_s=0.003)
-    newcomer = node("new", prefill_tokens_per_s=0.0, step_s=0.0)
-    chosen = Counter(choose(request(), [measured, newcomer], seed).decode_node for seed in range(100))
-    assert min(chosen["old"], chosen["new"]) > 25
-    slow = node("slow", prefill_tokens_per_s=200.0, step_s=0.3)
-    assert choose(request(), [slow, newcomer, measured]).decode_node != "slow"
+def test_what_a_node_is_about_to_have_draws_its_siblings() -> None:
+    """A prompt of one second was sent to p1 0.3 s ago; its sibling has a tail of its own of 0.1 s."""
+    nodes = [node("p0", "prefill"), node("p1", "prefill", queued_prefill_tokens=1400), node("d0", "decode")]
+    sibling = request(2200)
+    assert choose(sibling, nodes).prefill_node == "p0"
+    warm = choose(replace(sibling, warming={"p1": 125, "gone": 125}), nodes)
+    assert warm.prefill_node == "p1" and warm.prefill_tokens == 200
+    assert warm.predicted_ttft_s == pytest.approx(0.8)
+
+
+def test_limits_are_kept_or_the_request_is_rejected() -> None:
+    nodes = [node("p0", "prefill", queued_prefill_tokens=2000), node("d0", "decode"), node("d1", "decode", step_s=0.2)]
+    assert pair(choose(request(2000, ttft_limit_s=2.1, tpot_limit_s=0.05), nodes)) == ("p0", "d0")
+    late = plan(request(2000, ttft_limit_s=1.5), nodes, random.Random(0))
+    assert isinstance(late, Reject) and late.reason is Reason.TTFT and late.best is not None
+    assert late.best.predicted_ttft_s == pytest.approx(2.0) and late.retry_after_s >= 0.5
+    assert "predicted TTFT 2.000 s" in str(late)
+    slow = plan(request(2000, tpot_limit_s=0.01), nodes, random.Random(0))
+    assert isinstance(slow, Reject) and slow.reason is Reason.TPOT and slow.best is not None
+    assert slow.best.predicted_tpot_s == pytest.approx(0.03)
+
+
+def test_legs_that_still_prefill_count_for_their_decode_node() -> None:
+    """Their requests are there when this one's prefill ends."""
+    crowd = node("d0", "decode", num_requests=30)
+    assert isinstance(plan(request(2000, tpot_limit_s=0.05), [node("p0", "prefill"), crowd], random.Random(0)), Reject)
+    assert choose(request(2000, tpot_limit_s=0.05), [node("p0", "prefill"), crowd, node("d1", "decode")])
+
+
+def test_a_limit_that_only_a_dearer_node_keeps_is_kept() -> None:
+    """Many fast nodes that are nearly full are the cheaper ones by their pressure; all of them break the limit."""
+    many = [node(f"d{n}", "decode", step_s=0.03) for n in range(8)]
+    quick = node("quick", "decode", step_s=0.02, free_blocks=200)
+    nodes = [node("p0", "prefill"), *many, quick]
+    assert choose(request(2000), nodes).decode_node != "quick"
+    assert choose(request(2000, tpot_limit_s=0.025), nodes).decode_node == "quick"
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@given(view=requests, nodes=clusters, seed=st.integers())
+def test_every_policy_keeps_to_the_living(name: str, view: RequestView, nodes: list[NodeView], seed: int) -> None:
+    chosen = POLICIES[name]()(view, cluster_of(nodes), NOW_S, random.Random(seed), RATES)
+    if isinstance(chosen, Plan):
+        living = {one.node_id for one in nodes} - view.failed
+        assert chosen.decode_node in living - view.no_decode
+        assert chosen.prefill_node is None or chosen.prefill_node in living - view.no_prefill
+        assert chosen.prefill_node is not None or name == "predict" or chosen.decode_node not in view.no_prefill
+
+
+def test_two_routers_do_not_herd() -> None:
+    """Each sees its own legs at once, and the other's with the next heartbeat only: a second later."""
+    truth = {f"p{n}": node(f"p{n}", "prefill", arena_id=f"a{n}") for n in range(8)} | {"d0": node("d0", "decode")}
+    views = [dict(truth), dict(truth)]
+    rng, used = random.Random(3), Counter[str]()
+    for number in range(400):
+        if number % 20 == 0:
+            views = [dict(truth), dict(truth)]
+        mine = views[number % 2]
+        chosen = choose(request(1000), list(mine.values()), rng.randrange(1 << 30))
+        assert chosen.prefill_node is not None
+        used[chosen.prefill_node] += 1
+        for cluster in (truth, mine):
+            cluster[chosen.prefill_node] = with_leg(cluster[chosen.prefill_node], chosen.prefill.compute_s, 0)
+    assert len(used) == 8 and max(used.values()) < 1.3 * 50 and min(used.values()) > 0.7 * 50, used

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from conftest import RedisProcess, eventually
 from router_fakes import CLUSTER, ROOT, FakeCluster, running, set_health
 
 from kvstore.directory import Directory, NodeRecord
+from router.cluster import Cluster
 from router.errors import LegFailed
-from router.legs import Burden
-from router.policy import NodeView
+from router.legs import Burden, Work
 from router.registry import Patience, Registry
 
 PATIENCE = Patience(ttl_s=3.0, cool_down_s=2.0, probe_s=0.5)
@@ -31,6 +31,7 @@ RECORD = NodeRecord(
     queued_prefill_tokens=100,
     free_blocks=50,
     total_blocks=80,
+    prefill_tokens_per_s=1000.0,
     decode_step_s=0.01,
 )
 
@@ -63,17 +64,45 @@ async def registry(directory: Directory, clock: Clock) -> AsyncIterator[Registry
     await registry.stop()
 
 
-async def poll(registry: Registry, clock: Clock, after_s: float = 0.25) -> list[NodeView]:
+@dataclass(frozen=True)
+class Row:
+    """A node as a policy sees it."""
+
+    node_id: str
+    num_requests: int
+    free_blocks: int
+    free_at_s: float
+    prefill_s: float  # of 600 tokens
+    step_s: float  # of a single request
+
+
+def rows(cluster: Cluster) -> list[Row]:
+    found = [row for row in range(len(cluster.node_ids)) if cluster.is_there[row]]
+    assert len(found) == len(cluster)
+    return [
+        Row(
+            cluster.node_ids[row],
+            *(int(column[row]) for column in (cluster.num_requests, cluster.free_blocks)),
+            float(cluster.free_at_s[row]),
+            float(cluster.prefill_base_s[row] + 600 * cluster.prefill_token_s[row]),
+            float(cluster.step_base_s[row] + cluster.step_request_s[row]),
+        )
+        for row in found
+    ]
+
+
+async def poll(registry: Registry, clock: Clock, after_s: float = 0.25) -> list[Row]:
     clock.now_s += after_s
     await registry.refresh()
-    return registry.snapshot()
+    return rows(registry.snapshot())
 
 
 async def test_a_node_comes_and_goes(registry: Registry, directory: Directory, clock: Clock) -> None:
     assert await poll(registry, clock) == [] and registry.pool is None
     await directory.heartbeat_node(RECORD, 30.0)
     [view] = await poll(registry, clock)
-    assert (view.node_id, view.num_requests, view.queued_prefill_tokens, view.free_blocks) == ("n0", 3, 100, 50)
+    assert (view.node_id, view.num_requests, view.free_blocks) == ("n0", 3, 50)
+    assert view.free_at_s == pytest.approx(clock.now_s + 0.1), "a hundred tokens are queued"
     assert view.step_s == pytest.approx(0.01 / 1.16), "of one request alone, from a step of three"
     await directory.remove_node("n0")
     assert await poll(registry, clock, 2.9), "an emptied Redis must not empty the cluster at once"
@@ -118,29 +147,70 @@ async def test_what_was_sent_counts_until_a_record_counts_it(
     await directory.heartbeat_node(RECORD, 30.0)
     await poll(registry, clock)
 
-    def load() -> tuple[int, int, int]:
-        [view] = registry.snapshot()
-        return view.num_requests, view.queued_prefill_tokens, view.free_blocks
+    def load() -> tuple[int, int, float]:
+        """Requests, free blocks, queued seconds since the record."""
+        [row] = rows(registry.snapshot())
+        return row.num_requests, row.free_blocks, round(row.free_at_s - record_s, 6)
 
-    with registry.prefill_leg("n0", Burden(prefill_tokens=40, blocks=5)):
-        assert load() == (4, 140, 45)
+    record_s = clock.now_s
+    with registry.prefill_leg("n0", Burden(compute_s=0.4, blocks=5)):
+        assert load() == (4, 45, 0.5)
         with registry.decode_leg("n0", Burden(blocks=60)):
-            assert load() == (5, 140, 0), "never less than no block"
-        assert load() == (4, 140, 45), "a leg that is over counts no more"
+            assert load() == (5, 0, 0.5), "never less than no block"
+        assert load() == (4, 45, 0.5), "a leg that is over counts no more"
         await poll(registry, clock)
-        assert load() == (4, 140, 45), "the same record is no news"
+        assert load() == (4, 45, 0.5), "the same record is no news"
         # A record that is new at this poll was written after the last poll, and so after the leg was sent.
         await directory.heartbeat_node(replace(RECORD, num_running=4), 30.0)
         await poll(registry, clock)
-        assert load() == (4, 100, 50)
-    assert load() == (4, 100, 50)
+        record_s = clock.now_s
+        assert load() == (4, 50, 0.1)
+    assert load() == (4, 50, 0.1)
+
+
+async def test_what_is_computed_is_queued_no_more(registry: Registry, directory: Directory, clock: Clock) -> None:
+    await directory.heartbeat_node(RECORD, 30.0)
+    await poll(registry, clock)
+    with registry.prefill_leg("n0", Burden(compute_s=0.4)) as leg:
+        clock.now_s += 1.0
+        registry.computed(leg, Work(uncached_tokens=600, cached_tokens=0, seconds=0.3))
+        [row] = rows(registry.snapshot())
+        assert row.free_at_s == clock.now_s, "until now it was at work"
+        assert 0.29 < row.prefill_s < 0.6, "on the way from what its record said to what it did"
+    for seconds in (0.3, 0.3, 0.3, 0.3):
+        with registry.prefill_leg("n0", Burden(compute_s=0.4)) as leg:
+            registry.computed(leg, Work(600, 0, seconds))
+    assert rows(registry.snapshot())[0].prefill_s == pytest.approx(0.3, rel=0.1)
+    registry.computed(leg, Work(600, 0, 9.0))
+    assert rows(registry.snapshot())[0].prefill_s < 1.0, "late news of a leg that is over"
+
+
+async def test_new_and_rested_nodes_count_as_fast_as_their_peers(
+    registry: Registry, directory: Directory, clock: Clock
+) -> None:
+    for n, (rate, step_s) in enumerate([(1000.0, 0.01), (1000.0, 0.01), (10.0, 1.0), (0.0, 0.0)]):
+        record = replace(
+            RECORD, node_id=f"n{n}", prefill_tokens_per_s=rate, decode_step_s=step_s, num_running=int(n != 2)
+        )
+        await directory.heartbeat_node(record, 60.0)
+    await poll(registry, clock)
+    assert [row.prefill_s for row in rows(registry.snapshot())] == pytest.approx([0.6, 0.6, 60.0, 0.6])
+    for _ in range(5):
+        await poll(registry, clock, 2.5)
+    found = rows(registry.snapshot())
+    assert [row.prefill_s for row in found] == pytest.approx([0.6] * 4), "the slow one has rested"
+    assert [row.step_s for row in found] == pytest.approx([0.01] * 4)
+    with registry.prefill_leg("n2", Burden()) as leg:
+        for _ in range(6):
+            registry.computed(leg, Work(100, 0, 10.0))
+        assert rows(registry.snapshot())[2].prefill_s > 6.0, "measured again"
 
 
 async def test_a_record_may_be_older_than_what_was_sent(registry: Registry, directory: Directory, clock: Clock) -> None:
     await directory.heartbeat_node(RECORD, 30.0)
     await poll(registry, clock)
     clock.now_s += 0.1
-    with registry.prefill_leg("n0", Burden(prefill_tokens=40)):
+    with registry.prefill_leg("n0", Burden(compute_s=0.04)):
         await directory.heartbeat_node(replace(RECORD, num_running=0), 30.0)
         [view] = await poll(registry, clock, 0.1)
         assert view.num_requests == 1, "sent after the last poll: whether the record counts it, nobody knows"
@@ -154,7 +224,7 @@ async def test_a_node_that_is_down_gets_nothing_until_a_new_incarnation(
     registry.mark_down("n0", "an older one", "test")
     assert registry.snapshot(), "that was another process"
     registry.mark_down("n0", "i0", "test")
-    assert registry.snapshot() == []
+    assert len(registry.snapshot()) == 0
     assert await poll(registry, clock, 1.0) == []
     await directory.heartbeat_node(replace(RECORD, incarnation="i1"), 30.0)
     assert len(await poll(registry, clock)) == 1
@@ -211,17 +281,3 @@ async def test_nobody_is_forgotten_while_redis_is_away(redis_process: RedisProce
     assert await poll(registry, clock, 0.3) == []
     await registry.stop()
     await directory.close()
-
-
-async def test_a_rested_node_says_so(registry: Registry, directory: Directory, clock: Clock) -> None:
-    idle = replace(RECORD, num_running=0)
-    await directory.heartbeat_node(idle, 30.0)
-    await poll(registry, clock)
-    [view] = await poll(registry, clock, 2.0)
-    assert not view.is_rested
-    for _ in range(5):
-        [view] = await poll(registry, clock, 2.5)
-    assert view.is_rested
-    with registry.decode_leg("n0", Burden()):
-        [view] = await poll(registry, clock, 2.5)
-        assert not view.is_rested

@@ -126,7 +126,7 @@ async def test_what_goes_wrong_inside_is_said_without_details(cluster: FakeClust
     def broken(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr("router.dispatch.policy.plan", broken)
+    monkeypatch.setattr("router.decider.Decider.decide", broken)
     error = await refusal(cluster, request("x"))
     assert error.code() == grpc.StatusCode.INTERNAL and "secret" not in error.details()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.policy import DecodeTerms, Plan, PrefillTerms
+from router.plan import DecodeTerms, Plan, PrefillTerms
 from router.timeline import Timeline
 
 
@@ -20,7 +20,8 @@ class Clock:
 
 def plan(prefill_node: str | None, decode_node: str) -> Plan:
     terms = PrefillTerms(queue_s=0.5, room_s=0.0, fetch_s=0.0, compute_s=1.0, stall_s=9.0)
-    return Plan(prefill_node, decode_node, terms, DecodeTerms(1.0, 1.0), 0.0, prefill_tokens=1, blocks=1)
+    decode = DecodeTerms(step_s=0.25, steps_s=1.0, pressure_s=1.0)
+    return Plan(prefill_node, decode_node, terms, decode, 0.0, prefill_tokens=1, fetch_blocks=0, blocks=1)
 
 
 def test_a_request_from_receipt_to_end() -> None:
@@ -40,6 +41,7 @@ def test_a_request_from_receipt_to_end() -> None:
     assert (message.planned_s, message.admitted_s, message.prefill_start_s) == (1, 2, 3)
     assert (message.first_token_s, message.finished_s, message.tpot_s) == (4, 10, 2)
     assert (message.prefill_node, message.decode_node, message.predicted_ttft_s) == ("p0", "d0", 1.5)
+    assert message.predicted_tpot_s == 0.25
 
 
 def test_what_never_happened() -> None:

@@ -19,7 +19,8 @@ from node_harness import BLOCK_SIZE, Machine, Node, prompt_of, running_machine, 
 from batonpb import inference_pb2, inference_pb2_grpc
 from kvstore.blocks import BlockHash, hash_blocks, salted
 from kvstore.quotas import Owner
-from router import policy
+from router.plan import RequestView
+from router.policy import POLICIES
 from router.server import RouterConfig, RouterServer
 from router.tenants import Tenant
 
@@ -101,15 +102,15 @@ async def serving(machine: Machine, roles: Sequence[str], file: Path) -> AsyncIt
         with file.open("a") as out:
             out.write(f'[[tenant]]\nname = "{name}"\nkey_sha256 = "{digest}"\n{more}')
     views: list[dict[str, int]] = []
-    plan = policy.plan
+    plan = POLICIES["predict"]()
 
-    def watch(view: policy.RequestView, *rest: object) -> object:
+    def watch(view: RequestView, *rest: object) -> object:
         views.append({arena_id: hit.num_blocks for arena_id, hit in view.hits.items()})
         return plan(view, *rest)  # type: ignore[arg-type]
 
     router = RouterServer(RouterConfig(str(machine.model_dir), machine.redis_url, tenants_file=str(file)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("router.dispatch.policy.plan", watch)
+        patch.setitem(POLICIES, "predict", lambda: watch)
         record = await router.start()
         try:
             async with grpc.aio.insecure_channel(str(record["address"])) as channel:

@@ -28,20 +28,26 @@ class TokenPrompt(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "request_id", "text", "tokens", "chat", "sampling")
+    __slots__ = ("model", "request_id", "text", "tokens", "chat", "sampling", "ttft_slo_ms", "tpot_slo_ms", "priority")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TTFT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    TPOT_SLO_MS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     request_id: str
     text: str
     tokens: TokenPrompt
     chat: ChatPrompt
     sampling: _common_pb2.SamplingParams
-    def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
+    ttft_slo_ms: int
+    tpot_slo_ms: int
+    priority: int
+    def __init__(self, model: _Optional[str] = ..., request_id: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., ttft_slo_ms: _Optional[int] = ..., tpot_slo_ms: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "output_tokens", "cached_tokens", "local_hit_tokens", "store_hit_tokens")
@@ -58,7 +64,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class Timeline(_message.Message):
-    __slots__ = ("planned_s", "admitted_s", "prefill_start_s", "first_token_s", "finished_s", "prefill_node", "decode_node", "migrations", "predicted_ttft_s", "tpot_s", "decode_store_hit_tokens")
+    __slots__ = ("planned_s", "admitted_s", "prefill_start_s", "first_token_s", "finished_s", "prefill_node", "decode_node", "migrations", "predicted_ttft_s", "tpot_s", "decode_store_hit_tokens", "predicted_tpot_s")
     PLANNED_S_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_START_S_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +76,7 @@ class Timeline(_message.Message):
     PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
     planned_s: float
     admitted_s: float
     prefill_start_s: float
@@ -81,7 +88,8 @@ class Timeline(_message.Message):
     predicted_ttft_s: float
     tpot_s: float
     decode_store_hit_tokens: int
-    def __init__(self, planned_s: _Optional[float] = ..., admitted_s: _Optional[float] = ..., prefill_start_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., prefill_node: _Optional[str] = ..., decode_node: _Optional[str] = ..., migrations: _Optional[int] = ..., predicted_ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., decode_store_hit_tokens: _Optional[int] = ...) -> None: ...
+    predicted_tpot_s: float
+    def __init__(self, planned_s: _Optional[float] = ..., admitted_s: _Optional[float] = ..., prefill_start_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., prefill_node: _Optional[str] = ..., decode_node: _Optional[str] = ..., migrations: _Optional[int] = ..., predicted_ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., decode_store_hit_tokens: _Optional[int] = ..., predicted_tpot_s: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "tokens", "finish_reason", "usage", "timeline")
@@ -116,3 +124,83 @@ class GetModelResponse(_message.Message):
     block_size: int
     has_chat_template: bool
     def __init__(self, model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., has_chat_template: _Optional[bool] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("decisions", "ttft_s", "tpot_s")
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    decisions: _containers.RepeatedCompositeFieldContainer[Decision]
+    ttft_s: float
+    tpot_s: float
+    def __init__(self, decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("policy", "outcome", "reason", "prefill_node", "decode_node", "num_tokens", "num_hit_blocks", "num_nodes", "handoff_s", "predicted_ttft_s", "predicted_tpot_s", "prefill", "decode")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_NODE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_NODE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_NODES_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    policy: str
+    outcome: str
+    reason: str
+    prefill_node: str
+    decode_node: str
+    num_tokens: int
+    num_hit_blocks: int
+    num_nodes: int
+    handoff_s: float
+    predicted_ttft_s: float
+    predicted_tpot_s: float
+    prefill: _containers.RepeatedCompositeFieldContainer[PrefillCandidate]
+    decode: _containers.RepeatedCompositeFieldContainer[DecodeCandidate]
+    def __init__(self, policy: _Optional[str] = ..., outcome: _Optional[str] = ..., reason: _Optional[str] = ..., prefill_node: _Optional[str] = ..., decode_node: _Optional[str] = ..., num_tokens: _Optional[int] = ..., num_hit_blocks: _Optional[int] = ..., num_nodes: _Optional[int] = ..., handoff_s: _Optional[float] = ..., predicted_ttft_s: _Optional[float] = ..., predicted_tpot_s: _Optional[float] = ..., prefill: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., decode: _Optional[_Iterable[_Union[DecodeCandidate, _Mapping]]] = ...) -> None: ...
+
+class PrefillCandidate(_message.Message):
+    __slots__ = ("node_id", "queue_s", "room_s", "fetch_s", "compute_s", "stall_s", "cost_s", "num_hit_blocks")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    ROOM_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    STALL_S_FIELD_NUMBER: _ClassVar[int]
+    COST_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_HIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    queue_s: float
+    room_s: float
+    fetch_s: float
+    compute_s: float
+    stall_s: float
+    cost_s: float
+    num_hit_blocks: int
+    def __init__(self, node_id: _Optional[str] = ..., queue_s: _Optional[float] = ..., room_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., stall_s: _Optional[float] = ..., cost_s: _Optional[float] = ..., num_hit_blocks: _Optional[int] = ...) -> None: ...
+
+class DecodeCandidate(_message.Message):
+    __slots__ = ("node_id", "step_s", "steps_s", "pressure_s", "cost_s")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    STEPS_S_FIELD_NUMBER: _ClassVar[int]
+    PRESSURE_S_FIELD_NUMBER: _ClassVar[int]
+    COST_S_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    step_s: float
+    steps_s: float
+    pressure_s: float
+    cost_s: float
+    def __init__(self, node_id: _Optional[str] = ..., step_s: _Optional[float] = ..., steps_s: _Optional[float] = ..., pressure_s: _Optional[float] = ..., cost_s: _Optional[float] = ...) -> None: ...

@@ -45,6 +45,11 @@ class InferenceStub:
                 request_serializer=batonpb_dot_inference__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=batonpb_dot_inference__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/baton.v1.Inference/Explain',
+                request_serializer=batonpb_dot_inference__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=batonpb_dot_inference__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -64,6 +69,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why a request went where it went, for the last 1,000 of this router. NOT_FOUND: none of them, or another tenant's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=batonpb_dot_inference__pb2.GetModelRequest.FromString,
                     response_serializer=batonpb_dot_inference__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=batonpb_dot_inference__pb2.ExplainRequest.FromString,
+                    response_serializer=batonpb_dot_inference__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +150,33 @@ class Inference:
             '/baton.v1.Inference/GetModel',
             batonpb_dot_inference__pb2.GetModelRequest.SerializeToString,
             batonpb_dot_inference__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Inference/Explain',
+            batonpb_dot_inference__pb2.ExplainRequest.SerializeToString,
+            batonpb_dot_inference__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,65 @@
+"""How good a router's predictions are, and how it decides: counts, and the errors of its last requests. Plain state."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+from batonpb import inference_pb2
+
+MAX_REQUESTS = 1000
+
+
+class Errors:
+    """Predicted against actual seconds of the last requests."""
+
+    def __init__(self, size: int = MAX_REQUESTS) -> None:
+        self._seconds: deque[float] = deque(maxlen=size)
+        self._ratios: deque[float] = deque(maxlen=size)
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def note(self, predicted_s: float, actual_s: float) -> None:
+        """One request; what took no time says nothing."""
+        if actual_s > 0.0:
+            self._seconds.append(abs(predicted_s - actual_s))
+            self._ratios.append(abs(predicted_s - actual_s) / actual_s)
+
+    def seconds(self, quantile: float) -> float:
+        """Of absolute errors; 0.0 where there are none."""
+        return _quantile(self._seconds, quantile)
+
+    def ratio(self, quantile: float) -> float:
+        """Of errors as parts of the actual time; 0.0 where there are none."""
+        return _quantile(self._ratios, quantile)
+
+
+class Accuracy:
+    """What one router has decided and predicted."""
+
+    def __init__(self) -> None:
+        self.ttft, self.tpot = Errors(), Errors()
+        self.outcomes: Counter[str] = Counter()
+        self.rejections: Counter[str] = Counter()  # by the name of their reason
+        self.decisions_s: deque[float] = deque(maxlen=MAX_REQUESTS)  # what the last ones took
+
+    def decided(self, outcome: str, rejection: str, seconds: float) -> None:
+        self.outcomes[outcome] += 1
+        if rejection:
+            self.rejections[rejection] += 1
+        self.decisions_s.append(seconds)
+
+    def decision_s(self, quantile: float) -> float:
+        return _quantile(self.decisions_s, quantile)
+
+    def finished(self, timeline: inference_pb2.Timeline) -> None:
+        """A request's end. One that had to go on elsewhere was not predicted to."""
+        if timeline.migrations or timeline.first_token_s < 0.0 or timeline.planned_s < 0.0:
+            return
+        self.ttft.note(timeline.predicted_ttft_s, timeline.first_token_s - timeline.planned_s)
+        self.tpot.note(timeline.predicted_tpot_s, timeline.tpot_s)
+
+
+def _quantile(values: deque[float], quantile: float) -> float:
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, int(quantile * len(ranked)))] if ranked else 0.0

@@ -1,0 +1,93 @@
+"""Asks a policy for each request, and keeps what the next decisions and their explanation need. No I/O.
+
+One for each router. Beside the cluster, which is the registry's, it knows which blocks it has sent where lately.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from batonpb import inference_pb2
+from kvstore.blocks import BlockHash
+from router.accuracy import Accuracy
+from router.cluster import Cluster
+from router.hits import Hit
+from router.journal import Journal, decision
+from router.journey import Journey, RoutedRequest
+from router.plan import Plan, Rates, Reject
+from router.policy import DEFAULT, POLICIES
+from router.warming import Warming
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Blocks that a node was sent to compute."""
+
+    node_id: str
+    hashes: Sequence[BlockHash]
+
+
+class Decider:
+    """`policy` is a name of `POLICIES`."""
+
+    def __init__(
+        self,
+        rng: random.Random,
+        policy: str = DEFAULT,
+        rates: Rates | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.journal = Journal()
+        self.accuracy = Accuracy()
+        self._rng = rng
+        self._name = policy
+        self._policy = POLICIES[policy]()
+        self._rates = rates or Rates()
+        self._warming = Warming()
+        self._clock = clock
+
+    def began(self, request: RoutedRequest) -> None:
+        """A request sets out."""
+        self.journal.began(request.salt, request.request_id)
+
+    def decide(self, journey: Journey, cluster: Cluster, hits: Mapping[str, Hit]) -> Plan | Reject:
+        """Where the request goes next; `hits` are what arenas hold of it."""
+        begin_s, request = self._clock(), journey.request
+        hashes = journey.hashes(journey.pool) if journey.pool is not None else ()
+        view = journey.view(hits, self._warming.runs(hashes, begin_s), begin_s)
+        chosen = self._policy(view, cluster, begin_s, self._rng, self._rates)
+        kept = decision(self._name, view, len(cluster), chosen)
+        self.journal.decided(request.salt, request.request_id, kept)
+        rejection = chosen.reason.name if isinstance(chosen, Reject) else ""
+        self.accuracy.decided(kept.outcome, rejection, self._clock() - begin_s)
+        logger.info(
+            "request_id=%s event=%s policy=%s tokens=%d hit_blocks=%d %s",
+            *(request.request_id, "reject" if rejection else "plan", self._name),
+            *(kept.num_tokens, kept.num_hit_blocks),
+            chosen if isinstance(chosen, Reject) else chosen.explanation,
+        )
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("request_id=%s event=candidates %s", request.request_id, kept.candidates())
+        return kept.chosen
+
+    def promise(self, journey: Journey, plan: Plan) -> Promise:
+        """The plan's first leg sets out: its siblings find that node."""
+        hashes = list(journey.hashes(journey.pool)) if journey.pool is not None else []
+        promise = Promise(plan.prefill_node or plan.decode_node, hashes)
+        self._warming.sent(hashes, promise.node_id, self._clock())
+        return promise
+
+    def take_back(self, promise: Promise) -> None:
+        """The leg is over without having computed its prompt."""
+        self._warming.forget(promise.hashes, promise.node_id)
+
+    def finished(self, request: RoutedRequest, timeline: inference_pb2.Timeline) -> None:
+        """What became of a request that came to its end."""
+        self.journal.finished(request.salt, request.request_id, timeline)
+        self.accuracy.finished(timeline)

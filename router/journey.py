@@ -1,0 +1,144 @@
+"""One request on its way: what it is, what it has so far, and whom it need not ask again. No I/O, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from batonpb import common_pb2, node_pb2
+from kvstore.blocks import BlockHash, hash_blocks, salted
+from router.errors import LegFailed, LegRefused, RouterError
+from router.hits import Hit
+from router.plan import RequestView
+from router.registry import Pool
+
+UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
+LASTING_TOKENS = 32  # so many new tokens between two failures, and the second one begins a new count
+
+
+@dataclass(frozen=True)
+class RoutedRequest:
+    """A request as it sets out: tokens, and all defaults filled in."""
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    sampling: common_pb2.SamplingParams  # seed and max_tokens set, within the model's length
+    end_ids: frozenset[int]  # tokens that end it, once min_tokens are there
+    deadline_s: float | None = None  # on the dispatcher's clock
+    salt: bytes = b""  # the tenant's; never anything that a client has sent
+    kv_quota_bytes: int = 0  # that the tenant's blocks may take in each arena; 0: no bound
+    priority: int = 0  # the smaller one is computed first
+    first_due_s: float | None = None  # when its first token is to be there by its SLO, on the dispatcher's clock
+    tpot_limit_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Tokens that came, and in the last one why they ended."""
+
+    tokens: Sequence[common_pb2.Token]
+    finish_reason: common_pb2.FinishReason = UNFINISHED
+
+
+@dataclass(eq=False)
+class Journey:
+    """One request on its way: what it has, and whom it need not ask again."""
+
+    request: RoutedRequest
+    output_ids: list[int] = field(default_factory=list)
+    num_failures: int = 0
+    last_failure: RouterError | None = None
+    failed: set[str] = field(default_factory=set)  # node ids
+    refused: dict[str, set[str]] = field(default_factory=lambda: {"prefill": set(), "decode": set()})
+    stuck_since_s: float | None = None  # nobody takes it
+    pool: Pool | None = None  # whose nodes may run it
+    _failed_at_tokens: int = 0
+    _root: BlockHash | None = None
+    _hashes: list[BlockHash] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.request.prompt_ids, *self.output_ids]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    def hashes(self, pool: Pool) -> list[BlockHash]:
+        """The names of all full blocks so far; only new ones are computed."""
+        root = salted(pool.root, self.request.salt)
+        if root != self._root:
+            self._root, self._hashes = root, []
+        parent = self._hashes[-1] if self._hashes else root
+        self._hashes += hash_blocks(parent, self.token_ids[len(self._hashes) * pool.block_size :], pool.block_size)
+        return self._hashes
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client would see what it must not see, if the request were given up now.
+
+        It has, once a leg of it failed: whoever failed may be back by now, under a new incarnation.
+        """
+        return bool(self.output_ids or self.num_failures)
+
+    def view(self, hits: Mapping[str, Hit], warming: Mapping[str, int], now_s: float) -> RequestView:
+        """What a policy is to know. A request that has begun has no limits any more: it must not be lost."""
+        due_s = [moment for moment in (self.request.first_due_s, self.request.deadline_s) if moment is not None]
+        has_limits = not self.has_begun
+        return RequestView(
+            num_tokens=self.num_tokens,
+            max_new_tokens=self.request.sampling.max_tokens - len(self.output_ids),
+            hits=hits,
+            warming=warming,
+            ttft_limit_s=min(due_s) - now_s if due_s and has_limits else None,
+            tpot_limit_s=self.request.tpot_limit_s if has_limits else None,
+            failed=frozenset(self.failed),
+            no_prefill=frozenset(self.refused["prefill"]),
+            no_decode=frozenset(self.refused["decode"]),
+        )
+
+    def message(self) -> node_pb2.NodeRequest:
+        return node_pb2.NodeRequest(
+            request_id=self.request.request_id,
+            token_ids=self.token_ids,
+            num_prompt_tokens=len(self.request.prompt_ids),
+            sampling=self.request.sampling,
+            salt=self.request.salt,
+            kv_quota_bytes=self.request.kv_quota_bytes,
+            priority=self.request.priority,
+        )
+
+    def take(self, tokens: Sequence[common_pb2.Token]) -> None:
+        self.output_ids += [token.token_id for token in tokens]
+        self.stuck_since_s = None
+
+    def note(self, failure: LegFailed | LegRefused) -> None:
+        """A node that failed is as good as dead for this request; one without room may still run the other leg."""
+        self.last_failure = failure
+        if isinstance(failure, LegRefused) and not failure.is_draining:
+            self.refused[failure.leg].add(failure.node_id)
+        else:
+            self.failed.add(failure.node_id)
+        # A machine that dies takes many nodes along; calls that none of them took are no attempts.
+        if isinstance(failure, LegFailed) and not failure.is_unreached:
+            self._count_failure()
+
+    def _count_failure(self) -> None:
+        """Failures add up only while they keep the request from going on; and somebody had taken it until now."""
+        if len(self.output_ids) - self._failed_at_tokens >= LASTING_TOKENS:
+            self.num_failures = 0
+        self._failed_at_tokens = len(self.output_ids)
+        self.num_failures += 1
+        self.stuck_since_s = None
+
+    def forgive(self) -> None:
+        """Everybody may be asked again: what kept them may be over."""
+        self.failed.clear()
+        self.refused = {"prefill": set(), "decode": set()}
+
+    def end(self) -> common_pb2.FinishReason:
+        """Why the tokens so far are all there will be, where a node died before it could say so."""
+        sampling, count = self.request.sampling, len(self.output_ids)
+        if count and self.output_ids[-1] in self.request.end_ids and count >= sampling.min_tokens:
+            return common_pb2.FINISH_REASON_STOP
+        return common_pb2.FINISH_REASON_LENGTH if count >= sampling.max_tokens else UNFINISHED
