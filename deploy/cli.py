@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from deploy import client, kv, serve
 from deploy.config import DeployError
-from loadtest import bench, simulate
+from loadtest import bench, plan, simulate
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("chat", client.chat, client.add_chat_arguments, "talk to the model, turn by turn")
     add("bench", _bench, _add_bench_arguments, "measure a router under load")
     add("simulate", simulate.run, simulate.add_arguments, "run a trace through a cluster under a virtual clock")
+    add("plan", plan.run, plan.add_arguments, "find how many of N GPUs should prefill and how many decode")
     return parser
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
+from kvstore.blocks import BlockHash
 from loadtest.machines import Machine
 from loadtest.sim_nodes import Job, Node
 from loadtest.trace import BLOCK_TOKENS
@@ -9,6 +13,7 @@ from router.backlog import Backlog
 from router.cluster import Cluster, NodeView
 from router.plan import Rates
 from router.speeds import PrefillMeter, PrefillSpeed, StepSpeed
+from router.warming import Warming
 
 
 class Books:
@@ -24,6 +29,7 @@ class Books:
             max_stall_s=0.0,
         )
         self._machine, self._learns = machine, learns
+        self._warming = Warming()
         self._backlogs: dict[Node, Backlog] = {}
         self._meters: dict[Node, PrefillMeter] = {}
 
@@ -34,7 +40,7 @@ class Books:
             node.role,
             speed,
             StepSpeed(self._machine.step_s(0, 0)),
-            arena_id="" if node.role == "decode" else str(node.arena.number),
+            arena_id="" if node.role == "decode" else node.arena.arena_id,
             free_blocks=kv_blocks,
             total_blocks=kv_blocks,
         )
@@ -45,9 +51,14 @@ class Books:
         """No more work for it."""
         self.cluster.drop(node.node_id)
 
+    def warming(self, job: Job, now_s: float) -> dict[str, int]:
+        """Node id -> the leading run that it was just sent to compute."""
+        return self._warming.runs(_names(job), now_s)
+
     def sent(self, job: Job, source: Node, target: Node, now_s: float) -> None:
         self._backlogs[source].sent(job, now_s, job.cost_s)
         self._see_backlog(source)
+        self._warming.sent(_names(job), source.node_id, now_s)
         target.used_blocks += job.held_blocks
         for node in {source: None, target: None}:
             self._count(node, 1)
@@ -64,6 +75,7 @@ class Books:
 
     def broken_off(self, job: Job, source: Node, target: Node) -> None:
         """The first leg will not be over."""
+        self._warming.forget(_names(job), source.node_id)
         self._backlogs[source].counted(job)
         self._see_backlog(source)
         if source is not target:
@@ -108,3 +120,8 @@ class Books:
 
     def _row(self, node: Node) -> int | None:
         return self.cluster.row(node.node_id)
+
+
+def _names(job: Job) -> Sequence[BlockHash]:
+    """A trace's names of blocks, in the place of hashes."""
+    return cast(Sequence[BlockHash], job.full_blocks)

@@ -11,12 +11,12 @@ class Directory:
     """Which arena holds which block."""
 
     def __init__(self) -> None:
-        self._holders: dict[int, set[int]] = {}
+        self._holders: dict[int, set[str]] = {}
 
-    def add(self, block: int, arena: int) -> None:
+    def add(self, block: int, arena: str) -> None:
         self._holders.setdefault(block, set()).add(arena)
 
-    def drop(self, block: int, arena: int) -> None:
+    def drop(self, block: int, arena: str) -> None:
         holders = self._holders.get(block)
         if holders is not None:
             holders.discard(arena)
@@ -26,10 +26,10 @@ class Directory:
     def num_entries(self) -> int:
         return sum(map(len, self._holders.values()))
 
-    def runs(self, blocks: Sequence[int]) -> dict[int, int]:
+    def runs(self, blocks: Sequence[int]) -> dict[str, int]:
         """Arena -> the leading run of `blocks` that it holds; arenas with none are left out."""
-        runs: dict[int, int] = {}
-        open_arenas: set[int] = set()
+        runs: dict[str, int] = {}
+        open_arenas: set[str] = set()
         for depth, block in enumerate(blocks):
             holders = self._holders.get(block)
             here = (holders if depth == 0 else open_arenas & holders) if holders else set()
@@ -45,8 +45,8 @@ class Directory:
 class Arena:
     """One node's blocks. What was read from afar is known at eviction only, as in the live store."""
 
-    def __init__(self, number: int, capacity: int, policy: Eviction[int], directory: Directory) -> None:
-        self.number, self.capacity = number, capacity
+    def __init__(self, arena_id: str, capacity: int, policy: Eviction[int], directory: Directory) -> None:
+        self.arena_id, self.capacity = arena_id, capacity
         self._policy, self._directory = policy, directory
         self._read: set[int] = set()
 
@@ -73,7 +73,7 @@ class Arena:
         for block in blocks:
             if block in self._policy:
                 self._policy.remove(block)
-                self._directory.drop(block, self.number)
+                self._directory.drop(block, self.arena_id)
 
     def publish(self, blocks: Sequence[int]) -> None:
         """Takes in what it lacks, the tail first, so that of a chain the tail is evicted first."""
@@ -87,10 +87,10 @@ class Arena:
                 if victim is None:
                     break
                 self._read.discard(victim)
-                self._directory.drop(victim, self.number)
+                self._directory.drop(victim, self.arena_id)
         for block in reversed(missing[: self.capacity - len(policy)]):
             policy.insert(block)
-            self._directory.add(block, self.number)
+            self._directory.add(block, self.arena_id)
 
     def forget(self) -> None:
         """The node died, and its memory with it."""

@@ -19,12 +19,12 @@ from loadtest.sim_books import Books
 from loadtest.sim_cache import Arena, Directory
 from loadtest.sim_faults import BadFault, Fault
 from loadtest.sim_nodes import QUEUES, Job, Node
-from loadtest.trace import BLOCK_TOKENS, TracedRequest
+from loadtest.trace import BLOCK_TOKENS, MAX_TOKENS, TracedRequest
 from router.hits import Hit
 from router.plan import Plan, Policy, Reason, Reject, RequestView
 from router.policy import POLICIES
 
-_HITS = [Hit(run) for run in range(1 << 10)]  # a thousand nodes hold the same root
+_HITS = [Hit(run) for run in range(MAX_TOKENS // BLOCK_TOKENS + 1)]  # a thousand nodes hold the same root
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Simulator:
         self._policy: Policy = POLICIES[config.policy]()
         learns = any(fault.kind == "slow" for fault in config.faults)  # else speeds are what nodes say at once
         self._books = Books(config.machine, learns)
-        self._owners: list[Node] = []  # of arenas, by number; also those that have left
+        self._owners: dict[str, Node] = {}  # of arenas; also those that have left
         self._counts = {"prefill": 0, "decode": 0, "both": 0}
         self._draining: set[Node] = set()
         self._open: dict[Job, None] = {}  # sent to nodes and not done
@@ -131,7 +131,8 @@ class Simulator:
         view = RequestView(
             num_tokens=job.num_tokens,
             max_new_tokens=job.num_left,
-            hits={str(arena): _hit(run) for arena, run in runs.items()},
+            hits={arena: _HITS[run] for arena, run in runs.items()},
+            warming=self._books.warming(job, self.now_s),
             failed=frozenset(job.failed),
             no_decode=refused,
             ttft_limit_s=limit_s,
@@ -150,7 +151,7 @@ class Simulator:
 
     def _send(self, job: Job, plan: Plan, target: Node) -> None:
         source = self.nodes[plan.prefill_node or plan.decode_node]
-        job.plan, job.source, job.target = plan, source, target
+        job.plan, job.source, job.target = plan.bare(), source, target
         job.sent_s, job.computing_s, job.cost_s = self.now_s, -1.0, plan.prefill.compute_s
         job.is_first = True
         self._open[job] = None
@@ -166,10 +167,10 @@ class Simulator:
         job.ready_s = self.now_s
         if job.plan.fetch_blocks > own:
             runs = self.directory.runs(blocks)
-            number = max(runs, key=runs.__getitem__, default=node.arena.number)
-            found = max(own, min(job.plan.fetch_blocks, runs.get(number, 0)))
+            arena_id = max(runs, key=runs.__getitem__, default=node.node_id)
+            found = max(own, min(job.plan.fetch_blocks, runs.get(arena_id, 0)))
             if found > own:
-                owner = self._owners[number]
+                owner = self._owners[arena_id]
                 (owner.arena.give if self.config.moves_blocks else owner.arena.read)(blocks[own:found])
                 job.ready_s = max(self.now_s, job.sent_s + self._wire_s(found - own, owner, node))
         job.cached_tokens = job.cached_before = min(found * BLOCK_TOKENS, job.num_tokens - 1)
@@ -250,14 +251,14 @@ class Simulator:
     # Nodes come and go.
 
     def _add(self, role: str) -> None:
-        config, number = self.config, len(self._owners)
+        config = self.config
         node_id = f"{role}-{self._counts[role]}"
         self._counts[role] += 1
-        arena = Arena(number, config.arena_blocks, EVICTION[config.eviction](config.arena_blocks), self.directory)
+        arena = Arena(node_id, config.arena_blocks, EVICTION[config.eviction](config.arena_blocks), self.directory)
         chunk_tokens = 0 if role == "prefill" else config.chunk_tokens
         node = Node(node_id, config.machine, arena, chunk_tokens, QUEUES[config.queue])
         self.nodes[node_id] = node
-        self._owners.append(node)
+        self._owners[node_id] = node
         self._books.add(node, config.machine.chunked(chunk_tokens) if chunk_tokens else config.machine.prefill)
 
     def _strike(self, fault: Fault) -> None:
@@ -325,7 +326,3 @@ class Simulator:
             self._draining.discard(node)
             del self.nodes[node.node_id]
             node.arena.forget()
-
-
-def _hit(run: int) -> Hit:
-    return _HITS[run] if run < len(_HITS) else Hit(run)

@@ -25,7 +25,7 @@ def job(number: int, input_tokens: int = 10, output_tokens: int = 5) -> Job:
 
 
 def node(chunk_tokens: int = 0, rank: object = first_come) -> Node:
-    arena = Arena(0, 10, LRU(), Directory())
+    arena = Arena("a", 10, LRU(), Directory())
     return Node("decode-0", MACHINE, arena, chunk_tokens, rank)  # type: ignore[arg-type]
 
 
@@ -155,24 +155,24 @@ def test_shortest_first_starves_nobody() -> None:
 
 def test_an_arena_evicts_tails_first_and_tells_the_directory() -> None:
     directory = Directory()
-    arena, other = Arena(0, 4, LRU(), directory), Arena(1, 4, LRU(), directory)
+    arena, other = Arena("a", 4, LRU(), directory), Arena("b", 4, LRU(), directory)
     arena.publish([1, 2, 3])
     other.publish([1, 2])
-    assert directory.runs([1, 2, 3, 4]) == {0: 3, 1: 2}
+    assert directory.runs([1, 2, 3, 4]) == {"a": 3, "b": 2}
     assert arena.run([1, 2, 9]) == 2
     arena.publish([1, 2, 4, 5])
-    assert directory.runs([1, 2, 3]) == {0: 2, 1: 2} and directory.runs([1, 2, 4, 5]) == {0: 4, 1: 2}
+    assert directory.runs([1, 2, 3]) == {"a": 2, "b": 2} and directory.runs([1, 2, 4, 5]) == {"a": 4, "b": 2}
     arena.publish(list(range(10, 20)))  # more than it can hold: the beginning stays
-    assert directory.runs(list(range(10, 20))) == {0: 4} and len(arena) == 4
+    assert directory.runs(list(range(10, 20))) == {"a": 4} and len(arena) == 4
     arena.forget()
     other.give([2])
-    assert len(arena) == 0 and directory.runs([1, 2]) == {1: 1} and directory.num_entries() == 1
+    assert len(arena) == 0 and directory.runs([1, 2]) == {"b": 1} and directory.num_entries() == 1
     other.forget()
     assert directory.num_entries() == 0
 
 
 def test_what_others_read_stays_longer() -> None:
-    arena = Arena(0, 3, LRU(), Directory())
+    arena = Arena("a", 3, LRU(), Directory())
     arena.publish([1])
     arena.publish([2])
     arena.publish([3])
