@@ -6,11 +6,10 @@ is not. Runs are kept, since those of different TPOT limits are the same run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loadtest.sim_nodes import Job
-from loadtest.sim_report import meets
 from loadtest.simulator import SimConfig, Simulator
 from loadtest.trace import TracedRequest
 
@@ -33,7 +32,7 @@ class Capacity:
 
     def __init__(self, requests: Sequence[TracedRequest]) -> None:
         self._requests = requests
-        self._runs: dict[tuple[SimConfig, float], list[Job]] = {}
+        self._runs: dict[tuple[SimConfig, float], list[tuple[float, float]]] = {}  # TTFT and TPOT of the admitted
 
     def of(self, config: SimConfig, tpot_limit_s: float | None) -> float:
         """Requests a second; 0.0 where even a hundredth of the trace's speed is too much."""
@@ -59,11 +58,12 @@ class Capacity:
 
     def attained(self, config: SimConfig, scale: float, tpot_limit_s: float | None) -> float:
         """The share of requests that are in time."""
-        jobs = self._runs.get((config, scale))
-        if jobs is None:
+        times = self._runs.get((config, scale))
+        if times is None:
             jobs = Simulator(config).run([request.faster(scale) for request in self._requests])
-            self._runs[config, scale] = jobs
-        return sum(meets(job, config.ttft_limit_s, tpot_limit_s) for job in jobs) / len(jobs)
+            times = self._runs[config, scale] = [(job.ttft_s, job.tpot_s) for job in jobs if not job.rejected]
+        ttft_limit_s, most_s = config.ttft_limit_s or math.inf, tpot_limit_s or math.inf
+        return sum(ttft_s <= ttft_limit_s and tpot_s <= most_s for ttft_s, tpot_s in times) / len(self._requests)
 
     def _holds(self, config: SimConfig, scale: float, tpot_limit_s: float | None) -> bool:
         return self.attained(config, scale, tpot_limit_s) >= ATTAINMENT

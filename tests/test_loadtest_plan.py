@@ -64,7 +64,7 @@ def test_a_plan_that_cannot_be_made(option: list[str], words: str, capsys: pytes
 
 def test_capacity_is_where_nine_of_ten_are_just_in_time() -> None:
     config = replace(SimConfig(MACHINES["8xA100"]), ttft_limit_s=10.0)
-    capacity = Capacity(make_trace(400, random.Random(0)))
+    capacity = Capacity(make_trace(150, random.Random(0)))
     apart = disaggregated(config, 4, 3)
     found = capacity.of(apart, 0.1) / capacity.offered_rps(1.0)
     assert capacity.attained(apart, found, 0.1) >= ATTAINMENT > capacity.attained(apart, found * 1.3, 0.1)
@@ -75,5 +75,5 @@ def test_capacity_is_where_nine_of_ten_are_just_in_time() -> None:
 
 def test_capacity_grows_with_nodes() -> None:
     config = replace(SimConfig(MACHINES["8xA100"]), ttft_limit_s=10.0)
-    capacity = Capacity(make_trace(300, random.Random(1)))
+    capacity = Capacity(make_trace(150, random.Random(1)))
     assert capacity.of(disaggregated(config, 6, 4), 0.1) > capacity.of(disaggregated(config, 3, 2), 0.1)
