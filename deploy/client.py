@@ -23,6 +23,10 @@ SERVICE = "baton.v1.Inference"
 class RequestFailed(DeployError):
     """The router refused a request or lost it; names the gRPC status."""
 
+    def __init__(self, message: str, code: grpc.StatusCode) -> None:
+        super().__init__(message)
+        self.code = code
+
 
 class Client:
     """A connection to one router, "host:port". Use as a context manager. A router with tenants wants an API key."""
@@ -58,6 +62,15 @@ class Client:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
+    def explain(self, request_id: str) -> inference_pb2.ExplainResponse:
+        """Raises `RequestFailed`; NOT_FOUND where this router has no such request."""
+        request = inference_pb2.ExplainRequest(request_id=request_id)
+        try:
+            answer: inference_pb2.ExplainResponse = self._stub.Explain(request, timeout=10.0, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _failed(error) from None
+        return answer
+
     def stream(self, request: inference_pb2.GenerateRequest) -> Iterator[inference_pb2.GenerateResponse]:
         """The answers as they come; closing the iterator cancels the request. Raises `RequestFailed`."""
         call = self._stub.Generate(request, metadata=self._metadata)
@@ -82,7 +95,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    request = inference_pb2.GenerateRequest(sampling=sampling_from(args))
+    request = request_from(args)
     try:
         request.text = prompt
     except ValueError:
@@ -100,7 +113,7 @@ def chat(args: argparse.Namespace) -> int:
         model = client.model()
         if not model.has_chat_template:
             raise DeployError(f"{model.model} has no chat template; use `baton generate`")
-        request = inference_pb2.GenerateRequest(sampling=sampling_from(args))
+        request = request_from(args)
         if args.system:
             request.chat.messages.add(role="system", content=args.system)
         while (line := _read_turn()) is not None:
@@ -178,6 +191,15 @@ def api_key_from(args: argparse.Namespace) -> str:
     return key
 
 
+def request_from(args: argparse.Namespace) -> inference_pb2.GenerateRequest:
+    """All but the prompt. Raises `DeployError` for what no message can hold; the ranges are the router's to check."""
+    given = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
+    try:
+        return inference_pb2.GenerateRequest(sampling=sampling_from(args), **given)
+    except (ValueError, TypeError) as error:
+        raise DeployError(str(error)) from None
+
+
 def sampling_from(args: argparse.Namespace) -> common_pb2.SamplingParams:
     """Raises `DeployError` for what no message can hold; the ranges are the router's to check."""
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
@@ -188,6 +210,11 @@ def sampling_from(args: argparse.Namespace) -> common_pb2.SamplingParams:
         raise DeployError(f"sampling: {error}") from None
 
 
+LIMITS = {
+    "ttft_slo_ms": "refuse the request where its first token is predicted to take longer",
+    "tpot_slo_ms": "refuse it where each further token is predicted to take longer",
+    "priority": "from -100 to 100; the smaller one is computed first (default 0)",
+}
 SAMPLING: dict[str, type] = {
     "temperature": float,
     "top_k": int,
@@ -203,13 +230,21 @@ SAMPLING: dict[str, type] = {
 }
 
 
-def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
+def add_router_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which router, and who asks."""
     parser.add_argument(
         "--address", default="", metavar="HOST:PORT", help="of a router; default: of the cluster that is up"
     )
     parser.add_argument(
         "--api-key", default="", metavar="KEY", help=f"of a tenant; default: the variable {API_KEY_VARIABLE}"
     )
+    add_state_argument(parser)
+
+
+def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    add_router_arguments(parser)
+    for name, words in LIMITS.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="INT", help=words)
     for name, kind in SAMPLING.items():
         option = "--" + name.replace("_", "-")
         if name == "stop":
@@ -217,8 +252,7 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             parser.add_argument(option, type=kind, metavar=kind.__name__.upper())
     parser.add_argument("--ignore-eos", action="store_true", help="go on where the model would end")
-    add_state_argument(parser)
 
 
 def _failed(error: grpc.RpcError) -> RequestFailed:
-    return RequestFailed(f"{error.code().name}: {error.details()}")  # a call's error is the call
+    return RequestFailed(f"{error.code().name}: {error.details()}", error.code())  # a call's error is the call

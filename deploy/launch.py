@@ -109,6 +109,12 @@ class Cluster:
         return tuple(str(m.started.record["address"]) for m in self._members if m.kind == "router" and m.started)
 
     @property
+    def router_metrics(self) -> tuple[str, ...]:
+        """Where each router shows its metrics; "" for nowhere."""
+        routers = [m.started.record for m in self._members if m.kind == "router" and m.started]
+        return tuple(str(record["metrics_address"]) for record in routers)
+
+    @property
     def pids(self) -> dict[str, int]:
         """Of each server, by its name, as it is now; those that are just coming up again are left out."""
         refs = {member.name: member.actor.ready.remote() for member in self._members}

@@ -102,7 +102,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="each store, node and router shows /metrics to Prometheus at a port of its own (default; see `baton"
-        " status` and, for routers, their log)",
+        " status`)",
     )
     add("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     add("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
@@ -198,7 +198,7 @@ def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDi
         cluster.start()
     try:
         state = dataclasses.replace(state, redis_url=cluster.redis_url, wire_key=cluster.wire_key)
-        state_dir.write(dataclasses.replace(state, routers=cluster.routers))
+        state_dir.write(dataclasses.replace(state, routers=cluster.routers, router_metrics=cluster.router_metrics))
         nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"
         addresses = " ".join(cluster.routers)
         print(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s", flush=True)
@@ -247,10 +247,13 @@ def status(args: argparse.Namespace) -> int:
     nodes, arenas = asyncio.run(_members(state))
     if args.json:
         members = {"nodes": [*map(dataclasses.asdict, nodes)], "arenas": [*map(dataclasses.asdict, arenas)]}
-        print(json.dumps({"pid": state.pid, "model": state.model, "routers": state.routers} | members))
+        routers = {"routers": state.routers, "router_metrics": state.router_metrics}
+        print(json.dumps({"pid": state.pid, "model": state.model} | routers | members))
         return 0
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"{state.model} at {' '.join(state.routers)} (pid {state.pid})", highlight=False)
+    if any(state.router_metrics):
+        console.print(f"metrics at {' '.join(filter(None, state.router_metrics))}", highlight=False)
     console.print(node_table(nodes))
     console.print(arena_table(arenas))
     return 0

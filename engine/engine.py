@@ -150,6 +150,7 @@ class Engine:
         self.check(request)
         if request.request_id in self._scheduler.requests:
             raise InvalidRequest("request_id", f"{request.request_id!r} is taken by a live request")
+        request.arrived_s = time.perf_counter()
         if hold:
             self._scheduler.hold(request)
         else:
@@ -207,7 +208,7 @@ class Engine:
         caller adds, releases, aborts or unpins something.
         """
         begin = time.perf_counter()
-        chunks = self._scheduler.schedule()
+        chunks = self._scheduler.schedule(begin, self._speed.long_prefill_tokens_per_s)
         if not chunks:
             return []
         schedule_s = time.perf_counter() - begin

@@ -84,6 +84,7 @@ class Request:
     root: BlockHash
     block_size: int
     handoff_after: int | None = None
+    priority: int = 0  # the smaller one is computed first; changes no token
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -94,6 +95,7 @@ class Request:
     num_store_hit_tokens: int = 0
     num_new_tokens: int = 0  # sampled by this engine
     num_published_blocks: int = 0  # leading full blocks already reported in an output
+    arrived_s: float = 0.0  # time.perf_counter() of when an engine took it in
     started_s: float | None = None  # time.perf_counter() of the first step that it was in; None: it still waits
 
     def __post_init__(self) -> None:

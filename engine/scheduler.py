@@ -7,8 +7,9 @@ same thing.
 - A request starts only when there are blocks for all its tokens, so that only growth, a token at a time, can run short.
 - When it does, the request that came last gives its blocks up and starts again later: its tokens are kept, its full
   blocks stay in the prefix cache while there is room. Nobody later to take from: it stalls, with its blocks.
-- Waiting requests start in order of arrival. Those that have their blocks (they were held) may overtake a head of the
-  queue that finds no room: they take nothing from it and will give blocks back.
+- Decode steps come first, then prompts, begun or not, in the order of `engine.order`; of equals in order of arrival.
+- Those that have their blocks (they were held) may overtake a head of the queue that finds no room: they take nothing
+  from it and will give blocks back.
 - An empty batch means that only the caller can change something: abort, release or unpin. So nobody needs to poll.
 """
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.errors import NoRoom
+from engine.order import rank
 from engine.request import FinishReason, FullBlock, Request, RequestStatus
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_requests = max_num_requests
         self._enable_prefix_caching = enable_prefix_caching
+        self._num_preempted = 0
 
     # --- a request's life ---
 
@@ -114,37 +117,41 @@ class Scheduler:
 
     # --- a step ---
 
-    def schedule(self) -> list[Chunk]:
-        """The next step's batch: what runs already, decode first, then what waits, until the budget is spent."""
-        running = self._with_status(RequestStatus.RUNNING)
-        running.sort(key=lambda request: request.num_tokens - request.num_computed_tokens > 1)  # stable: then arrival
+    def schedule(self, now_s: float = 0.0, prefill_tokens_per_s: float = 0.0) -> list[Chunk]:
+        """The next step's batch: decode first, then whatever has more to catch up with, until the budget is spent.
+
+        `now_s` is on the clock of `Request.arrived_s`. Without a speed prompts go as they came, those begun first.
+        """
+        running, waiting = self._with_status(RequestStatus.RUNNING), self._with_status(RequestStatus.WAITING)
+        decoding = [request for request in running if _num_left(request) <= 1]
+        others = [request for request in running if _num_left(request) > 1] + waiting
+        if prefill_tokens_per_s > 0.0:
+            others.sort(key=lambda request: _rank(request, now_s, prefill_tokens_per_s))
         chunks: list[Chunk] = []
-        budget = self._max_num_batched_tokens
-        for request in running:
+        budget, is_blocked, num_preempted = self._max_num_batched_tokens, False, self._num_preempted
+        for request in decoding + others:
             if budget == 0 or len(chunks) == self._max_num_requests:
                 break
-            if request.status is RequestStatus.RUNNING and self._make_room(request):
-                chunks.append(self._chunk(request, budget))
+            if request.status is RequestStatus.RUNNING:
+                is_ready = self._make_room(request)
+            elif self._num_preempted == num_preempted:
+                is_ready = not (is_blocked and self._num_missing(request) > 0)
+                is_ready = is_ready and self._take_blocks(request, request.num_tokens)
+                is_blocked = is_blocked or not is_ready
+            else:
+                is_ready = False  # somebody was preempted: what room there is is not for newcomers
+            if is_ready:
+                chunks.append(self._start(request, budget))
                 budget -= chunks[-1].num_tokens
-        if all(request.status is RequestStatus.RUNNING for request in running):
-            self._start_waiting(chunks, budget)
         # A request that was preempted for an older one after its turn is out again; its share of the budget is lost.
-        return [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
+        chunks = [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
+        return chunks or self._unblock(waiting)
 
-    def _start_waiting(self, chunks: list[Chunk], budget: int) -> None:
-        waiting = self._with_status(RequestStatus.WAITING)
-        blocked = False
-        for request in waiting:
-            if budget == 0 or len(chunks) == self._max_num_requests:
-                return
-            if (blocked and self._num_missing(request) > 0) or not self._take_blocks(request, request.num_tokens):
-                blocked = True
-                continue
-            chunks.append(self._start(request, budget))
-            budget -= chunks[-1].num_tokens
-        if waiting and not chunks and self._make_room(waiting[0]):
-            # Nothing can run, for everyone holds what another one needs: the one that came first takes it.
-            chunks.append(self._start(waiting[0], budget))
+    def _unblock(self, waiting: list[Request]) -> list[Chunk]:
+        """Where nothing can run, for everyone holds what another one needs, the one that came first takes it."""
+        if not waiting or not self._make_room(waiting[0]):
+            return []
+        return [self._start(waiting[0], self._max_num_batched_tokens)]
 
     def _start(self, request: Request, budget: int) -> Chunk:
         request.status = RequestStatus.RUNNING
@@ -192,6 +199,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         logger.debug("event=preempt request=%s computed_tokens=%d", request.request_id, request.num_computed_tokens)
+        self._num_preempted += 1
         self._free_blocks(request)
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING
@@ -221,3 +229,11 @@ class Scheduler:
 
     def _num_missing(self, request: Request) -> int:
         return self._num_blocks(request.num_tokens) - len(request.block_table)
+
+
+def _num_left(request: Request) -> int:
+    return request.num_tokens - request.num_computed_tokens
+
+
+def _rank(request: Request, now_s: float, tokens_per_s: float) -> float:
+    return rank(_num_left(request) / tokens_per_s, now_s - request.arrived_s, request.priority)

@@ -54,6 +54,8 @@ class BenchConfig:
     temperature: float
     ignore_eos: bool
     timeout_s: float
+    ttft_slo_ms: int | None = None  # the router refuses what it predicts to be later
+    tpot_slo_ms: int | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> BenchConfig:
@@ -78,6 +80,8 @@ class BenchConfig:
             temperature=args.temperature,
             ignore_eos=args.ignore_eos,
             timeout_s=args.timeout,
+            ttft_slo_ms=args.ttft_slo_ms,
+            tpot_slo_ms=args.tpot_slo_ms,
         )
 
 
@@ -120,6 +124,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     end = "go on behind an end token, so that each answer has --output-len tokens (default on)"
     add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help=end)
     add("--timeout", type=seconds, default=600.0, metavar="S", help="deadline of each request (default 600)")
+    add(
+        "--ttft-slo-ms", type=count, metavar="MS", help="the router refuses what it predicts to be later (default none)"
+    )
+    add("--tpot-slo-ms", type=count, metavar="MS", help="likewise, of each token behind the first")
     add("--json", metavar="FILE", help="also write figures and requests there")
 
 
@@ -206,6 +214,8 @@ def _request(config: BenchConfig, prompt: Prompt, seed: int) -> inference_pb2.Ge
         sampling=common_pb2.SamplingParams(
             temperature=config.temperature, seed=seed, max_tokens=config.output_len, ignore_eos=config.ignore_eos
         ),
+        ttft_slo_ms=config.ttft_slo_ms,
+        tpot_slo_ms=config.tpot_slo_ms,
     )
 
 

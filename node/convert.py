@@ -17,6 +17,7 @@ from batonpb import common_pb2, node_pb2
 from engine.engine import Engine
 from engine.errors import InvalidRequest, NoRoom
 from engine.loop import EngineStopped
+from engine.order import MAX_PRIORITY
 from engine.request import FinishReason, OutputToken, Request, SamplingParams
 from kvstore.blocks import salted
 from kvstore.quotas import Owner
@@ -52,6 +53,8 @@ def to_request(message: node_pb2.NodeRequest, engine: Engine, handoff_after: int
     _check(num_tokens <= longest, "token_ids", f"{longest} tokens at most, got {num_tokens}")
     in_range = 1 <= num_prompt_tokens <= num_tokens
     _check(in_range, "num_prompt_tokens", f"must be in [1, {num_tokens}], got {num_prompt_tokens}")
+    in_range = abs(message.priority) <= MAX_PRIORITY
+    _check(in_range, "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {message.priority}")
     params = to_sampling_params(message.sampling)
     num_output_tokens = num_tokens - num_prompt_tokens
     problem = f"{num_output_tokens} outputs are there, and sampling.max_tokens = {params.max_tokens}"
@@ -64,6 +67,7 @@ def to_request(message: node_pb2.NodeRequest, engine: Engine, handoff_after: int
         root=salted(engine.layout.root(), message.salt),
         block_size=engine.layout.block_size,
         handoff_after=handoff_after,
+        priority=message.priority,
     )
 
 

@@ -1,4 +1,4 @@
-"""A request's tokens at temperature 0 in fp32 do not depend on who else is in its steps, nor on how these are cut."""
+"""A request's tokens at temperature 0 in fp32 do not depend on who else is in its steps, nor on their order or size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def tokens_in_company(engine: Engine, length: int, seed: int) -> list[int]:
             name = f"neighbour {step}"
             prompt = make_prompt(chance.randint(1, 60), seed + step + 1)
             params = SamplingParams(temperature=0.0, max_tokens=chance.randint(1, 12))
-            engine.add(make_request(engine, name, prompt, params))
+            neighbour = make_request(engine, name, prompt, params)
+            neighbour.priority = chance.randint(-1, 1)
+            engine.add(neighbour)
             neighbours.append(name)
         if neighbours and chance.random() < 0.1:
             engine.abort(neighbours.pop(chance.randrange(len(neighbours))))

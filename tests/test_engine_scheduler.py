@@ -44,9 +44,9 @@ class Play:
         self.scheduler.hold(request)
         return request
 
-    def step(self) -> dict[str, int]:
+    def step(self, now_s: float = 0.0, tokens_per_s: float = 0.0) -> dict[str, int]:
         """Runs a step and returns the number of tokens of each request in it."""
-        chunks = self.scheduler.schedule()
+        chunks = self.scheduler.schedule(now_s, tokens_per_s)
         for chunk in chunks:
             self.compute(chunk)
         self.check()
@@ -311,6 +311,43 @@ def test_an_older_waiting_request_with_blocks_is_not_locked_out_by_the_batch_lim
     assert younger.status is RequestStatus.RUNNING
 
 
+def test_the_shortest_prompt_goes_first_also_before_one_that_has_begun() -> None:
+    play = Play(num_blocks=64, budget=10)
+    play.add("long", 40)
+    assert play.step(0.0, 10.0) == {"long": 10}
+    for name, tokens in (("middle", 20), ("short", 6)):
+        play.add(name, tokens)
+    assert play.step(0.0, 10.0) == {"short": 6, "middle": 4}
+    assert play.step(0.0, 10.0) == {"short": 1, "middle": 9}
+    assert play.step(0.0, 10.0) == {"short": 1, "middle": 7, "long": 2}
+
+
+def test_who_has_waited_long_enough_goes_before_a_shorter_one() -> None:
+    play = Play(num_blocks=64, budget=10)
+    play.add("long", 30)  # 3 s, as much as 60 s of waiting
+    late = play.request("late", 10)  # 1 s
+    late.arrived_s = 39.0
+    play.scheduler.add(late)
+    assert play.step(39.0, 10.0) == {"late": 10}
+    for name, arrived_s in (("later", 39.0), ("latest", 41.0)):
+        request = play.request(name, 10)
+        request.arrived_s = arrived_s
+        play.scheduler.add(request)
+    play.finish(late)
+    assert list(play.step(41.0, 10.0)) == ["later"], "less than 40 s behind"
+    assert list(play.step(41.0, 10.0)) == ["later", "long"]
+
+
+def test_a_smaller_priority_goes_first() -> None:
+    play = Play(num_blocks=64, budget=10)
+    play.add("short", 10)
+    urgent = play.request("urgent", 40)
+    urgent.priority = -1
+    play.scheduler.add(urgent)
+    assert list(play.step(0.0, 10.0)) == ["urgent"]
+    assert list(play.step(101.0, 10.0)) == ["urgent"], "both have waited"
+
+
 @pytest.mark.parametrize("limits", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
 def test_limits_that_no_step_could_keep_are_refused(limits: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
@@ -365,10 +402,12 @@ class Life(RuleBasedStateMachine):
         if self.play.pins:
             self.play.pool.release(self.play.pins.pop())
 
-    @rule()
-    def step(self) -> None:
-        if not self.play.step():
-            assert not self.play.step(), "an empty batch must stay empty until the caller changes something"
+    @rule(tokens_per_s=st.sampled_from([0.0, 1.0, 100.0]))
+    def step(self, tokens_per_s: float) -> None:
+        if not self.play.step(0.0, tokens_per_s):
+            assert not self.play.step(0.0, tokens_per_s), (
+                "an empty batch must stay empty until the caller changes something"
+            )
 
     @invariant()
     def books_add_up(self) -> None:

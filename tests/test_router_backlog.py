@@ -1,0 +1,101 @@
+"""When a node is free, which blocks it is about to have, and the columns that policies look at."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.blocks import BlockHash
+from router.backlog import Backlog
+from router.cluster import Cluster, NodeView
+from router.speeds import PrefillSpeed, StepSpeed
+from router.warming import Warming
+
+PROMPT = [BlockHash(bytes([n] * 16)) for n in range(10)]
+
+
+def test_a_backlog_shrinks_by_itself_and_grows_by_what_is_sent() -> None:
+    backlog = Backlog()
+    assert backlog.free_at_s() <= 0.0
+    backlog.reported(10.0, 2.0)
+    assert backlog.free_at_s() == 12.0
+    backlog.sent("a", 11.0, 3.0)
+    assert backlog.free_at_s() == 15.0, "behind what is queued"
+    backlog.sent("b", 20.0, 1.0)
+    assert backlog.free_at_s() == 21.0, "it was idle in between"
+    backlog.counted("a")
+    backlog.reported(20.0, 0.5)
+    assert backlog.free_at_s() == 21.5
+    backlog.counted("b")
+    backlog.counted("b")
+    assert backlog.free_at_s() == 20.5
+
+
+def test_a_leg_that_took_longer_pushes_the_others_back() -> None:
+    backlog = Backlog()
+    backlog.sent("a", 0.0, 1.0)
+    backlog.sent("b", 0.0, 1.0)
+    backlog.computed("a", 5.0)
+    assert backlog.free_at_s() == 6.0
+    backlog.computed("a", 9.0)
+    assert backlog.free_at_s() == 6.0, "once"
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 10)), max_size=20), st.floats(0, 10))
+def test_a_backlog_is_monotone_in_what_is_sent(legs: list[tuple[float, float]], more_s: float) -> None:
+    less, more = Backlog(), Backlog()
+    for number, (when_s, seconds) in enumerate(sorted(legs)):
+        less.sent(number, when_s, seconds)
+        more.sent(number, when_s, seconds + more_s)
+    assert more.free_at_s() >= less.free_at_s()
+
+
+def test_blocks_that_a_node_was_sent_to_compute_are_warm_for_a_while() -> None:
+    warming = Warming(ttl_s=5.0)
+    warming.sent(PROMPT[:6], "n0", 0.0)
+    warming.sent(PROMPT[:3], "n1", 3.0)
+    assert warming.runs(PROMPT, 4.0) == {"n0": 6, "n1": 3}
+    assert warming.runs(PROMPT[1:], 4.0) == {"n0": 5, "n1": 2}
+    assert warming.runs(PROMPT, 5.0) == {"n1": 3}
+    assert warming.runs([], 4.0) == warming.runs(PROMPT[7:], 4.0) == {}
+
+
+def test_what_a_failed_leg_promised_is_forgotten() -> None:
+    warming = Warming()
+    for node_id in ("n0", "n1"):
+        warming.sent(PROMPT, node_id, 0.0)
+    warming.forget(PROMPT[4:], "n0")
+    assert warming.runs(PROMPT, 1.0) == {"n0": 4, "n1": 10}
+    warming.forget(PROMPT, "n0")
+    warming.forget(PROMPT, "nobody")
+    assert warming.runs(PROMPT, 1.0) == {"n1": 10}
+
+
+def test_memory_of_warm_blocks_is_bounded() -> None:
+    warming = Warming(max_blocks=4)
+    warming.sent(PROMPT, "n0", 0.0)
+    assert warming.runs(PROMPT, 1.0) == {} and warming.runs(PROMPT[6:], 1.0) == {"n0": 4}
+
+
+names = st.sampled_from([f"n{n}" for n in range(30)])
+steps = st.lists(st.tuples(names, st.sampled_from(["", "a0", "a1"]), st.booleans(), st.integers(0, 9)), max_size=80)
+
+
+@given(steps)
+def test_a_cluster_has_a_row_for_each_node_that_is_there(changes: list[tuple[str, str, bool, int]]) -> None:
+    cluster, expected = Cluster(16, 64), dict[str, tuple[str, int]]()
+    for name, arena_id, is_put, load in changes:
+        if is_put:
+            view = NodeView(name, "both", PrefillSpeed(0, 1), StepSpeed(1), arena_id=arena_id, num_requests=load)
+            cluster.put(view)
+            expected[name] = arena_id, load
+        else:
+            cluster.drop(name)
+            expected.pop(name, None)
+    assert len(cluster) == len(expected) == cluster.is_there.sum()
+    for name, (arena_id, load) in expected.items():
+        row = cluster.row(name)
+        assert row is not None and cluster.node_ids[row] == name and cluster.num_requests[row] == load
+        assert cluster.arena_ids[row] == arena_id and (not arena_id or row in cluster.rows_of(arena_id))
+    in_arenas = sum(len(cluster.rows_of(arena_id)) for arena_id in ("a0", "a1"))
+    assert in_arenas == sum(1 for arena_id, _ in expected.values() if arena_id)
