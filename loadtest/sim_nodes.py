@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine.order import rank
 from loadtest.machines import Machine
 from loadtest.sim_cache import Arena
 from loadtest.trace import BLOCK_TOKENS, TracedRequest
@@ -79,22 +80,18 @@ def first_come(job: Job, _now_s: float) -> float:
     return job.sent_s
 
 
-def shortest_aged(ageing: float) -> Rank:
-    """Shortest first, but each second of waiting counts as `ageing` seconds less of work: nobody starves."""
-
-    def rank(job: Job, now_s: float) -> float:
-        return job.cost_s - ageing * (now_s - job.sent_s)
-
-    return rank
+def shortest_first(job: Job, now_s: float) -> float:
+    """As the engine does it, by predicted seconds and with ageing."""
+    return rank(job.cost_s, now_s - job.sent_s)
 
 
-QUEUES: dict[str, Rank] = {"fcfs": first_come, "shortest": shortest_aged(0.05)}
+QUEUES: dict[str, Rank] = {"shortest": shortest_first, "fcfs": first_come}
 
 
 class Node:
     """`chunk_tokens`: of a step, decoded ones included; 0: a whole prompt at a time. Its name begins with its role."""
 
-    def __init__(self, node_id: str, machine: Machine, arena: Arena, chunk_tokens: int, rank: Rank) -> None:
+    def __init__(self, node_id: str, machine: Machine, arena: Arena, chunk_tokens: int, order: Rank) -> None:
         self.node_id, self.machine, self.arena = node_id, machine, arena
         self.role = node_id.split("-")[0]
         self.slow = self.link_slow = 1.0  # faults: it, or its link, takes so many times as long
@@ -105,7 +102,7 @@ class Node:
         self.chunks: list[tuple[Job, int]] = []  # of the step that runs, where it has any
         self.queue: list[Job] = []
         self.begun: list[Job] = []  # their blocks are here or on their way
-        self._chunk_tokens, self._rank = chunk_tokens, rank
+        self._chunk_tokens, self._order = chunk_tokens, order
         self._batched = 0  # of the running, those that the step that runs has in it
         self._cached_tokens = 0.0  # of the running
         self._steps = 0.0  # made since the beginning
@@ -236,8 +233,8 @@ class Node:
         if not self.queue:
             return None
         best = 0
-        if self._rank is not first_come:
-            best = min(range(len(self.queue)), key=lambda at: self._rank(self.queue[at], now_s))
+        if self._order is not first_come:
+            best = min(range(len(self.queue)), key=lambda at: self._order(self.queue[at], now_s))
         job = self.queue.pop(best)
         start(job)
         self.begun.append(job)

@@ -50,7 +50,12 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eviction", default="lru", metavar="NAME", help="lru or s3fifo (default lru)")
     add("--ttft-slo-s", type=positive, metavar="S", help="reject what would come later; no limit by default")
     add("--tpot-slo-ms", type=positive, metavar="MS", help="and what would come more slowly")
-    add("--queue", default="fcfs", metavar="NAME", help="order of a node's prompts: fcfs or shortest (default fcfs)")
+    add(
+        "--queue",
+        default="shortest",
+        metavar="NAME",
+        help="order of a node's prompts: shortest or fcfs (default shortest)",
+    )
     add("--chunk-tokens", type=count, default=512, metavar="N", help="of a colocated node's step (default 512)")
     add("--seed", type=natural, default=0, metavar="S", help="of jitter, generator and policy (default 0)")
     add("--json", metavar="FILE", help="also write all figures there")

@@ -11,7 +11,7 @@ import pytest
 from kvstore.eviction import LRU
 from loadtest.machines import MACHINES, BadMachine, Machine, find_machine, fitted
 from loadtest.sim_cache import Arena, Directory
-from loadtest.sim_nodes import Job, Node, first_come, shortest_aged
+from loadtest.sim_nodes import Job, Node, first_come, shortest_first
 from loadtest.trace import TracedRequest
 from router.speeds import PrefillSpeed
 
@@ -145,12 +145,11 @@ def test_who_joins_during_a_step_with_chunks_is_in_the_next_one() -> None:
 
 
 def test_shortest_first_starves_nobody() -> None:
-    rank = shortest_aged(0.1)
     long, short = job(0), job(1)
-    long.cost_s, short.cost_s, long.sent_s, short.sent_s = 10.0, 1.0, 0.0, 50.0
-    assert rank(short, 50.0) < rank(long, 50.0)
-    short.sent_s = 100.0
-    assert rank(long, 100.0) < rank(short, 100.0)
+    long.cost_s, short.cost_s, long.sent_s, short.sent_s = 10.0, 1.0, 0.0, 100.0
+    assert shortest_first(short, 100.0) < shortest_first(long, 100.0)
+    short.sent_s = 200.0  # more than 9 s / 0.05 later
+    assert shortest_first(long, 200.0) < shortest_first(short, 200.0)
 
 
 def test_an_arena_evicts_tails_first_and_tells_the_directory() -> None:

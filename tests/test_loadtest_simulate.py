@@ -37,7 +37,7 @@ def test_a_file_is_read_with_faults_and_limits(tmp_path: Path, capsys: pytest.Ca
     trace = tmp_path / "trace.jsonl"
     trace.write_text("\n".join(json.dumps(line | {"timestamp": 3000 * at}) for at in range(20)))
     arguments = ["simulate", str(trace), "--prefill", "2", "--limit", "9", "--ttft-slo-s", "30", "--tpot-slo-ms", "90"]
-    arguments += ["--fault", "kill:prefill-0@9", "--eviction", "s3fifo", "--queue", "shortest"]
+    arguments += ["--fault", "kill:prefill-0@9", "--eviction", "s3fifo", "--queue", "fcfs"]
     assert main([*arguments, "--json", str(tmp_path / "out")]) == 0
     run = json.loads((tmp_path / "out").read_bytes())["runs"][0]
     assert run["requests"] == 9 and run["attained"] == 1.0
@@ -52,7 +52,7 @@ def test_a_file_is_read_with_faults_and_limits(tmp_path: Path, capsys: pytest.Ca
         (["nowhere.jsonl"], "nowhere.jsonl"),
         ([*SMALL, "--policy", "best"], "--policy must be one of predict, random"),
         ([*SMALL, "--eviction", "fifo"], "--eviction must be one of lru, s3fifo"),
-        ([*SMALL, "--queue", "lifo"], "--queue must be one of fcfs, shortest"),
+        ([*SMALL, "--queue", "lifo"], "--queue must be one of shortest, fcfs"),
         ([*SMALL, "--machine", "1xTPU"], "machine must be one of 8xA100, 8xH100"),
         ([*SMALL, "--fault", "kill:decode-7@3"], "no node 'decode-7'"),
         ([*SMALL, "--fault", "burn"], "write it like"),
