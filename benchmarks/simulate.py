@@ -30,8 +30,10 @@ from loadtest.capacity import Capacity, colocated, disaggregated
 from loadtest.ideal import ideal_ttfts_s, pooled_hit_rate
 from loadtest.machines import MACHINES
 from loadtest.report import percentile
+from loadtest.sim_config import SimConfig
+from loadtest.sim_plots import draw_capacity
 from loadtest.sim_report import figures
-from loadtest.simulator import SimConfig, Simulator
+from loadtest.simulator import Simulator
 from loadtest.trace import TracedRequest, TraceShape, make_trace, read_trace
 
 CONFIG = SimConfig(MACHINES["8xA100"])
@@ -106,7 +108,7 @@ def overload_rows(traces: Sequence[Sequence[TracedRequest]]) -> list[Figure]:
     speed = CONFIG.machine.prefill
     for scale in LOADS:
         for name in ("predict", "conductor"):
-            fast = [[request.faster(scale) for request in trace] for trace in traces]
+            fast = [[request.faster(scale) for request in trace] for trace in traces[:2]]
             runs[name] = [run(trace, seed, policy=name, ttft_limit_s=SLO_S) for seed, trace in enumerate(fast)]
         ours, theirs = (tuple(f["goodput_rps"] for f in runs[name]) for name in ("predict", "conductor"))
         rows.append(Figure(Row(f"{scale:g}x, SLO 30 s: goodput", "requests/s", ours), "conductor", theirs))
@@ -134,18 +136,25 @@ def scale_rows(num_nodes: int, num_requests: int) -> list[Figure]:
     return rows
 
 
-def capacity_rows(trace: Sequence[TracedRequest], chunks: Sequence[int], splits: Sequence[int]) -> list[Figure]:
+def capacity_rows(
+    trace: Sequence[TracedRequest], chunks: Sequence[int], splits: Sequence[int], plot: Path | None
+) -> list[Figure]:
     """The most requests a second of which nine of ten are in time, of the same GPUs apart and together."""
     config = replace(CONFIG, ttft_limit_s=SLO_S)
     capacity = Capacity(trace)
     rows = []
+    points: dict[str, list[tuple[float, float]]] = {"prefill and decode nodes": [], "colocated, chunked": []}
     for limit_s, gain in zip(TPOT_LIMITS_S, PUBLISHED_GAIN, strict=True):
         apart, prefill = max((capacity.of(disaggregated(config, NODES, count), limit_s), count) for count in splits)
         together, chunk = max((capacity.of(colocated(config, NODES, count), limit_s), count) for count in chunks)
+        for line, found in zip(points.values(), (apart, together), strict=True):
+            line.append((1e3 * limit_s, found))
         title = f"capacity, TPOT {1e3 * limit_s:.0f} ms"
         row = Row(f"{title}: {prefill}P{NODES - prefill}D beside chunks of {chunk}", "requests/s", (apart,))
         rows.append(Figure(row, "colocated", (together,)))
         rows.append(Figure(Row(f"{title}: apart / together", "", (apart / together,)), "FAST'25", (gain,)))
+    if plot is not None:
+        draw_capacity(points, plot)
     return rows
 
 
@@ -172,6 +181,7 @@ def main() -> None:
     parser.add_argument("trace", nargs="?", type=Path)
     parser.add_argument("--quick", action="store_true", help="a made trace, one seed, fewer nodes: within a minute")
     parser.add_argument("--seeds", type=int, default=5, help="repeats (default 5)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the capacities there; needs the extra `plots`")
     parser.add_argument("--only", choices=("schedule", "overload", "scale", "capacity"), help="one part")
     args = parser.parse_args()
     seeds = 1 if args.quick else args.seeds
@@ -189,7 +199,7 @@ def main() -> None:
         show("simulate: scale", scale_rows(*((200, 4000) if args.quick else (1000, 100_000))))
     if args.only in (None, "capacity"):
         splits, chunks = ((14,), (256, 512)) if args.quick else ((10, 12, 13, 14, 15), (128, 256, 512, 1024, 2048))
-        show(f"{name}: capacity", capacity_rows(traces[0][: 1500 if args.quick else 6000], chunks, splits))
+        show(f"{name}: capacity", capacity_rows(traces[0][: 1500 if args.quick else 6000], chunks, splits, args.plot))
 
 
 if __name__ == "__main__":

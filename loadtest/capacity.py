@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loadtest.simulator import SimConfig, Simulator
+from loadtest.sim_config import SimConfig
+from loadtest.simulator import Simulator
 from loadtest.trace import TracedRequest
 
 ATTAINMENT = 0.9

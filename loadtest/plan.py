@@ -26,7 +26,7 @@ from loadtest.simulate import (
 from loadtest.trace import BadTrace
 
 if TYPE_CHECKING:
-    from loadtest.simulator import SimConfig
+    from loadtest.sim_config import SimConfig
 
 GPUS_A_NODE = 8
 MAX_SPLITS = 16  # that are simulated; of more, evenly spaced ones and then those beside the best

@@ -16,7 +16,7 @@ from rich.table import Table
 from loadtest.trace import GRAIN_S, BadTrace, TracedRequest, make_trace, read_trace
 
 if TYPE_CHECKING:
-    from loadtest.simulator import SimConfig
+    from loadtest.sim_config import SimConfig
 
 _OK, _NOT_RUN = 0, 2
 
@@ -141,9 +141,9 @@ def config_from(args: argparse.Namespace) -> SimConfig:
     """The cluster that the arguments describe. Raises `SimulateError`."""
     from kvstore.eviction import POLICIES as EVICTION
     from loadtest.machines import BadMachine, find_machine
+    from loadtest.sim_config import SimConfig
     from loadtest.sim_faults import BadFault, Fault
     from loadtest.sim_nodes import QUEUES
-    from loadtest.simulator import SimConfig
 
     check_choice("--eviction", [args.eviction], EVICTION)
     check_choice("--queue", [args.queue], QUEUES)

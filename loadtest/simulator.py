@@ -11,12 +11,11 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from kvstore.eviction import POLICIES as EVICTION
-from loadtest.machines import Machine
 from loadtest.sim_books import Books
 from loadtest.sim_cache import Arena, Directory
+from loadtest.sim_config import SimConfig
 from loadtest.sim_faults import BadFault, Fault
 from loadtest.sim_nodes import QUEUES, Job, Node
 from loadtest.trace import BLOCK_TOKENS, MAX_TOKENS, TracedRequest
@@ -25,26 +24,6 @@ from router.plan import Plan, Policy, Reason, Reject, RequestView
 from router.policy import POLICIES
 
 _HITS = [Hit(run) for run in range(MAX_TOKENS // BLOCK_TOKENS + 1)]  # a thousand nodes hold the same root
-
-
-@dataclass(frozen=True)
-class SimConfig:
-    """One simulated cluster. Nodes are named by role and number: prefill-0, decode-0, both-0."""
-
-    machine: Machine
-    prefill: int = 8
-    decode: int = 8
-    both: int = 0  # colocated: chunks of prompts ride in the steps of a batch
-    policy: str = "predict"
-    arena_blocks: int = 5860
-    eviction: str = "lru"
-    queue: str = "fcfs"
-    moves_blocks: bool = False  # a fetch takes blocks over in place of copying them
-    chunk_tokens: int = 512  # a step of a node that decodes takes so many
-    ttft_limit_s: float | None = None
-    tpot_limit_s: float | None = None
-    faults: tuple[Fault, ...] = ()
-    seed: int = 0
 
 
 class Simulator:

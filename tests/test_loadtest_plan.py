@@ -13,7 +13,7 @@ from deploy.cli import main
 from loadtest.capacity import ATTAINMENT, Capacity, colocated, disaggregated
 from loadtest.machines import MACHINES
 from loadtest.plan import search
-from loadtest.simulator import SimConfig
+from loadtest.sim_config import SimConfig
 from loadtest.trace import make_trace
 
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 
 from loadtest.machines import MACHINES
+from loadtest.sim_config import SimConfig
 from loadtest.sim_faults import BadFault, Fault
 from loadtest.sim_nodes import Job
 from loadtest.sim_report import figures
-from loadtest.simulator import SimConfig, Simulator
+from loadtest.simulator import Simulator
 from loadtest.trace import TracedRequest, TraceShape, make_trace
 
 MACHINE = MACHINES["8xA100"]

@@ -11,8 +11,9 @@ import pytest
 
 from loadtest.ideal import ideal_ttfts_s, pooled_hit_rate
 from loadtest.machines import MACHINES
+from loadtest.sim_config import SimConfig
 from loadtest.sim_report import figures
-from loadtest.simulator import SimConfig, Simulator
+from loadtest.simulator import Simulator
 from loadtest.trace import TraceShape, make_trace
 
 # Three nodes at the load, and with the memory, that eight have on the real trace; more turns, since it is short.
