@@ -41,9 +41,7 @@ def draw_capacity(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path
 
 
 def _quantiles(found: Mapping[str, float], unit: float) -> list[tuple[float, float]]:
-    return [
-        (unit * value, float(name[1:]) / 100) for name, value in found.items() if name[1:].replace(".", "").isdigit()
-    ]
+    return sorted((unit * value, float(name[1:]) / 100) for name, value in found.items() if name.startswith("p"))
 
 
 def _lines(  # noqa: PLR0913

@@ -56,6 +56,15 @@ def test_hits_are_near_those_of_one_pool_and_loads_are_even(runs: dict[str, dict
     assert runs["predict"]["imbalance"] <= 1.05
 
 
+def test_goodput_does_not_fall_under_overload() -> None:
+    goodputs = []
+    for scale in (1.5, 3.0, 6.0):
+        config = replace(CONFIG, ttft_limit_s=10.0)
+        jobs = Simulator(config).run([request.faster(scale) for request in TRACE])
+        goodputs.append(figures(jobs, ttft_slo_s=10.0)["goodput_rps"])
+    assert goodputs == sorted(goodputs)
+
+
 def test_runs_repeat_bit_for_bit(runs: dict[str, dict[str, Any]]) -> None:
     assert simulate(policy="predict") == runs["predict"]
     assert simulate(policy="predict", seed=1) != runs["predict"]
