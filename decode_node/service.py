@@ -64,7 +64,7 @@ def _admitted(leg: DecodeLeg) -> node_pb2.DecodeResponse:
 def _tokens(leg: DecodeLeg, tokens: Sequence[OutputToken]) -> node_pb2.DecodeResponse:
     message = node_pb2.Tokens(
         tokens=[to_token(token) for token in tokens],
-        local_hit_tokens=leg.request.num_local_hit_tokens,
+        local_hit_tokens=leg.request.num_local_hit_tokens + leg.request.num_late_hit_tokens,
         store_hit_tokens=leg.request.num_store_hit_tokens,
         compute_s=leg.compute_s,
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:  # each process imports its own kind's packages only: this is most of what a start costs
     from deploy.node_config import NodeConfig
     from kvstore.server import StoreConfig
-    from router.server import RouterConfig
+    from router.config import RouterConfig
 
 logger = logging.getLogger(__name__)
 

@@ -57,7 +57,8 @@ def build(kind: str, text: str) -> Server:
         from kvstore.server import StoreConfig, StoreServer
 
         return StoreServer(_with_wire_key(StoreConfig(**json.loads(text))))
-    from router.server import RouterConfig, RouterServer
+    from router.config import RouterConfig
+    from router.server import RouterServer
 
     return RouterServer(RouterConfig.from_json(text))
 

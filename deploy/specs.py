@@ -13,7 +13,7 @@ from deploy.placement import Machine, Placement
 from engine.config import EngineConfig
 from kvstore.blocks import KVLayout
 from kvstore.server import StoreConfig
-from router.server import RouterConfig
+from router.config import RouterConfig
 
 # An OpenMP thread without work spins for a while in case there is more. Where threads outnumber cores, it keeps a core
 # from another node's thread that has some, and both are much slower for it; so it is to sleep there.

@@ -42,9 +42,9 @@ class ServeState:
     model: str
     redis_url: str
     routers: tuple[str, ...] = ()  # empty until it is ready
-    router_metrics: tuple[str, ...] = ()  # "ip:port" of each one's /metrics; "" is none
     bases: tuple[str, ...] = ()
     wire_key: str = field(default="", repr=False)  # of its stores; "" too where the file is not its owner's alone
+    router_metrics: tuple[str, ...] = ()  # "ip:port" of each one's /metrics; "" is none
 
 
 def default_state_dir() -> Path:
@@ -102,8 +102,8 @@ class StateDir:
     def read(self) -> ServeState | None:
         try:
             fields = json.loads(self._file.read_text())
-            lists = ("routers", "router_metrics", "bases")
-            return ServeState(**fields | {key: tuple(fields.get(key, ())) for key in lists})
+            lists = {key: tuple(fields[key]) for key in ("routers", "bases")}
+            return ServeState(**fields | lists | {"router_metrics": tuple(fields.get("router_metrics", ()))})
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

@@ -93,6 +93,7 @@ class Request:
     num_computed_tokens: int = 0
     num_local_hit_tokens: int = 0
     num_store_hit_tokens: int = 0
+    num_late_hit_tokens: int = 0  # computed here by others while this one waited
     num_new_tokens: int = 0  # sampled by this engine
     num_published_blocks: int = 0  # leading full blocks already reported in an output
     arrived_s: float = 0.0  # time.perf_counter() of when an engine took it in

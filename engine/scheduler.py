@@ -158,6 +158,8 @@ class Scheduler:
         return self._chunk(request, budget)
 
     def _chunk(self, request: Request, budget: int) -> Chunk:
+        if self._enable_prefix_caching and _num_left(request) > 1:
+            self._adopt_late(request)
         start = request.num_computed_tokens
         num_tokens = min(request.num_tokens - start, budget)
         return Chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
@@ -197,11 +199,27 @@ class Scheduler:
             # otherwise it was preempted, and finds again what it had before
             request.num_local_hit_tokens = request.num_computed_tokens
 
+    def _adopt_late(self, request: Request) -> None:
+        """Takes over blocks that another request has computed since this one got its own, which it gives back.
+
+        Of a burst with a common beginning all have their blocks before the first has computed any.
+        """
+        first, end = request.num_computed_tokens // self._block_size, (request.num_tokens - 1) // self._block_size
+        hits = self._pool.match(request.block_hashes[first:end])
+        if not hits:
+            return
+        own = request.block_table[first : first + len(hits)]
+        self._pool.acquire(hits)
+        self._pool.release(own)
+        request.block_table[first : first + len(hits)] = hits
+        before, request.num_computed_tokens = request.num_computed_tokens, (first + len(hits)) * self._block_size
+        request.num_late_hit_tokens += request.num_computed_tokens - before
+
     def _preempt(self, request: Request) -> None:
         logger.debug("event=preempt request=%s computed_tokens=%d", request.request_id, request.num_computed_tokens)
         self._num_preempted += 1
         self._free_blocks(request)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_late_hit_tokens = 0
         request.status = RequestStatus.WAITING
 
     def _free_blocks(self, request: Request) -> None:

@@ -60,7 +60,7 @@ class PrefillWorker:
         return Prefilled(
             token=token,
             finish_reason=finish_reason,
-            local_hit_tokens=request.num_local_hit_tokens,
+            local_hit_tokens=request.num_local_hit_tokens + request.num_late_hit_tokens,
             store_hit_tokens=request.num_store_hit_tokens,
             queue_s=request.started_s - received,
             compute_s=computed - request.started_s,

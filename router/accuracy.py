@@ -7,6 +7,8 @@ from collections import Counter, deque
 from batonpb import inference_pb2
 
 MAX_REQUESTS = 1000
+MAX_SLACK_REQUESTS = 200  # what predictions were short of lately
+SLACK_QUANTILE = 0.9
 
 
 class Errors:
@@ -34,11 +36,27 @@ class Errors:
         return _quantile(self._ratios, quantile)
 
 
+class Slack:
+    """How much later than predicted first tokens come, at the worst but for one in ten of the last requests."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._late_s: deque[float] = deque(maxlen=MAX_SLACK_REQUESTS)
+        self._num_noted = 0
+
+    def note(self, predicted_s: float, actual_s: float) -> None:
+        self._late_s.append(actual_s - predicted_s)
+        self._num_noted += 1
+        if self._num_noted % 8 == 0:  # sorting is not for free
+            self.seconds = max(0.0, _quantile(self._late_s, SLACK_QUANTILE))
+
+
 class Accuracy:
     """What one router has decided and predicted."""
 
     def __init__(self) -> None:
         self.ttft, self.tpot = Errors(), Errors()
+        self.slack = Slack()  # of first tokens
         self.outcomes: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()  # by the name of their reason
         self.decisions_s: deque[float] = deque(maxlen=MAX_REQUESTS)  # what the last ones took
@@ -56,7 +74,9 @@ class Accuracy:
         """A request's end. One that had to go on elsewhere was not predicted to."""
         if timeline.migrations or timeline.first_token_s < 0.0 or timeline.planned_s < 0.0:
             return
-        self.ttft.note(timeline.predicted_ttft_s, timeline.first_token_s - timeline.planned_s)
+        ttft_s = timeline.first_token_s - timeline.planned_s
+        self.ttft.note(timeline.predicted_ttft_s, ttft_s)
+        self.slack.note(timeline.predicted_ttft_s, ttft_s)
         self.tpot.note(timeline.predicted_tpot_s, timeline.tpot_s)
 
 

@@ -21,7 +21,7 @@ _NUMBERS = (
     *("free_at_s", "num_requests", "free_blocks", "total_blocks", "max_model_len"),
     *("prefill_base_s", "prefill_token_s", "prefill_pair_s", "step_base_s", "step_request_s"),
 )
-_FLAGS = ("is_there", "can_prefill", "can_decode", "is_shared")
+_FLAGS = ("is_there", "can_prefill", "can_decode", "is_shared", "is_known")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class NodeView:
     free_blocks: int = 0
     total_blocks: int = 0  # 0: not known
     max_model_len: int = 1 << 30  # tokens
+    is_known: bool = True  # its speeds were measured lately: a prediction may be held against a request
 
 
 class Cluster:
@@ -57,6 +58,7 @@ class Cluster:
     can_prefill: Mask
     can_decode: Mask
     is_shared: Mask  # runs other things than first legs
+    is_known: Mask
 
     def __init__(self, block_size: int, block_bytes: int, nodes: Iterable[NodeView] = ()) -> None:
         self.block_size = block_size
@@ -99,6 +101,7 @@ class Cluster:
         self.can_prefill[row] = node.role != "decode"
         self.can_decode[row] = node.role != "prefill"
         self.is_shared[row] = node.role != "prefill"
+        self.is_known[row] = node.is_known
 
     def drop(self, node_id: str) -> None:
         """Forgets a node, if it is known."""

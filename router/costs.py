@@ -8,7 +8,7 @@ SGLang's (least_load).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -103,20 +103,23 @@ class Survey:
     firsts: Mask  # rows that may run the first leg
     seconds: Mask  # and the second
     alone: Mask  # and both of them, without a hand-off
+    _first_terms: dict[int, PrefillTerms] = field(default_factory=dict)  # by row: each is in several pairs
+    _second_terms: dict[int, DecodeTerms] = field(default_factory=dict)
 
     def plan(self, source: int, target: int) -> Plan:
         """The plan for a pair of rows: first leg, second leg; the same row twice runs both."""
-        prefill, is_one = self.first.terms(source), source == target
+        is_one = source == target
         blocks = int(self.first.fetch_blocks[source])
         return Plan(
             prefill_node=None if is_one else self.cluster.node_ids[source],
             decode_node=self.cluster.node_ids[target],
-            prefill=prefill,
-            decode=self.second.terms(target),
+            prefill=self._prefill(source),
+            decode=self._decode(target),
             handoff_s=0.0 if is_one else self.handoff_s(source, target),
             prefill_tokens=max(1, self.request.num_tokens - blocks * self.cluster.block_size),
             fetch_blocks=blocks,
             blocks=blocks_needed(self.request, self.cluster),
+            is_known=bool(self.cluster.is_known[source] and self.cluster.is_known[target]),
             seen=self,
         )
 
@@ -140,8 +143,18 @@ class Survey:
         if not is_near:
             at_hand = here.num_blocks - here.num_disk_blocks
             all_s = at_hand * memory_s + here.num_disk_blocks * disk_s + (num_blocks - here.num_blocks) * wire_s
-        first = self.first.terms(source)
+        first = self._prefill(source)
         return rates.handoff_s + max(0.0, all_s - first.ttft_s, new_s - first.compute_s)
+
+    def _prefill(self, row: int) -> PrefillTerms:
+        if row not in self._first_terms:
+            self._first_terms[row] = self.first.terms(row)
+        return self._first_terms[row]
+
+    def _decode(self, row: int) -> DecodeTerms:
+        if row not in self._second_terms:
+            self._second_terms[row] = self.second.terms(row)
+        return self._second_terms[row]
 
     def own_blocks(self) -> Column:
         """The leading run that each row's own arena holds."""

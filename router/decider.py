@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from batonpb import inference_pb2
 from kvstore.blocks import BlockHash
@@ -61,7 +61,8 @@ class Decider:
         begin_s, request = self._clock(), journey.request
         hashes = journey.hashes(journey.pool) if journey.pool is not None else ()
         view = journey.view(hits, self._warming.runs(hashes, begin_s), begin_s)
-        chosen = self._policy(view, cluster, begin_s, self._rng, self._rates)
+        rates = replace(self._rates, ttft_slack_s=self.accuracy.slack.seconds)
+        chosen = self._policy(view, cluster, begin_s, self._rng, rates)
         kept = decision(self._name, view, len(cluster), chosen)
         self.journal.decided(request.salt, request.request_id, kept)
         rejection = chosen.reason.name if isinstance(chosen, Reject) else ""

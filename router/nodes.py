@@ -104,6 +104,7 @@ class Node:
             free_blocks=max(0, record.free_blocks - sum(burden.blocks for burden in sent)),
             total_blocks=record.total_blocks,
             max_model_len=record.max_model_len,
+            is_known=self.speeds.is_known(record.role),
         )
 
     def prefill_leg(self, burden: Burden, clock: Callable[[], float]) -> AbstractContextManager[PrefillLeg]:

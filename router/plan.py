@@ -29,6 +29,7 @@ class Rates:
     max_stall_s: float = 0.02  # a decode node's own streams may be held up so long by a prompt that skips the first leg
     work_ratio: float = 0.1  # what each second that a prefill node computes costs those who come later
     horizon_tokens: int = 32  # output tokens that a decode node's speed is weighed over
+    ttft_slack_s: float = 0.0  # first tokens come so much later than predicted, now and then: kept free under a limit
     tie_s: float = 0.002
     tie_ratio: float = 0.01
 
@@ -74,7 +75,7 @@ class PrefillTerms:
 class DecodeTerms:
     """Predicted seconds of a second leg over the horizon."""
 
-    step_s: float  # with this request in the batch: the predicted TPOT
+    step_s: float  # with this request in the batch
     steps_s: float
     pressure_s: float
 
@@ -95,6 +96,7 @@ class Plan:
     prefill_tokens: int  # that the first leg computes
     fetch_blocks: int  # leading blocks that it has when it begins to compute
     blocks: int  # that each leg holds
+    is_known: bool = True  # both nodes' speeds were measured lately
     seen: Survey | None = field(default=None, compare=False, repr=False)  # what it was chosen from
 
     def bare(self) -> Plan:
@@ -111,7 +113,9 @@ class Plan:
 
     @property
     def predicted_tpot_s(self) -> float:
-        return self.decode.step_s
+        """A step, and its share of the hand-off, which lies between the first token and the second."""
+        num_steps = self.decode.steps_s / self.decode.step_s if self.decode.step_s else 1.0
+        return self.decode.step_s + self.handoff_s / max(1.0, num_steps - 1.0)
 
     @property
     def explanation(self) -> str:

@@ -18,12 +18,15 @@ SHORTLIST = 4  # nodes of each role that are tried in pairs
 
 def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Random, rates: Rates) -> Plan | Reject:
     """The cheapest choice that keeps the request's limits; one of them at random where several are about as cheap."""
+    request = cautious(request, rates)
     # 1) Filter and score: who may run which leg, and seconds for each node alone.
     seen = survey(request, cluster, now_s, rates)
     if isinstance(seen, Reject):
         return seen
-    sources = shortlist(seen.first.cost_s, within(seen.firsts, seen.first.ttft_s, request.ttft_limit_s), rng, rates)
-    seconds = within(seen.seconds, seen.second.step_s, request.tpot_limit_s)
+    known = cluster.is_known
+    firsts = within(seen.firsts, known, seen.first.ttft_s, request.ttft_limit_s)
+    sources = shortlist(seen.first.cost_s, firsts, rng, rates)
+    seconds = within(seen.seconds, known, seen.second.step_s, request.tpot_limit_s)
     targets = shortlist(seen.second.cost_s, seconds, rng, rates)
     # Where one node is to run both legs, its queue and its hits count as much as its steps.
     both = shortlist(seen.first.cost_s + seen.second.cost_s, seen.alone, rng, rates)
@@ -35,22 +38,41 @@ def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Ra
     return replace(chosen, seen=seen) if isinstance(chosen, Reject) else chosen
 
 
+def cautious(request: RequestView, rates: Rates) -> RequestView:
+    """Asks for as much less than its TTFT limit as predictions were short of late, but for no less than half of it.
+
+    Else half of what is admitted under overload would be late: each is admitted as soon as it is predicted to be just
+    in time, and several routers, who do not see what the others send meanwhile, are all too hopeful.
+    """
+    limit_s = request.ttft_limit_s
+    if limit_s is None or rates.ttft_slack_s <= 0.0:
+        return request
+    return replace(request, ttft_limit_s=limit_s - min(rates.ttft_slack_s, max(0.0, limit_s) / 2))
+
+
 def pick(request: RequestView, plans: Sequence[Plan], rng: random.Random, rates: Rates) -> Plan | Reject:
     """One of the cheapest plans that keep the request's limits."""
     if not plans:
         return Reject(Reason.BUSY)
-    good = [plan for plan in plans if broken_limit(request, plan) is None]
+    has_limits = request.ttft_limit_s is not None or request.tpot_limit_s is not None
+    good = [plan for plan in plans if broken_limit(request, plan) is None] if has_limits else plans
     if not good:
         best = min(plans, key=lambda plan: plan.predicted_ttft_s)
         reason = broken_limit(request, best) or Reason.TTFT
         late_s = best.predicted_ttft_s - (request.ttft_limit_s or 0.0)
         return Reject(reason, best, retry_after_s=max(late_s if reason is Reason.TTFT else 0.0, 1.0))
-    limit_s = _margin(min(plan.cost_s for plan in good), rates)
-    return rng.choice([plan for plan in good if plan.cost_s <= limit_s])
+    costs_s = [plan.cost_s for plan in good]
+    limit_s = _margin(min(costs_s), rates)
+    return rng.choice([plan for plan, cost_s in zip(good, costs_s, strict=True) if cost_s <= limit_s])
 
 
 def broken_limit(request: RequestView, plan: Plan) -> Reason | None:
-    """Which limit of the request the plan is predicted to break."""
+    """Which limit of the request the plan is predicted to break.
+
+    A guess breaks none: were requests refused by it, nobody would ever measure the node.
+    """
+    if not plan.is_known:
+        return None
     if request.ttft_limit_s is not None and plan.predicted_ttft_s > request.ttft_limit_s:
         return Reason.TTFT
     if request.tpot_limit_s is not None and plan.predicted_tpot_s > request.tpot_limit_s:
@@ -58,11 +80,11 @@ def broken_limit(request: RequestView, plan: Plan) -> Reason | None:
     return None
 
 
-def within(mask: Mask, values_s: Column, limit_s: float | None) -> Mask:
-    """The rows of `mask` that keep the limit, where there are any."""
+def within(mask: Mask, known: Mask, values_s: Column, limit_s: float | None) -> Mask:
+    """The rows of `mask` that keep the limit as far as is `known`, where there are any."""
     if limit_s is None:
         return mask
-    kept = mask & (values_s <= limit_s)
+    kept = mask & ((values_s <= limit_s) | ~known)
     return kept if kept.any() else mask
 
 

@@ -6,8 +6,6 @@ A request's bytes are parsed, checked, tokenised and sent on its journey; tokens
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
 import logging
 import math
 import random
@@ -15,7 +13,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -27,6 +24,7 @@ from batonpb import inference_pb2
 from kvstore.directory import Directory
 from kvstore.scrape import ScrapeDoor
 from router.answer import Answer
+from router.config import RouterConfig
 from router.decider import Decider
 from router.dispatch import Dispatcher, Persistence
 from router.errors import (
@@ -41,12 +39,11 @@ from router.errors import (
 )
 from router.journey import RoutedRequest
 from router.metrics import RouterCollector
-from router.policy import DEFAULT
-from router.registry import Patience, Pool, Registry
+from router.registry import Pool, Registry
 from router.tenants import EVERYBODY, Tenant, Tenants, read_tenants
 from router.timeline import Timeline
 from router.tokenizer import Tokenizer
-from router.validate import CheckedRequest, Limits, check, check_length, check_model, check_tokens, parse
+from router.validate import CheckedRequest, check, check_length, check_model, check_tokens, parse
 
 logger = logging.getLogger(__name__)
 
@@ -64,56 +61,6 @@ RETRY_AFTER = "retry-after-ms"  # in the trailing metadata of a request that wou
 INLINE_BYTES = 2048  # texts up to this size are tokenised on the event loop: a thread would cost more
 # gRPC itself answers RESOURCE_EXHAUSTED to what is over its limit, so ours comes first by a wide margin.
 TRANSPORT_FACTOR = 4
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """One router. Seconds in `_s`; what they are for stands at `Patience` and `Persistence`."""
-
-    model_dir: str  # for its tokenizer
-    redis_url: str
-    model: str = ""  # the served name; "" takes the nodes' word for it
-    cluster: str = "default"
-    host: str = "127.0.0.1"  # to listen on
-    port: int = 0  # 0: the kernel chooses
-    advertise_host: str = ""  # "" is `host`
-    policy: str = DEFAULT  # a name of router.policy.POLICIES
-    metrics: bool = False  # for Prometheus, over HTTP, at a port of its own
-    tenants_file: str = ""  # read at the start; "": whoever reaches the port may use it, and all share one cache
-    max_message_bytes: int = 16 * 2**20
-    max_prompt_bytes: int = 4 * 2**20
-    poll_s: float = 0.25
-    node_ttl_s: float = 3.0
-    cool_down_s: float = 2.0
-    stall_s: float = 5.0
-    probe_timeout_s: float = 5.0
-    progress_timeout_s: float = 300.0
-    max_attempts: int = 8
-    node_wait_s: float = 20.0
-    drain_s: float = 10.0  # how long a stopping router waits for its requests
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.max_message_bytes, self.max_prompt_bytes)
-
-    @property
-    def patience(self) -> Patience:
-        return Patience(
-            poll_s=self.poll_s,
-            ttl_s=self.node_ttl_s,
-            cool_down_s=self.cool_down_s,
-            stall_s=self.stall_s,
-            probe_s=self.probe_timeout_s,
-            progress_s=self.progress_timeout_s,
-        )
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> RouterConfig:
-        """Raises `TypeError` for a name that is no option, `ValueError` for text that is no JSON."""
-        return cls(**json.loads(text))
 
 
 class RouterServer:

@@ -123,6 +123,11 @@ class NodeSpeeds:
     def step(self) -> StepSpeed | None:
         return self._step.speed() if self._step else self._reported_step
 
+    def is_known(self, role: str) -> bool:
+        """Whether what this role takes was measured, and lately."""
+        can_tell = (role == "decode" or self.prefill() is not None) and (role == "prefill" or self.step() is not None)
+        return can_tell and not self.is_rested
+
     def reported(self, prefill_tokens_per_s: float, decode_step_s: float, num_running: int) -> None:
         """A report that is news. Of an idle node, what its steps took last says little."""
         if prefill_tokens_per_s != self._tokens_per_s:

@@ -19,7 +19,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc, node_pb2, node_pb2_grpc
 from kvstore.directory import Directory, NodeRecord
-from router.server import RouterConfig, RouterServer
+from router.config import RouterConfig
+from router.server import RouterServer
 
 EOS = 257
 BLOCK = 16
@@ -114,6 +115,7 @@ class FakeNode:
         self.tokens_per_message = 1
         self.step_s = 0.0
         self.hits = (0, 0)  # (local, store) tokens that each leg reports
+        self.compute_s = 0.0  # likewise
         self.health = health.aio.HealthServicer()
         self._directory = Directory(redis_url, CLUSTER)
         self._role = role
@@ -184,7 +186,11 @@ class FakeNode:
             await self._moment("prefilled", context)
         local, store = self.hits
         return node_pb2.PrefillResponse(
-            token=token, finish_reason=reason, local_hit_tokens=local, store_hit_tokens=store
+            token=token,
+            finish_reason=reason,
+            local_hit_tokens=local,
+            store_hit_tokens=store,
+            compute_s=self.compute_s,
         )
 
     async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
@@ -285,7 +291,8 @@ class FakeCluster:
         fast = {"poll_s": 0.05, "node_ttl_s": 1.0, "cool_down_s": 0.3, "stall_s": 0.4, "probe_timeout_s": 0.4}
         config = RouterConfig(str(POCKET), self.redis_url, cluster=CLUSTER, **(fast | options))
         self.router = RouterServer(config)
-        self.address = str((await self.router.start())["address"])
+        record = await self.router.start()
+        self.address, self.metrics_address = str(record["address"]), str(record["metrics_address"])
         self.channel = grpc.aio.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceStub(self.channel)
 

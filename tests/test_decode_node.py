@@ -83,6 +83,8 @@ async def test_without_a_first_token_the_node_computes_the_prompt(machine: Machi
     decoded = await decode(node, node_request(prompt_of(100)))
     assert decoded.token_ids == machine.expected(prompt_of(100))
     assert decoded.store_hit_tokens == 0
+    told_s = {message.tokens.compute_s for message in decoded.messages if message.HasField("tokens")}
+    assert len(told_s) == 1 and min(told_s) > 0.0, "what the prompt took, the same in each message"
     kinds = [message.WhichOneof("message") for message in decoded.messages]
     assert set(kinds[:-1]) == {"tokens"} and kinds[-1] == "finished"
 

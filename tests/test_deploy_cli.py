@@ -44,6 +44,7 @@ def test_defaults() -> None:
 
 
 def test_both_replaces_the_other_roles_unless_they_are_asked_for() -> None:
+    assert config_from(parse("--policy", "conductor")).policy == "conductor"
     config = config_from(parse("--both", "2"))
     assert (config.prefill, config.decode, config.both) == (0, 0, 2)
     config = config_from(parse("--both", "1", "--decode", "3"))
@@ -167,6 +168,20 @@ class EchoRouter(inference_pb2_grpc.InferenceServicer):
             timeline=inference_pb2.Timeline(decode_node="decode-0"),
         )
 
+    def Explain(
+        self, request: inference_pb2.ExplainRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.ExplainResponse:
+        if request.request_id != "one":
+            context.abort(grpc.StatusCode.NOT_FOUND, "no decision")
+        decided = inference_pb2.Decision(policy="predict", outcome="both legs", prefill_node="p1", decode_node="d0")
+        decided.prefill.add(node_id="p0", queue_s=1.5, cost_s=2.5)
+        decided.prefill.add(node_id="p1", queue_s=0.25, num_hit_blocks=17)
+        decided.decode.add(node_id="d0", step_s=0.03)
+        late = inference_pb2.Decision(
+            policy="predict", outcome="rejected", reason="the first token would come too late"
+        )
+        return inference_pb2.ExplainResponse(decisions=[decided, late], ttft_s=0.5, tpot_s=0.02)
+
     def GetModel(
         self, request: inference_pb2.GetModelRequest, context: grpc.ServicerContext
     ) -> inference_pb2.GetModelResponse:
@@ -194,6 +209,34 @@ def test_generate_streams_text(router: tuple[EchoRouter, str], capsys: pytest.Ca
     assert (sampling.temperature, sampling.max_tokens, list(sampling.stop)) == (0.0, 7, ["a", "b"])
     assert sampling.HasField("temperature")
     assert not sampling.HasField("top_p")
+
+
+def test_limits_and_priority_are_sent(router: tuple[EchoRouter, str], capsys: pytest.CaptureFixture[str]) -> None:
+    servicer, address = router
+    limits = ["--ttft-slo-ms", "500", "--tpot-slo-ms", "50", "--priority", "-3"]
+    assert main(["generate", "hello", "--address", address, *limits]) == 0
+    sent = servicer.requests[0]
+    assert (sent.ttft_slo_ms, sent.tpot_slo_ms, sent.priority, sent.text) == (500, 50, -3, "hello")
+    assert main(["generate", "hello", "--address", address]) == 0
+    assert not servicer.requests[1].HasField("ttft_slo_ms")
+    assert main(["generate", "hello", "--address", address, "--ttft-slo-ms", "-1"]) == 1
+    assert capsys.readouterr().err.startswith("baton: error: ")
+
+
+def test_explain_shows_each_candidate(
+    router: tuple[EchoRouter, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "one", "--address", router[1]]) == 0
+    shown = capsys.readouterr().out
+    assert "decision 1 of 2, by predict" in shown and "p1 then d0" in shown
+    assert "rejected, the first token would come too late" in shown and "TTFT was 0.500 s" in shown
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["p0", "1.5000"] in [row[:2] for row in rows]
+    assert [">", "p1", "0.2500"] in [row[:3] for row in rows] and [">", "d0", "0.0300"] in [row[:3] for row in rows]
+    assert main(["explain", "one", "--address", router[1], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["decisions"][0]["prefill"][1]["num_hit_blocks"] == 17
+    assert main(["explain", "two", "--address", router[1]]) == 1
+    assert capsys.readouterr().err == "baton: error: no router keeps a decision on request 'two'\n"
 
 
 def test_generate_from_standard_input_as_json(

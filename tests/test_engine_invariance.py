@@ -70,3 +70,27 @@ def test_neighbours_and_chunks_move_no_token(tmp_path: Path, device: str, name: 
         assert len(set(expected)) > 3, "a text that never changes shows nothing"
         for seed, budget in enumerate((64, 64, 17, 5, 1)):
             assert tokens_in_company(make(tmp_path, device, budget), length, seed) == expected, (length, budget)
+
+
+@pytest.mark.parametrize("budget", [16, 5])
+def test_what_a_sibling_has_computed_moves_no_token(tmp_path: Path, device: str, budget: int) -> None:
+    """Both have their blocks before either has computed any; the second takes over what the first has made."""
+    make_model("llama", tmp_path)
+    prompts = [[*make_prompt(6 * BLOCK), tail, 3] for tail in (1, 2)]
+    expected = [
+        drive(engine, [make_request(engine, "alone", prompt, PARAMS)]).ids("alone")
+        for prompt in prompts
+        for engine in [make(tmp_path, device)]
+    ]
+    engine = make(tmp_path, device, budget)
+    requests = [make_request(engine, name, prompt, PARAMS) for name, prompt in zip("ab", prompts, strict=True)]
+    for request in requests:
+        engine.add(request, hold=True)
+    for request in requests:
+        engine.release(request.request_id)
+    while not all(request.is_finished for request in requests):
+        for output in engine.step():
+            engine.unpin([block.block_id for block in output.full_blocks])
+    assert [request.token_ids[len(prompts[0]) :] for request in requests] == expected
+    assert sum(request.num_late_hit_tokens for request in requests) > 4 * BLOCK
+    assert_all_free(engine)

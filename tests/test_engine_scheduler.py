@@ -250,6 +250,38 @@ def test_two_requests_compute_the_same_block_at_once() -> None:
     assert play.pool.num_free == 16
 
 
+def test_a_sibling_that_came_too_early_for_a_hit_takes_over_what_was_computed_meanwhile() -> None:
+    play = Play(budget=2 * BLOCK)
+    prefix = list(range(4 * BLOCK))
+    first, second = play.hold("first", [*prefix, 1]), play.hold("second", [*prefix, 2, 3])
+    free = play.pool.num_free
+    for request in (first, second):
+        play.scheduler.release(request)
+    assert play.step() == {"first": 8}
+    assert play.step() == {"first": 8}
+    assert play.step() == {"first": 1, "second": 2}
+    assert second.block_table[:4] == first.block_table[:4] and play.pool.num_free == free + 4
+    assert (second.num_late_hit_tokens, second.num_local_hit_tokens) == (16, 0)
+    names = [name for name, _ in play.reported]
+    assert names.count("first") == names.count("second") == 4, "each says which blocks it has"
+
+
+def test_a_block_that_is_half_computed_is_given_up_for_a_whole_one() -> None:
+    play = Play(budget=BLOCK + 2)
+    prefix = list(range(3 * BLOCK))
+    slow = play.add("slow", [*prefix, 1])
+    play.step()
+    assert slow.num_computed_tokens == BLOCK + 2
+    quick = play.request("quick", [*prefix, 2])
+    quick.priority = -1
+    play.scheduler.add(quick)
+    while quick.num_computed_tokens < len(prefix):
+        play.step(0.0, 10.0)
+    play.finish(quick)
+    assert play.step() == {"slow": 1}
+    assert slow.num_late_hit_tokens % BLOCK, "it was in the middle of a block"
+
+
 def test_a_hold_takes_room_for_one_more_token_or_nothing() -> None:
     play = Play(num_blocks=4)
     held = play.hold("h", 8)

@@ -136,6 +136,8 @@ async def test_logprobs_come_with_the_token(machine: Machine) -> None:
     [
         ({"request_id": "x" * 129}, "request_id", "128"),
         ({"salt": b"x" * 257}, "salt", "256"),
+        ({"priority": 101}, "priority", "[-100, 100]"),
+        ({"priority": -101}, "priority", "[-100, 100]"),
         ({"token_ids": prompt_of(512)}, "token_ids", "511"),
         ({"token_ids": [3, 258]}, "prompt", "258"),
         ({"num_prompt_tokens": 33}, "num_prompt_tokens", "32"),

@@ -340,11 +340,11 @@ def test_a_disk_is_never_better_than_memory_nor_worse_than_nothing(
 ) -> None:
     rates = Rates(disk_bytes_per_s=disk_bytes_per_s)
     all_in_memory = replace(view, hits={name: Hit(hit.num_blocks) for name, hit in view.hits.items()})
-    terms, best = prefill_terms(view, one, rates), prefill_terms(all_in_memory, one, rates)
+    terms, best = (prefill_terms(each, one, rates, block_bytes=1024) for each in (view, all_in_memory))
     assert terms.ttft_s >= best.ttft_s - 1e-9
     alone = replace(view, hits={name: hit for name, hit in view.hits.items() if name == "a1"})
     without = replace(alone, hits={name: hit.in_memory() for name, hit in alone.hits.items()})
-    terms, worst = prefill_terms(alone, one, rates), prefill_terms(without, one, rates)
+    terms, worst = (prefill_terms(each, one, rates, block_bytes=1024) for each in (alone, without))
     assert terms.ttft_s <= worst.ttft_s + 1e-9
 
 
@@ -408,7 +408,17 @@ def test_limits_are_kept_or_the_request_is_rejected() -> None:
     assert "predicted TTFT 2.000 s" in str(late)
     slow = plan(request(2000, tpot_limit_s=0.01), nodes, random.Random(0))
     assert isinstance(slow, Reject) and slow.reason is Reason.TPOT and slow.best is not None
-    assert slow.best.predicted_tpot_s == pytest.approx(0.03)
+    assert slow.best.predicted_tpot_s == pytest.approx(0.03 + RATES.handoff_s / 31), "and its share of the hand-off"
+
+
+def test_nobody_is_refused_by_a_guess() -> None:
+    """Else a cluster whose requests all have limits would never be measured, nor one that was slow for a while."""
+    guessed = [node("p0", "prefill", is_known=False), node("d0", "decode", is_known=False)]
+    tight = request(2000, ttft_limit_s=0.1, tpot_limit_s=0.001)
+    assert pair(choose(tight, guessed)) == ("p0", "d0")
+    assert isinstance(plan(tight, [node("p0", "prefill"), node("d0", "decode")], random.Random(0)), Reject)
+    newcomer = node("p1", "prefill", is_known=False, queued_prefill_tokens=200)
+    assert choose(request(2000, ttft_limit_s=0.1), [node("p0", "prefill"), newcomer, guessed[1]]).prefill_node == "p1"
 
 
 def test_legs_that_still_prefill_count_for_their_decode_node() -> None:

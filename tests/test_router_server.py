@@ -15,8 +15,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from router_fakes import CLUSTER, FakeCluster, expected, request, running, saying
 
 from batonpb import common_pb2, inference_pb2
+from router.config import RouterConfig
 from router.errors import UnusableTokenizer
-from router.server import RouterConfig, RouterServer
+from router.server import RouterServer
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 TALK = "Naïve 😀 façade, 日本 — and so on.\n" * 3

@@ -104,6 +104,17 @@ def test_a_rested_node_is_tried_again_and_speeds_of_rested_ones_beat_a_guess() -
     assert in_use([("both", slow)])[0] == (PrefillSpeed.of_rate(10.0), StepSpeed.of_step(1.0, 1))
 
 
+def test_a_speed_is_known_once_it_was_measured_and_until_a_rest() -> None:
+    speeds = NodeSpeeds()
+    assert not any(speeds.is_known(role) for role in ("prefill", "decode", "both"))
+    speeds.reported(1000.0, 0.0, 0)
+    assert [speeds.is_known(role) for role in ("prefill", "decode", "both")] == [True, False, False]
+    speeds.reported(1000.0, 0.01, 1)
+    assert all(speeds.is_known(role) for role in ("prefill", "decode", "both"))
+    speeds.rest()
+    assert not any(speeds.is_known(role) for role in ("prefill", "decode", "both"))
+
+
 def test_a_rest_begins_a_new_measurement() -> None:
     speeds = known(1000.0, 0.01)
     for _ in range(50):

@@ -19,8 +19,9 @@ from batonpb import inference_pb2
 from kvstore.blocks import BlockHash, hash_blocks, salted
 from kvstore.directory import ArenaRecord, Directory
 from router import policy
+from router.config import RouterConfig
 from router.errors import Unauthenticated, UnusableTenants
-from router.server import RouterConfig, RouterServer
+from router.server import RouterServer
 from router.tenants import EVERYBODY, Tenant, parse_tenants, read_tenants
 
 KEYS = {"red": "key-of-red", "blue": "key-of-blue"}

@@ -19,9 +19,10 @@ from node_harness import BLOCK_SIZE, Machine, Node, prompt_of, running_machine, 
 from batonpb import inference_pb2, inference_pb2_grpc
 from kvstore.blocks import BlockHash, hash_blocks, salted
 from kvstore.quotas import Owner
+from router.config import RouterConfig
 from router.plan import RequestView
 from router.policy import POLICIES
-from router.server import RouterConfig, RouterServer
+from router.server import RouterServer
 from router.tenants import Tenant
 
 PROMPT = prompt_of(400)

@@ -1,0 +1,61 @@
+"""The options of one router, as a launcher hands them over. Plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from router.policy import DEFAULT
+from router.registry import Patience
+from router.validate import Limits
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """One router. Seconds in `_s`; what they are for stands at `Patience` and `Persistence`."""
+
+    model_dir: str  # for its tokenizer
+    redis_url: str
+    model: str = ""  # the served name; "" takes the nodes' word for it
+    cluster: str = "default"
+    host: str = "127.0.0.1"  # to listen on
+    port: int = 0  # 0: the kernel chooses
+    advertise_host: str = ""  # "" is `host`
+    policy: str = DEFAULT  # a name of router.policy.POLICIES
+    metrics: bool = False  # for Prometheus, over HTTP, at a port of its own
+    tenants_file: str = ""  # read at the start; "": whoever reaches the port may use it, and all share one cache
+    max_message_bytes: int = 16 * 2**20
+    max_prompt_bytes: int = 4 * 2**20
+    poll_s: float = 0.25
+    node_ttl_s: float = 3.0
+    cool_down_s: float = 2.0
+    stall_s: float = 5.0
+    probe_timeout_s: float = 5.0
+    progress_timeout_s: float = 300.0
+    max_attempts: int = 8
+    node_wait_s: float = 20.0
+    drain_s: float = 10.0  # how long a stopping router waits for its requests
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_message_bytes, self.max_prompt_bytes)
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(
+            poll_s=self.poll_s,
+            ttl_s=self.node_ttl_s,
+            cool_down_s=self.cool_down_s,
+            stall_s=self.stall_s,
+            probe_s=self.probe_timeout_s,
+            progress_s=self.progress_timeout_s,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RouterConfig:
+        """Raises `TypeError` for a name that is no option, `ValueError` for text that is no JSON."""
+        return cls(**json.loads(text))
