@@ -143,7 +143,7 @@ def scale_rows(num_nodes: int, num_requests: int) -> list[Figure]:
 
 
 def capacity_rows(
-    trace: Sequence[TracedRequest], chunks: Sequence[int], splits: Sequence[int], plot: Path | None
+    trace: Sequence[TracedRequest], num_nodes: int, chunks: Sequence[int], splits: Sequence[int], plot: Path | None
 ) -> list[Figure]:
     """The most requests a second of which nine of ten are in time, of the same GPUs apart and together."""
     config = replace(CONFIG, ttft_limit_s=SLO_S)
@@ -151,14 +151,15 @@ def capacity_rows(
     rows = []
     points: dict[str, list[tuple[float, float]]] = {"prefill and decode nodes": [], "colocated, chunked": []}
     for limit_s, gain in zip(TPOT_LIMITS_S, PUBLISHED_GAIN, strict=True):
-        apart, prefill = max((capacity.of(disaggregated(config, NODES, count), limit_s), count) for count in splits)
-        together, chunk = max((capacity.of(colocated(config, NODES, count), limit_s), count) for count in chunks)
+        apart, prefill = max((capacity.of(disaggregated(config, num_nodes, count), limit_s), count) for count in splits)
+        together, chunk = max((capacity.of(colocated(config, num_nodes, count), limit_s), count) for count in chunks)
         for line, found in zip(points.values(), (apart, together), strict=True):
             line.append((1e3 * limit_s, found))
-        title = f"capacity, TPOT {1e3 * limit_s:.0f} ms"
-        row = Row(f"{title}: {prefill}P{NODES - prefill}D beside chunks of {chunk}", "requests/s", (apart,))
+        title = f"{num_nodes} nodes, TPOT {1e3 * limit_s:.0f} ms"
+        row = Row(f"{title}: {prefill}P{num_nodes - prefill}D beside chunks of {chunk}", "requests/s", (apart,))
         rows.append(Figure(row, "colocated", (together,)))
-        rows.append(Figure(Row(f"{title}: apart / together", "", (apart / together,)), "FAST'25", (gain,)))
+        ratio = Row(f"{title}: apart / together", "", (apart / together,))
+        rows.append(Figure(ratio, "FAST'25", (gain,)) if num_nodes == NODES else Figure(ratio))
     if plot is not None:
         draw_capacity(points, plot)
     return rows
@@ -207,7 +208,10 @@ def main() -> None:
         show("simulate: scale", scale_rows(*((200, 4000) if args.quick else (1000, 100_000))))
     if args.only in (None, "capacity"):
         splits, chunks = ((14,), (256, 512)) if args.quick else ((10, 12, 13, 14, 15), (128, 256, 512, 1024, 2048))
-        show(f"{name}: capacity", capacity_rows(traces[0][: 1500 if args.quick else 6000], chunks, splits, args.plot))
+        start = traces[0][: 1500 if args.quick else 6000]
+        rows = capacity_rows(start, NODES, chunks, splits, args.plot)
+        few = traces[0][: 300 if args.quick else 2000]  # two nodes: what is left over of one role cannot help the other
+        show(f"{name}: capacity", rows + capacity_rows(few, 2, chunks, (1,), None))
 
 
 if __name__ == "__main__":
