@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from deploy import client, explain, kv, serve
 from deploy.config import DeployError
-from loadtest import bench
+from loadtest import bench, plan, simulate
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     add("chat", client.chat, client.add_chat_arguments, "talk to the model, turn by turn")
     add("explain", explain.explain, explain.add_explain_arguments, "show why a request went where it went")
     add("bench", _bench, _add_bench_arguments, "measure a router under load")
+    add("simulate", simulate.run, simulate.add_arguments, "run a trace through a cluster under a virtual clock")
+    add("plan", plan.run, plan.add_arguments, "find how many of N GPUs should prefill and how many decode")
     return parser
 
 

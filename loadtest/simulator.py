@@ -1,6 +1,6 @@
 """A cluster under a virtual clock: the shipped policy and eviction code decide, formulas say what each leg takes.
 
-Deterministic for a seed. A prefill node runs one prompt after the other; a decode node a batch; blocks that an arena
+Deterministic for a seed. A prefill node runs one prompt after the other, a decode node a batch; blocks that an arena
 holds are hits, as in a live cluster, and a first leg fetches what its plan said, beside its queue.
 """
 
@@ -9,185 +9,299 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from kvstore.eviction import POLICIES as EVICTION
-from loadtest.machines import Machine
-from loadtest.sim_nodes import Arena, DecodeNode, Directory, Job, PrefillNode, Rank, first_come
-from loadtest.trace import BLOCK_TOKENS, TracedRequest
-from router.backlog import Backlog
-from router.cluster import Cluster, NodeView
+from loadtest.sim_books import Books
+from loadtest.sim_cache import Arena, Directory
+from loadtest.sim_config import SimConfig
+from loadtest.sim_faults import BadFault, Fault
+from loadtest.sim_nodes import QUEUES, Job, Node
+from loadtest.trace import BLOCK_TOKENS, MAX_TOKENS, TracedRequest
 from router.hits import Hit
-from router.plan import Plan, Policy, Rates, Reject, RequestView
+from router.plan import Plan, Policy, Reason, Reject, RequestView
 from router.policy import POLICIES
-from router.speeds import StepSpeed
 
-
-@dataclass(frozen=True)
-class SimConfig:
-    """One simulated cluster."""
-
-    machine: Machine
-    prefill: int = 8
-    decode: int = 8
-    policy: str = "predict"
-    arena_blocks: int = 5860
-    eviction: str = "lru"
-    ttft_limit_s: float | None = None
-    tpot_limit_s: float | None = None
-    rank: Rank = first_come
-    seed: int = 0
+_HITS = [Hit(run) for run in range(MAX_TOKENS // BLOCK_TOKENS + 1)]  # a thousand nodes hold the same root
 
 
 class Simulator:
-    """Runs a trace through a cluster."""
+    """Runs a trace through a cluster. `clock` measures decisions, where somebody wants to know: it decides nothing."""
 
-    def __init__(self, config: SimConfig) -> None:
+    def __init__(self, config: SimConfig, clock: Callable[[], float] | None = None) -> None:
         self.config = config
         self.now_s = 0.0
         self.jobs: list[Job] = []
-        self.decisions = 0
+        self.decision_times_s: list[float] = []
+        self.nodes: dict[str, Node] = {}  # that are there
+        self.directory = Directory()
+        self._clock = clock
         self._rng = random.Random(config.seed)
         self._policy: Policy = POLICIES[config.policy]()
-        machine = config.machine
-        self._rates = Rates(
-            memory_bytes_per_s=1e12,
-            wire_bytes_per_s=machine.wire_bytes_per_s,
-            handoff_s=0.0,
-            request_s=0.0,
-            max_stall_s=0.0,
-        )
-        self._directory = Directory()
-        self._cluster = Cluster(BLOCK_TOKENS, BLOCK_TOKENS * machine.token_bytes)
-        self._backlogs: dict[int, Backlog] = {}
-        self.prefillers: dict[str, PrefillNode] = {}
-        self.decoders: dict[str, DecodeNode] = {}
-        self._arena_names: list[str] = []
+        learns = any(fault.kind == "slow" for fault in config.faults)  # else speeds are what nodes say at once
+        self._books = Books(config.machine, learns)
+        self._owners: dict[str, Node] = {}  # of arenas; also those that have left
+        self._counts = {"prefill": 0, "decode": 0, "both": 0}
+        self._draining: set[Node] = set()
+        self._open: dict[Job, None] = {}  # sent to nodes and not done
+        self._waiting: deque[Job] = deque()  # until a node has room
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._ids = itertools.count()
-        for _ in range(config.prefill):
-            self._add_prefill()
-        for _ in range(config.decode):
-            self._add_decode()
+        for role, count in (("prefill", config.prefill), ("decode", config.decode), ("both", config.both)):
+            for _ in range(count):
+                self._add(role)
 
     def run(self, requests: Sequence[TracedRequest]) -> list[Job]:
-        """All requests, each with what became of it."""
+        """All requests, each with what became of it. Raises `BadFault`."""
         self.jobs = [Job(request, number) for number, request in enumerate(requests)]
         for job in self.jobs:
-            self._at(job.request.arrival_s, lambda job=job: self._arrive(job))  # type: ignore[misc]
+            self._at(job.request.arrival_s, lambda job=job: self._route(job))  # type: ignore[misc]
+        for fault in self.config.faults:
+            self._at(fault.at_s, lambda fault=fault: self._strike(fault))  # type: ignore[misc]
         while self._events:
             self.now_s, _, act = heapq.heappop(self._events)
             act()
+        for job in self._waiting:  # nobody is left who could ever take them
+            self._reject(job, Reason.NO_NODE.name)
+        self._waiting.clear()
         return self.jobs
 
     def _at(self, time_s: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time_s, next(self._ids), act))
 
-    def _add_prefill(self) -> None:
-        number = len(self._arena_names)
-        node_id = f"prefill-{number}"
-        self._arena_names.append(node_id)
-        view = NodeView(node_id, "prefill", self.config.machine.prefill, StepSpeed(1.0), arena_id=node_id)
-        self._cluster.put(view)
-        row = self._cluster.row(node_id)
-        assert row is not None
-        arena = Arena(
-            number, self.config.arena_blocks, EVICTION[self.config.eviction](self.config.arena_blocks), self._directory
-        )
-        self.prefillers[node_id] = PrefillNode(row, node_id, self.config.machine, arena, self.config.rank)
-        self._backlogs[row] = Backlog()
+    # The router.
 
-    def _add_decode(self) -> None:
-        node_id = f"decode-{len(self.decoders)}"
-        machine = self.config.machine
-        view = NodeView(node_id, "decode", machine.prefill, StepSpeed(machine.step_base_s, machine.step_request_s))
-        self._cluster.put(view)
-        row = self._cluster.row(node_id)
-        assert row is not None
-        self.decoders[node_id] = DecodeNode(row, node_id, machine)
+    def _route(self, job: Job) -> None:
+        if self._waiting or not self._try(job):
+            self._waiting.append(job)
 
-    def _arrive(self, job: Job) -> None:
-        request = job.request
-        runs = self._directory.runs(request.blocks)
+    def _try_waiting(self) -> None:
+        while self._waiting and self._try(self._waiting[0]):
+            self._waiting.popleft()
+
+    def _try(self, job: Job) -> bool:
+        """Sends the request to nodes, or rejects it; False where nobody has room for it now."""
+        config, refused = self.config, set[str]()
+        blocks = (job.num_tokens + job.num_left) // BLOCK_TOKENS + 1
+        if 0 < config.machine.kv_blocks < blocks:
+            self._reject(job, "TOO_LONG")
+            return True
+        while True:
+            plan = self._decide(job, frozenset(refused))
+            if isinstance(plan, Reject):
+                if plan.reason in (Reason.BUSY, Reason.NO_NODE):
+                    return False
+                self._reject(job, plan.reason.name)
+                return True
+            target = self.nodes[plan.decode_node]
+            if not config.machine.kv_blocks or target.free_blocks() >= blocks:
+                job.held_blocks = blocks
+                self._send(job, plan, target)
+                return True
+            refused.add(target.node_id)
+
+    def _decide(self, job: Job, refused: frozenset[str]) -> Plan | Reject:
+        limit_s = self.config.ttft_limit_s
+        if limit_s is not None:
+            limit_s = None if job.first_token_s >= 0.0 else limit_s - (self.now_s - job.request.arrival_s)
+        start_s = self._clock() if self._clock else 0.0
+        runs = self.directory.runs(job.full_blocks)
         view = RequestView(
-            num_tokens=request.input_tokens,
-            max_new_tokens=request.output_tokens,
-            hits={self._arena_names[arena]: Hit(run) for arena, run in runs.items()},
-            ttft_limit_s=self.config.ttft_limit_s,
+            num_tokens=job.num_tokens,
+            max_new_tokens=job.num_left,
+            hits={arena: _HITS[run] for arena, run in runs.items()},
+            warming=self._books.warming(job, self.now_s),
+            failed=frozenset(job.failed),
+            no_decode=refused,
+            ttft_limit_s=limit_s,
             tpot_limit_s=self.config.tpot_limit_s,
         )
-        self.decisions += 1
-        plan = self._policy(view, self._cluster, self.now_s, self._rng, self._rates)
-        if isinstance(plan, Reject):
-            job.rejected = plan.reason.name
-            return
-        self._send(job, plan)
+        plan = self._policy(view, self._books.cluster, self.now_s, self._rng, self._books.rates)
+        if self._clock:
+            self.decision_times_s.append(self._clock() - start_s)
+        return plan
 
-    def _send(self, job: Job, plan: Plan) -> None:
-        assert plan.prefill_node is not None
-        node = self.prefillers[plan.prefill_node]
-        job.plan, job.sent_s, job.cost_s = plan, self.now_s, plan.prefill.compute_s
-        backlog = self._backlogs[node.row]
-        backlog.sent(job, self.now_s, plan.prefill.compute_s)
-        self._cluster.free_at_s[node.row] = backlog.free_at_s()
-        self._cluster.num_requests[node.row] += 1
-        self._cluster.num_requests[self.decoders[plan.decode_node].row] += 1
-        node.queue.append(job)
-        self._begin(node)
+    def _reject(self, job: Job, reason: str) -> None:
+        job.rejected = reason
+        job.num_ends += 1
 
-    def _begin(self, node: PrefillNode) -> None:
-        job = node.next_job(self.now_s)
-        if job is None:
-            return
+    # A request's journey.
+
+    def _send(self, job: Job, plan: Plan, target: Node) -> None:
+        source = self.nodes[plan.prefill_node or plan.decode_node]
+        job.plan, job.source, job.target = plan.bare(), source, target
+        job.sent_s, job.computing_s, job.cost_s = self.now_s, -1.0, plan.prefill.compute_s
+        job.is_first = True
+        self._open[job] = None
+        self._books.sent(job, source, target, self.now_s)
+        source.queue.append(job)
+        self._go_on(source)
+
+    def _start(self, node: Node, job: Job) -> None:
+        """The first leg looks for its blocks. What it lacks is on its way since it was sent."""
         assert job.plan is not None
-        node.running = job
-        request = job.request
-        own = node.arena.run(request.blocks)
-        blocks, ready_s = own, self.now_s
+        blocks = job.full_blocks
+        own = found = node.arena.run(blocks)
+        job.ready_s = self.now_s
         if job.plan.fetch_blocks > own:
-            best = max(self._directory.runs(request.blocks).values(), default=0)
-            blocks = max(own, min(job.plan.fetch_blocks, best))
-            num_bytes = (blocks - own) * self._cluster.block_bytes
-            ready_s = max(self.now_s, job.sent_s + num_bytes / self.config.machine.wire_bytes_per_s)
-        cached = min(blocks * BLOCK_TOKENS, request.input_tokens - 1)
-        job.hit_blocks = blocks
-        node.num_computed_tokens += request.input_tokens - cached
-        compute_s = node.machine.prefill.seconds(request.input_tokens - cached, cached) * node.slow
-        self._at(ready_s + compute_s, lambda: self._prefilled(node, job))
+            runs = self.directory.runs(blocks)
+            arena_id = max(runs, key=runs.__getitem__, default=node.node_id)
+            found = max(own, min(job.plan.fetch_blocks, runs.get(arena_id, 0)))
+            if found > own:
+                owner = self._owners[arena_id]
+                (owner.arena.give if self.config.moves_blocks else owner.arena.read)(blocks[own:found])
+                job.ready_s = max(self.now_s, job.sent_s + self._wire_s(found - own, owner, node))
+        job.cached_tokens = job.cached_before = min(found * BLOCK_TOKENS, job.num_tokens - 1)
+        job.to_compute = job.num_tokens - job.cached_tokens
+        job.computed_tokens += job.to_compute
+        if not job.num_retries:
+            job.hit_blocks, job.prefilled_by = found, node.node_id
 
-    def _prefilled(self, node: PrefillNode, job: Job) -> None:
-        assert job.plan is not None
-        job.first_token_s = self.now_s
-        node.running = None
-        node.arena.publish(job.request.blocks)
-        backlog = self._backlogs[node.row]
-        backlog.computed(job, self.now_s)
-        self._cluster.free_at_s[node.row] = backlog.free_at_s()
-        self._cluster.num_requests[node.row] -= 1
-        self._begin(node)
-        decoder = self.decoders[job.plan.decode_node]
-        if job.request.output_tokens <= 1:
-            self._finish(decoder, job)
-            return
-        self._at(self.now_s + job.plan.handoff_s, lambda: self._join(decoder, job))
+    def _prefilled(self, node: Node, job: Job) -> None:
+        assert job.plan is not None and job.target is not None
+        target = job.target
+        if job.first_token_s < 0.0:
+            job.first_token_s = self.now_s
+        job.num_done += 1
+        if node.role != "decode":
+            node.arena.publish(job.full_blocks)
+        job.is_first = False
+        self._books.computed(job, node, target, self.now_s)
+        self._leave_if_drained(node)
+        if not job.num_left:
+            self._end(job, target)
+        elif target is node:
+            self._join(job, job.attempt)
+        else:  # blocks travel while the prompt is computed: only what takes longer counts
+            late_s = self._wire_s(len(job.full_blocks), node, target) - (self.now_s - job.computing_s)
+            self._at(self.now_s + max(0.0, late_s), lambda attempt=job.attempt: self._join(job, attempt))  # type: ignore[misc]
 
-    def _join(self, node: DecodeNode, job: Job) -> None:
-        node.join(job, self.now_s)
-        self._expect(node)
+    def _join(self, job: Job, attempt: int) -> None:
+        if job.attempt == attempt and job.target is not None:
+            job.target.join(job, self.now_s)
+            self._books.report(job.target)
+            self._go_on(job.target)
 
-    def _expect(self, node: DecodeNode) -> None:
-        """Waits for the batch's next end; what was expected before is void."""
-        node.version += 1
-        version, end_s = node.version, node.next_end_s()
-        if end_s is not None:
-            self._at(end_s, lambda: self._leave(node, version))
-
-    def _leave(self, node: DecodeNode, version: int) -> None:
-        if version == node.version:
-            self._finish(node, node.leave(self.now_s))
-            self._expect(node)
-
-    def _finish(self, node: DecodeNode, job: Job) -> None:
+    def _end(self, job: Job, node: Node) -> None:
         job.finished_s = self.now_s
-        self._cluster.num_requests[node.row] -= 1
+        job.num_done = job.request.output_tokens
+        job.num_ends += 1
+        del self._open[job]
+        self._books.released(job, node)
+        self._leave_if_drained(node)
+        self._try_waiting()
+
+    def _wire_s(self, num_blocks: int, source: Node, target: Node) -> float:
+        bytes_s = num_blocks * self._books.cluster.block_bytes / self.config.machine.wire_bytes_per_s
+        return bytes_s * max(source.link_slow, target.link_slow)
+
+    # A node's steps.
+
+    def _go_on(self, node: Node) -> None:
+        """Begins what the node can do now; nothing where a step with chunks runs."""
+        if node.chunks or self.nodes.get(node.node_id) is not node:
+            return
+        node.advance(self.now_s)
+        for job in node.leave():
+            self._end(job, node)
+        if node.chunks:  # room for somebody who waited
+            return
+        end_s = node.begin(self.now_s, lambda job: self._start(node, job))
+        node.version += 1
+        version = node.version
+        if end_s is not None:
+            self._at(end_s, lambda: self._step_ends(node, version))
+            return
+        wakes_s = node.wakes_s()
+        if wakes_s is not None:
+            self._at(max(self.now_s, wakes_s), lambda: self._wake(node, version))
+
+    def _step_ends(self, node: Node, version: int) -> None:
+        if version == node.version:
+            for job in node.end_step(self.now_s):
+                self._prefilled(node, job)
+            self._go_on(node)
+
+    def _wake(self, node: Node, version: int) -> None:
+        if version == node.version:
+            self._go_on(node)
+
+    # Nodes come and go.
+
+    def _add(self, role: str) -> None:
+        config = self.config
+        node_id = f"{role}-{self._counts[role]}"
+        self._counts[role] += 1
+        arena = Arena(node_id, config.arena_blocks, EVICTION[config.eviction](config.arena_blocks), self.directory)
+        chunk_tokens = 0 if role == "prefill" else config.chunk_tokens
+        node = Node(node_id, config.machine, arena, chunk_tokens, QUEUES[config.queue])
+        self.nodes[node_id] = node
+        self._owners[node_id] = node
+        self._books.add(node, config.machine.chunked(chunk_tokens) if chunk_tokens else config.machine.prefill)
+
+    def _strike(self, fault: Fault) -> None:
+        if fault.kind == "join":
+            self._add(fault.subject)
+            self._try_waiting()
+            return
+        node = self.nodes.get(fault.subject)
+        if node is None:
+            raise BadFault(f"{fault.kind} at {fault.at_s:g} s: there is no node {fault.subject!r} then")
+        if fault.kind == "kill":
+            self._kill(node)
+        elif fault.kind == "drain":
+            self._draining.add(node)
+            self._books.drop(node)
+            self._leave_if_drained(node)
+        else:
+            self._slow_down(node, fault.kind, fault.factor)
+            if fault.until_s is not None:
+                self._at(fault.until_s, lambda: self._slow_down(node, fault.kind, 1.0))
+
+    def _slow_down(self, node: Node, kind: str, factor: float) -> None:
+        if kind == "link":
+            node.link_slow = factor
+            return
+        node.advance(self.now_s)
+        node.slow = factor
+        self._books.report(node)
+        self._go_on(node)  # a step that runs ends when it was to
+
+    def _kill(self, node: Node) -> None:
+        """The node dies with its arena; all that it had goes back to the router, with the tokens made so far."""
+        lost = [job for job in self._open if job.target is node or (job.is_first and job.source is node)]
+        touched = {other: None for job in lost for other in (job.source, job.target) if other is not None}
+        for job in lost:
+            self._take_back(job)
+        del self.nodes[node.node_id]
+        self._draining.discard(node)
+        self._books.drop(node)
+        node.arena.forget()
+        for job in lost:
+            job.failed.add(node.node_id)
+            job.num_retries += 1
+            self._route(job)
+        for other in touched:
+            self._go_on(other)
+        self._try_waiting()
+
+    def _take_back(self, job: Job) -> None:
+        source, target = job.source, job.target
+        assert source is not None and target is not None
+        if job.is_first:
+            source.abort(job)
+            self._books.broken_off(job, source, target)
+        else:
+            target.advance(self.now_s)
+            job.num_done += target.abort(job)
+        self._books.released(job, target)
+        del self._open[job]
+        job.attempt += 1
+        job.source = job.target = None
+
+    def _leave_if_drained(self, node: Node) -> None:
+        if node in self._draining and not node.num_legs:
+            self._draining.discard(node)
+            del self.nodes[node.node_id]
+            node.arena.forget()

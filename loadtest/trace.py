@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
+from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 BLOCK_TOKENS = 512
 GRAIN_S = 3.0  # Mooncake's time stamps are multiples of it
+EARLIER_S = 900.0  # conversations of a made trace begin so long before it
 MAX_TOKENS = 1 << 24  # of one request; a trace that says more is broken
 
 
@@ -31,6 +34,10 @@ class TracedRequest:
     output_tokens: int
     blocks: tuple[int, ...]  # names, ceil(input_tokens / 512) of them
 
+    def faster(self, scale: float) -> TracedRequest:
+        """The same request in a trace that runs so many times as fast."""
+        return replace(self, arrival_s=self.arrival_s / scale)
+
 
 def read_trace(path: Path, rng: random.Random, grain_s: float = GRAIN_S, scale: float = 1.0) -> list[TracedRequest]:
     """A trace in order of arrival. Raises `BadTrace`, OSError.
@@ -45,29 +52,31 @@ def read_trace(path: Path, rng: random.Random, grain_s: float = GRAIN_S, scale: 
                 requests.append(_parse(line, f"{path.name}, line {number}"))
     jittered = [(request.arrival_s + rng.uniform(0.0, grain_s)) / scale for request in requests]
     order = sorted(range(len(requests)), key=jittered.__getitem__)
-    return [_at(requests[index], jittered[index]) for index in order]
+    return [replace(requests[index], arrival_s=jittered[index]) for index in order]
 
 
 def _parse(line: str, where: str) -> TracedRequest:
     try:
         data = json.loads(line)
-        timestamp, blocks = data["timestamp"], data["hash_ids"]
-        lengths = (data["input_length"], data["output_length"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadTrace(f"{where}: not a request of a trace: {error!r}") from error
-    if not isinstance(timestamp, int | float) or not 0 <= timestamp < 1e12:
-        raise BadTrace(f"{where}: timestamp must be milliseconds, got {timestamp!r}")
-    if any(type(length) is not int or not 1 <= length <= MAX_TOKENS for length in lengths):
-        raise BadTrace(f"{where}: input_length and output_length must be 1 to {MAX_TOKENS}, got {lengths!r}")
+    except (ValueError, RecursionError) as error:
+        raise BadTrace(f"{where}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise BadTrace(f"{where}: must be an object, got {type(data).__name__}")
+    timestamp, blocks = data.get("timestamp"), data.get("hash_ids")
+    if isinstance(timestamp, bool) or not isinstance(timestamp, int | float) or not 0 <= timestamp < 1e12:
+        raise BadTrace(f"{where}: timestamp must be milliseconds below 1e12, got {timestamp!r}")
+    for field in ("input_length", "output_length"):
+        length = data.get(field)
+        if type(length) is not int or not 1 <= length <= MAX_TOKENS:
+            raise BadTrace(f"{where}: {field} must be 1 to {MAX_TOKENS} tokens, got {length!r}")
     if not isinstance(blocks, list) or any(type(block) is not int for block in blocks):
         raise BadTrace(f"{where}: hash_ids must be a list of whole numbers")
-    if len(blocks) != -(-lengths[0] // BLOCK_TOKENS):
-        raise BadTrace(f"{where}: {len(blocks)} hash_ids for {lengths[0]} tokens; one for each {BLOCK_TOKENS}")
-    return TracedRequest(timestamp / 1000.0, lengths[0], lengths[1], tuple(blocks))
-
-
-def _at(request: TracedRequest, arrival_s: float) -> TracedRequest:
-    return TracedRequest(arrival_s, request.input_tokens, request.output_tokens, request.blocks)
+    num_tokens = data["input_length"]
+    if len(blocks) != -(-num_tokens // BLOCK_TOKENS):
+        raise BadTrace(
+            f"{where}: hash_ids must be one for each {BLOCK_TOKENS} of {num_tokens} tokens, got {len(blocks)}"
+        )
+    return TracedRequest(timestamp / 1000.0, num_tokens, data["output_length"], tuple(blocks))
 
 
 @dataclass(frozen=True)
@@ -77,22 +86,27 @@ class TraceShape:
     requests_per_s: float = 3.4
     turns: float = 1.65  # of a conversation, on average
     think_s: float = 110.0  # between two turns, median
+    think_spread: float = 1.4  # sigma of its logarithm
     first_tokens: float = 5800.0  # of a conversation's first prompt, median
     turn_tokens: float = 1100.0  # that each further turn adds, median
     spread: float = 1.1  # of lengths: sigma of their logarithm
-    output_tokens: float = 330.0  # median
+    output_tokens: float = 270.0  # median
     max_input_tokens: int = 126_000
 
 
 def make_trace(num_requests: int, rng: random.Random, shape: TraceShape = TraceShape()) -> list[TracedRequest]:
-    """Conversations that begin with the same system prompt, come at random and grow turn by turn."""
+    """Conversations that begin with the same system prompt, come at random and grow turn by turn.
+
+    As in a trace that was cut out of a longer time, some of them began before it.
+    """
     names = itertools.count(1)  # 0 is the system prompt's block
-    found: list[TracedRequest] = []
-    start_s, span_s = 0.0, num_requests / shape.requests_per_s
-    while start_s < span_s or len(found) < num_requests:
+    found: list[TracedRequest] = []  # in order of arrival
+    start_s = -EARLIER_S
+    while len(found) < num_requests or found[num_requests - 1].arrival_s > start_s:
         start_s += rng.expovariate(shape.requests_per_s / shape.turns)
-        found += _conversation(start_s, names, rng, shape)
-    found.sort(key=lambda request: request.arrival_s)  # later turns of late conversations are cut off
+        for request in _conversation(start_s, names, rng, shape):
+            if request.arrival_s >= 0.0:
+                insort(found, request, key=lambda request: request.arrival_s)
     return found[:num_requests]
 
 
@@ -112,10 +126,10 @@ def _conversation(
         turns.append(TracedRequest(at_s, count, output, blocks))
         if rng.random() < 1.0 / shape.turns:
             break
-        at_s += _lognormal(shape.think_s, 0.9, rng)
+        at_s += _lognormal(shape.think_s, shape.think_spread, rng)
         tokens += output + _lognormal(shape.turn_tokens, shape.spread, rng)
     return turns
 
 
 def _lognormal(median: float, sigma: float, rng: random.Random) -> float:
-    return median * float(2.718281828459045 ** (sigma * rng.gauss(0.0, 1.0)))
+    return median * math.exp(sigma * rng.gauss(0.0, 1.0))

@@ -38,7 +38,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "loadtest": (
         # The simulator runs the shipped pure code: policies, eviction, the order of a prefill queue.
-        {"loadtest", "batonpb", "kvstore.eviction", "engine.order"} | {f"router.{name}" for name in PURE_ROUTER},
+        {"loadtest", "batonpb", "kvstore.blocks", "kvstore.eviction", "engine.order"}
+        | {f"router.{name}" for name in PURE_ROUTER},
         {"ray", "torch", "redis", "zmq", "transformers"},
     ),
     "deploy": (OURS, {"transformers"}),

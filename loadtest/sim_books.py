@@ -1,0 +1,127 @@
+"""What the simulated router knows of its nodes: the shipped cluster view, backlogs and meters, kept as a live one's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from kvstore.blocks import BlockHash
+from loadtest.machines import Machine
+from loadtest.sim_nodes import Job, Node
+from loadtest.trace import BLOCK_TOKENS
+from router.backlog import Backlog
+from router.cluster import Cluster, NodeView
+from router.plan import Rates
+from router.speeds import PrefillMeter, PrefillSpeed, StepSpeed
+from router.warming import Warming
+
+
+class Books:
+    """The router's side of each leg. A node that left has no row: what is still counted for it goes nowhere."""
+
+    def __init__(self, machine: Machine, learns: bool) -> None:
+        self.cluster = Cluster(BLOCK_TOKENS, BLOCK_TOKENS * machine.token_bytes)
+        self.rates = Rates(
+            memory_bytes_per_s=1e12,  # a node's own arena costs nothing, nor do calls: only what is modelled counts
+            wire_bytes_per_s=machine.wire_bytes_per_s,
+            handoff_s=0.0,
+            request_s=0.0,
+            max_stall_s=0.0,
+        )
+        self._machine, self._learns = machine, learns
+        self._warming = Warming()
+        self._backlogs: dict[Node, Backlog] = {}
+        self._meters: dict[Node, PrefillMeter] = {}
+
+    def add(self, node: Node, speed: PrefillSpeed) -> None:
+        kv_blocks = 0 if node.role == "prefill" else self._machine.kv_blocks  # it holds a prompt only while it runs
+        view = NodeView(
+            node.node_id,
+            node.role,
+            speed,
+            StepSpeed(self._machine.step_s(0, 0)),
+            arena_id="" if node.role == "decode" else node.arena.arena_id,
+            free_blocks=kv_blocks,
+            total_blocks=kv_blocks,
+        )
+        self.cluster.put(view)
+        self._backlogs[node], self._meters[node] = Backlog(), PrefillMeter(speed)
+
+    def drop(self, node: Node) -> None:
+        """No more work for it."""
+        self.cluster.drop(node.node_id)
+
+    def warming(self, job: Job, now_s: float) -> dict[str, int]:
+        """Node id -> the leading run that it was just sent to compute."""
+        return self._warming.runs(_names(job), now_s)
+
+    def sent(self, job: Job, source: Node, target: Node, now_s: float) -> None:
+        self._backlogs[source].sent(job, now_s, job.cost_s)
+        self._see_backlog(source)
+        self._warming.sent(_names(job), source.node_id, now_s)
+        target.used_blocks += job.held_blocks
+        for node in {source: None, target: None}:
+            self._count(node, 1)
+        self.report(target)
+
+    def computed(self, job: Job, source: Node, target: Node, now_s: float) -> None:
+        """The first leg is over."""
+        self._backlogs[source].computed(job, now_s)
+        self._see_backlog(source)
+        if source is not target:
+            self._count(source, -1)
+        if self._learns:
+            self._learn(job, source, now_s)
+
+    def broken_off(self, job: Job, source: Node, target: Node) -> None:
+        """The first leg will not be over."""
+        self._warming.forget(_names(job), source.node_id)
+        self._backlogs[source].counted(job)
+        self._see_backlog(source)
+        if source is not target:
+            self._count(source, -1)
+
+    def released(self, job: Job, target: Node) -> None:
+        """The second leg is over, or will not be."""
+        target.used_blocks -= job.held_blocks
+        self._count(target, -1)
+        self.report(target)
+
+    def report(self, node: Node) -> None:
+        """What the node would say of its batch: as a fit of steps over requests finds it."""
+        row = self._row(node)
+        if row is None or node.role == "prefill":
+            return
+        cluster, machine = self.cluster, self._machine
+        cluster.free_blocks[row] = node.free_blocks()
+        cluster.step_base_s[row] = node.slow * machine.step_s(0, 0)
+        if node.num_running:
+            cluster.step_request_s[row] = node.slow * machine.kv_token_s * node.cached_tokens / node.num_running
+
+    def _learn(self, job: Job, node: Node, now_s: float) -> None:
+        row, meter = self._row(node), self._meters[node]
+        meter.observe(job.num_tokens - job.cached_before, job.cached_before, now_s - job.computing_s)
+        if row is not None:
+            speed = meter.speed()
+            self.cluster.prefill_base_s[row] = speed.base_s
+            self.cluster.prefill_token_s[row] = speed.token_s
+            self.cluster.prefill_pair_s[row] = speed.pair_s
+
+    def _see_backlog(self, node: Node) -> None:
+        row = self._row(node)
+        if row is not None:
+            self.cluster.free_at_s[row] = self._backlogs[node].free_at_s()
+
+    def _count(self, node: Node, change: int) -> None:
+        node.num_legs += change
+        row = self._row(node)
+        if row is not None:
+            self.cluster.num_requests[row] += change
+
+    def _row(self, node: Node) -> int | None:
+        return self.cluster.row(node.node_id)
+
+
+def _names(job: Job) -> Sequence[BlockHash]:
+    """A trace's names of blocks, in the place of hashes."""
+    return cast(Sequence[BlockHash], job.full_blocks)
