@@ -197,9 +197,12 @@ async def test_health_reflection_and_model(cluster: ProcessCluster) -> None:
 async def test_a_shared_system_prompt_does_not_herd(cluster: ProcessCluster) -> None:
     prompts = [SYSTEM * 2 + f"Question {n}: what then?" for n in range(16)]
     answers = await asyncio.gather(*(cluster.generate(prompt, max_tokens=16) for prompt in prompts))
-    for leg in ("prefill_node", "decode_node"):
-        used = [getattr(answer.timeline, leg) for answer in answers if getattr(answer.timeline, leg)]
-        assert len(set(used)) == 2, f"{leg}: {used}"
+    assert len({answer.timeline.decode_node for answer in answers}) == 2
+    # First legs are shared out too, unless it is sooner to queue where the common part is just being computed.
+    firsts = [answer for answer in answers if answer.timeline.prefill_node]
+    computed = sum(answer.usage.prompt_tokens - answer.usage.cached_tokens for answer in firsts)
+    is_shared_out = len({answer.timeline.prefill_node for answer in firsts}) == 2
+    assert is_shared_out or computed <= sum(answer.usage.prompt_tokens for answer in firsts) / 2
     await cluster.assert_quiet()
 
 
