@@ -13,7 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_SURPRISE = 0.3  # predicted by actual; what took longer counts as this
+# Errors being relative, what was quick outweighs what is slow by the square of their ratio. That a machine became slow
+# is seen because history is forgotten where the fit stays below this part of what was observed, so often in a row.
+SURPRISE, MANY_SURPRISES = 0.3, 2
+# A prior goes sooner than observations do, but never for good: it alone tells about what was not observed at all.
+PRIOR_FADE, PRIOR_SHARE = 0.9, 1e-3
 
 Vector = NDArray[np.float64]
 
@@ -22,8 +26,8 @@ class LinearFit:
     """`seconds = factors . features`, all factors at least 0.0.
 
     Errors count relative to the seconds: a prompt that is a hundred times longer must not drown all others. The prior
-    counts as `prior_weight` observations at `prior_points` (feature vectors); each observation makes the older ones
-    count `fade` times as much.
+    counts as `prior_weight` observations at each of `prior_points` (feature vectors), and soon for less; each
+    observation makes the older ones count `fade` times as much.
     """
 
     def __init__(
@@ -43,7 +47,11 @@ class LinearFit:
         ]
         for point in prior_points:
             self._add(np.asarray(point, dtype=np.float64), float(np.dot(prior, point)), prior_weight)
+        self._prior = self._products.copy(), self._targets.copy()
+        self._products[:], self._targets[:] = 0.0, 0.0
+        self._prior_share = 1.0
         self.num_observed = 0
+        self._num_surprises = 0  # in a row
 
     @property
     def factors(self) -> tuple[float, ...]:
@@ -57,21 +65,14 @@ class LinearFit:
         """Counts one observation; one that took no time says nothing."""
         if seconds <= 0.0:
             return
-        fade = self._fade * self._surprise(self.seconds(features), seconds)
-        self._products *= fade
-        self._targets *= fade
+        kept = 1.0 if self._num_surprises < MANY_SURPRISES else SURPRISE**2
+        self._products *= self._fade * kept
+        self._targets *= self._fade * kept
+        self._prior_share = max(PRIOR_SHARE, self._prior_share * PRIOR_FADE * kept)
         self._add(np.asarray(features, dtype=np.float64), seconds, 1.0)
         self._factors = self._solve()
         self.num_observed += 1
-
-    @staticmethod
-    def _surprise(predicted_s: float, seconds: float) -> float:
-        """What older observations count, at most, beside one that took so much longer than they say.
-
-        Errors being relative, they would outweigh it by the square of that ratio, and a machine that became slow would
-        not be seen to be. The bound is for outliers: a single one moves little.
-        """
-        return min(1.0, max(MAX_SURPRISE, predicted_s / seconds)) ** 2
+        self._num_surprises = self._num_surprises + 1 if self.seconds(features) < SURPRISE * seconds else 0
 
     def _add(self, features: Vector, seconds: float, weight: float) -> None:
         relative = features / max(seconds, 1e-9)
@@ -81,8 +82,10 @@ class LinearFit:
     def _solve(self) -> Vector:
         """Non-negative least squares; with three terms seven subsets are all there are."""
         best, best_gain = self._factors, -np.inf
-        scale = np.sqrt(np.maximum(np.diag(self._products), 1e-300))
-        products, targets = self._products / np.outer(scale, scale), self._targets / scale
+        products = self._products + self._prior_share * self._prior[0]
+        targets = self._targets + self._prior_share * self._prior[1]
+        scale = np.sqrt(np.maximum(np.diag(products), 1e-300))
+        products, targets = products / np.outer(scale, scale), targets / scale
         for subset in self._subsets:
             part = np.ix_(subset, subset)
             ridge = 1e-9 * np.eye(len(subset))

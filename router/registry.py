@@ -176,6 +176,7 @@ class Registry:
             for node, (prefill, step) in zip(nodes, speeds, strict=True):
                 node.reckon(prefill, step, now_s)
                 self._put(node)
+            self._clusters[_ground(nodes[0].record)].block_bytes = nodes[0].record.block_bytes
 
     def _put(self, node: Node) -> None:
         """Its row as it is now, or none where it can be given no work."""

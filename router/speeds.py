@@ -72,7 +72,8 @@ class PrefillMeter:
     """Learns a node's `PrefillSpeed` from its prefill legs."""
 
     def __init__(self, prior: PrefillSpeed) -> None:
-        points = [prefill_features(tokens, 0.0) for tokens in (64.0, 1024.0, 8192.0)]
+        # Long ones alone: a rate says nothing of what a prompt of a few tokens takes.
+        points = [prefill_features(tokens, 0.0) for tokens in (1024.0, 8192.0)]
         self._fit = LinearFit((prior.base_s, prior.token_s, prior.pair_s), points)
 
     @property

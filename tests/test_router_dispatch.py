@@ -558,8 +558,10 @@ async def test_every_request_at_once_while_nodes_die(cluster: FakeCluster) -> No
 
 async def test_hits_are_located_and_draw_requests_to_their_arena(cluster: FakeCluster, redis_url: str) -> None:
     directory = Directory(redis_url, CLUSTER)
+    for node in cluster.nodes.values():
+        await node.beat(block_bytes=16 << 20)
     for n, node_id in enumerate(("prefill0", "prefill1")):
-        await cluster.nodes[node_id].beat(arena_id=f"a{n}", block_bytes=16 << 20)
+        await cluster.nodes[node_id].beat(arena_id=f"a{n}")
     prompt = [256, *(97 + n % 26 for n in range(BLOCK * 20 + 40))]
     hashes = hash_blocks(BlockHash(ROOT), prompt, BLOCK)[:20]
     arena = ArenaRecord(arena_id="a1", address="tcp://127.0.0.1:1", host="h", slot_bytes=1, num_slots=100)

@@ -201,7 +201,7 @@ async def test_new_and_rested_nodes_count_as_fast_as_their_peers(
     assert [row.prefill_s for row in found] == pytest.approx([0.6] * 4), "the slow one has rested"
     assert [row.step_s for row in found] == pytest.approx([0.01] * 4)
     with registry.prefill_leg("n2", Burden()) as leg:
-        for _ in range(6):
+        for _ in range(8):
             registry.computed(leg, Work(100, 0, 10.0))
         assert rows(registry.snapshot())[2].prefill_s > 6.0, "measured again"
 

@@ -18,9 +18,11 @@ from router_fakes import BLOCK, CLUSTER, ROOT, FakeCluster, request, running
 from batonpb import inference_pb2
 from kvstore.blocks import BlockHash, hash_blocks, salted
 from kvstore.directory import ArenaRecord, Directory
-from router import policy
 from router.config import RouterConfig
+from router.dispatch import Dispatcher
 from router.errors import Unauthenticated, UnusableTenants
+from router.hits import Hit
+from router.journey import Journey
 from router.server import RouterServer
 from router.tenants import EVERYBODY, Tenant, parse_tenants, read_tenants
 
@@ -253,13 +255,14 @@ async def test_the_plan_sees_the_tenants_own_blocks_alone(
     await directory.announce_all(arena.arena_id, list(zip(hashes, range(6), strict=True)), 30.0)
     await directory.heartbeat_arena(arena, 30.0)
     hits: list[dict[str, int]] = []
-    plan = policy.plan
+    locate = Dispatcher._locate
 
-    def watch(view: policy.RequestView, *rest: object) -> object:
-        hits.append(dict(view.hit_blocks))
-        return plan(view, *rest)  # type: ignore[arg-type]
+    async def watch(dispatcher: Dispatcher, journey: Journey) -> dict[str, Hit]:
+        found = await locate(dispatcher, journey)
+        hits.append({arena_id: hit.num_blocks for arena_id, hit in found.items()})
+        return found
 
-    monkeypatch.setattr("router.dispatch.policy.plan", watch)
+    monkeypatch.setattr(Dispatcher, "_locate", watch)
     for key in (KEYS["red"], KEYS["blue"]):
         await ask(cluster, bearer(key), request(prompt, max_tokens=2))
     await directory.close()
