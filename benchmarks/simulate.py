@@ -6,7 +6,7 @@ which is not shipped. Without it, a made trace of the same shape and length is r
 nodes of 8 A100 run Llama 3 70B (docs/simulator.md has the formulas), each with an LRU of 5,860 blocks.
 
 Each seed jitters the trace and the policies anew, so the repeats of a row are seeds. The clock is virtual: nothing here
-depends on the machine but "replay" (of a whole trace) and "decision" (one, the look-up of its blocks included), both of
+depends on the machine but "replay" (of a whole trace) and "decision" (one, without the look-up of its blocks), both of
 processor time: a thread that is pushed off its core decides nothing.
 
 Peers: "ideal" is one queue in front of all nodes and a free cache without limits; "pool" is one LRU as large as all

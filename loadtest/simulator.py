@@ -105,8 +105,8 @@ class Simulator:
         limit_s = self.config.ttft_limit_s
         if limit_s is not None:
             limit_s = None if job.first_token_s >= 0.0 else limit_s - (self.now_s - job.request.arrival_s)
-        start_s = self._clock() if self._clock else 0.0
         runs = self.directory.runs(job.full_blocks)
+        start_s = self._clock() if self._clock else 0.0
         view = RequestView(
             num_tokens=job.num_tokens,
             max_new_tokens=job.num_left,
