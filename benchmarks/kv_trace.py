@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.rows import Peer, Row, print_beside
-from kvstore.eviction import LRU, POLICIES, Eviction, SecondTouch
+from kvstore.eviction import ADMISSIONS, LRU, POLICIES, Admission, Eviction
 
 CAPACITIES = (1_000, 3_000, 5_860, 10_000, 30_000)  # blocks; 5,860 are 3 million tokens, a terabyte for a 70B model
 DISK_FACTOR = 10  # disk over arena
@@ -44,15 +44,15 @@ class Disk:
     """The tier behind an arena: `capacity` blocks, least lately used first out, and what it was asked to do."""
 
     capacity: int
-    is_choosy: bool  # second-touch admission, or everything that is evicted
+    admission: Admission[int]  # says which of those that are evicted it gets
     held: LRU[int] = field(default_factory=LRU)
     num_writes: int = 0
     num_hits: int = 0
 
-    def demote(self, block: int, was_reused: bool) -> None:
+    def demote(self, block: int) -> None:
         if block in self.held:
             self.held.touch(block)
-        elif was_reused or not self.is_choosy:
+        elif self.admission.admits(block):
             if len(self.held) == self.capacity:
                 self.held.victim()
             self.held.insert(block)
@@ -68,7 +68,6 @@ class Cache:
         self.num_hits = self.num_evicted = 0
         self._capacity = capacity
         self._policy = policy
-        self._reuse: SecondTouch[int] = SecondTouch(capacity)
         self._disk = disk
         self._has_hand_off = has_hand_off
         self._held: set[int] = set()
@@ -98,7 +97,8 @@ class Cache:
         for block in reversed(blocks):
             if block in self._held:
                 self._policy.touch(block)
-                self._reuse.saw(block)
+                if self._disk is not None:
+                    self._disk.admission.saw(block)
         new: list[int] = []
         for block in blocks:
             if block in self._held:
@@ -108,7 +108,8 @@ class Cache:
             new.append(block)
         for block in reversed(new):
             self._policy.insert(block)
-        self._reuse.came(new)
+        if self._disk is not None:
+            self._disk.admission.came(new)
         self._held.update(new)
 
     def _evict(self, chain: set[int]) -> bool:
@@ -119,7 +120,7 @@ class Cache:
         self._read.discard(victim)
         self.num_evicted += 1
         if self._disk is not None:
-            self._disk.demote(victim, self._reuse.admits(victim))
+            self._disk.demote(victim)
         return True
 
     def _was_read(self, block: int) -> bool:
@@ -192,11 +193,11 @@ def disk_rows(trace: Trace, name: str = "s3fifo") -> list[Row]:
     num_blocks = sum(map(len, trace))
     rows: list[Row] = []
     for capacity in CAPACITIES:
-        for is_choosy in (False, True):
-            disk = Disk(DISK_FACTOR * capacity, is_choosy)
+        for admission, make in ADMISSIONS.items():
+            disk = Disk(DISK_FACTOR * capacity, make(capacity))
             cache = replay(trace, name, capacity, disk)
             what = f"{DISK_FACTOR * capacity} blocks of disk behind {capacity}, " + (
-                "second touch" if is_choosy else "all that is evicted"
+                "all that is evicted" if admission == "all" else "second touch"
             )
             rows += [
                 Row(f"{what}: hit rate of the arena", "of blocks", (cache.num_hits / num_blocks,)),

@@ -10,7 +10,7 @@ from benchmarks.kv_trace import Cache, Disk, Trace, belady_hits, replay
 from kvstore.arena import Arena, Written
 from kvstore.arena_map import ArenaMap, arena_bytes
 from kvstore.blocks import BlockHash
-from kvstore.eviction import POLICIES
+from kvstore.eviction import POLICIES, AdmitAll, SecondTouch
 
 
 def conversations(seed: int, num_requests: int = 300) -> Trace:
@@ -55,7 +55,7 @@ def test_belady_by_hand() -> None:
 
 def test_a_disk_turns_evictions_into_hits() -> None:
     trace = conversations(2)
-    greedy, choosy = Disk(400, False), Disk(400, True)
+    greedy, choosy = Disk(400, AdmitAll()), Disk(400, SecondTouch(20))
     for disk in (greedy, choosy):
         cache: Cache = replay(trace, "lru", 20, disk)
         assert disk.num_hits and cache.num_hits + disk.num_hits <= belady_hits(trace, 10_000)
