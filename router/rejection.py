@@ -13,7 +13,6 @@ from router.errors import InvalidRequest, RouterError, WouldBeLate
 
 RETRY_AFTER = "retry-after-ms"  # of a request that would be late
 DETAILS = "grpc-status-details-bin"  # a google.rpc.Status, where gRPC's libraries look for it
-MAX_DETAIL_CHARS = 1000  # a peer need not take more than 8 KiB of metadata
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -27,13 +26,14 @@ def metadata_of(error: RouterError, code: grpc.StatusCode) -> Metadata:
         retry = error_details_pb2.RetryInfo(retry_delay=delay)
         return (RETRY_AFTER, str(retry_ms)), _details(error, code, retry)
     if isinstance(error, InvalidRequest):
-        problem = str(error).removeprefix(f"{error.field}: ")[:MAX_DETAIL_CHARS]
+        problem = str(error).removeprefix(f"{error.field}: ")
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=problem)
         return (_details(error, code, error_details_pb2.BadRequest(field_violations=[violation])),)
     return ()
 
 
 def _details(error: RouterError, code: grpc.StatusCode, detail: Message) -> tuple[str, bytes]:
-    status = status_pb2.Status(code=code.value[0], message=str(error)[:MAX_DETAIL_CHARS])
+    # The message must be the call's own, to the letter: gRPC's libraries refuse details whose is not.
+    status = status_pb2.Status(code=code.value[0], message=str(error))
     status.details.add().Pack(detail)
     return DETAILS, status.SerializeToString()

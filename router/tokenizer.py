@@ -28,6 +28,7 @@ _BYTE_OF = {chr(byte): byte for byte in _PLAIN}
 _BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PLAIN)))}
 
 
+MAX_ERROR_CHARS = 500  # of a template: it may repeat the prompt, and a call's metadata is bounded
 _KNOWS_TOOLS = re.compile(r"\btools\b")  # what a template calls them
 
 
@@ -82,7 +83,8 @@ class Tokenizer:
             text = template.render(messages=list(messages), tools=list(tools) or None, documents=None, **options)
             text.encode()
         except Exception as error:  # the template is foreign code: it may refuse a chat, or stumble over it
-            raise InvalidRequest("prompt.chat.messages", f"the model's chat template says: {error}") from error
+            said = str(error)[:MAX_ERROR_CHARS]
+            raise InvalidRequest("prompt.chat.messages", f"the model's chat template says: {said}") from error
         return text
 
     def _choose(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[object]) -> jinja2.Template:
