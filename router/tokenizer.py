@@ -69,7 +69,7 @@ class Tokenizer:
 
         Releases the interpreter's lock while it works, so that a long text can be encoded on a thread.
         """
-        [encoding] = self._backend.encode_batch([text], add_special_tokens=not is_template)
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=not is_template)
         return list(encoding.ids)
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
