@@ -37,6 +37,7 @@ from router.errors import (
     UnknownRequest,
     WouldBeLate,
 )
+from router.grammar import GrammarChecker
 from router.journey import RoutedRequest
 from router.metrics import RouterCollector
 from router.registry import Pool, Registry
@@ -159,6 +160,7 @@ class InferenceService:
         self._dispatcher = dispatcher
         self._decider = decider
         self._tokenizer = tokenizer
+        self._grammars = GrammarChecker(Path(config.model_dir), sorted(tokenizer.eos_token_ids))
         self._rng = rng
         self._tenants = tenants
 
@@ -228,12 +230,15 @@ class InferenceService:
         pool, remaining_s = self._pool(), context.time_remaining()
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         check_model(checked.model, pool.model)
+        await self._grammars.check(checked.sampling)
         prompt_ids = await self._tokenise(checked, pool)
         sampling = check_tokens(prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size)
         if not sampling.HasField("seed"):
             sampling.seed = self._rng.getrandbits(64)
         del sampling.stop[:]  # nodes know no text
-        eos_ids = frozenset() if sampling.ignore_eos else self._tokenizer.eos_token_ids
+        # Beside a grammar ignore_eos puts the end off, and there is one.
+        is_endless = sampling.ignore_eos and sampling.WhichOneof("grammar") is None
+        eos_ids = frozenset() if is_endless else self._tokenizer.eos_token_ids
         return RoutedRequest(
             request_id=checked.request_id or uuid.uuid4().hex,
             prompt_ids=prompt_ids,
