@@ -66,7 +66,7 @@ def _check_schema(text: str) -> None:
         schema = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidGrammar(f"{FIELD}.json_schema", f"is no JSON: {error}") from None
-    _check(isinstance(schema, dict | bool), "json_schema", "must be a JSON object, true or false")
+    _check(isinstance(schema, dict), "json_schema", "must be a JSON object")
     sizes = [_states(value) for value in _multiples(schema)]
     limit = f"multipleOf takes {MAX_MULTIPLES} steps at most, all together, counted in units of its last decimal"
     _check(sum(sizes) <= MAX_MULTIPLES, "json_schema", f"{limit}, got {sum(sizes):.6g}")
