@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from batonpb import common_pb2
 from grammar.compiler import Compiler
 from grammar.errors import GrammarError
 from grammar.source import Grammar, grammar_of
 from router.errors import InvalidRequest
+from router.tokenizer import Tokenizer
 
 MAX_VERDICTS = 256
 
@@ -20,11 +19,11 @@ MAX_VERDICTS = 256
 class GrammarChecker:
     """One for a router. A grammar is compiled on a thread, in bounded time, and the verdict is kept.
 
-    `folder` is the model's: its tokenizer is read when the first grammar comes.
+    The library reads the model's tokenizer anew, when the first grammar comes.
     """
 
-    def __init__(self, folder: Path, eos_token_ids: Sequence[int]) -> None:
-        self._compiler = Compiler(folder, eos_token_ids)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._compiler = Compiler(tokenizer.folder, sorted(tokenizer.eos_token_ids))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         self._verdict = functools.lru_cache(MAX_VERDICTS)(self._compile)
 

@@ -160,7 +160,7 @@ class InferenceService:
         self._dispatcher = dispatcher
         self._decider = decider
         self._tokenizer = tokenizer
-        self._grammars = GrammarChecker(Path(config.model_dir), sorted(tokenizer.eos_token_ids))
+        self._grammars = GrammarChecker(tokenizer)
         self._rng = rng
         self._tenants = tenants
 
