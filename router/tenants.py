@@ -15,7 +15,7 @@ import hashlib
 import hmac
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from router.amounts import parse_bytes
 from router.errors import Unauthenticated, UnusableTenants
 
-AUTHORIZATION = "authorization"  # of a call's metadata: "Bearer KEY"
+AUTHORIZATION = "authorization"  # of a call's metadata or headers: "Bearer KEY"
 FIELDS = ("name", "key_sha256", "kv_memory")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
@@ -56,18 +56,17 @@ class Tenants:
     def __len__(self) -> int:
         return len(self._by_digest)
 
-    def authenticate(self, metadata: Iterable[tuple[str, str | bytes]]) -> Tenant:
-        """Whose key a call's metadata has. Raises `Unauthenticated`, which never repeats what it was given."""
-        values = [value for name, value in metadata if name.lower() == AUTHORIZATION]
+    def authenticate(self, values: Sequence[str | bytes]) -> Tenant:
+        """Whose key a call's authorization has. Raises `Unauthenticated`, which never repeats what it was given."""
         if not values:
-            raise Unauthenticated(f"metadata: {AUTHORIZATION}: Bearer KEY is needed")
+            raise Unauthenticated(f"{AUTHORIZATION}: Bearer KEY is needed")
         scheme, _, key = (values[0] if isinstance(values[0], str) else "").partition(" ")
         key = key.strip()
         if len(values) > 1 or scheme.lower() != "bearer" or not key:
-            raise Unauthenticated(f"metadata: {AUTHORIZATION}: must be Bearer KEY, once")
+            raise Unauthenticated(f"{AUTHORIZATION}: must be Bearer KEY, once")
         tenant = self._of_digest(hashlib.sha256(key.encode()).digest())
         if tenant is None:
-            raise Unauthenticated(f"metadata: {AUTHORIZATION}: the key is no tenant's")
+            raise Unauthenticated(f"{AUTHORIZATION}: the key is no tenant's")
         return tenant
 
     def _of_digest(self, digest: bytes) -> Tenant | None:

@@ -50,8 +50,8 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
 def test_a_file_names_tenants_by_their_keys() -> None:
     tenants = parse_tenants(FILE)
     assert len(tenants) == 2
-    assert tenants.authenticate(bearer(KEYS["red"])) == Tenant("red", 2 << 30)
-    assert tenants.authenticate(bearer(KEYS["blue"])) == Tenant("blue", 0)
+    assert tenants.authenticate([f"Bearer {KEYS['red']}"]) == Tenant("red", 2 << 30)
+    assert tenants.authenticate([f"Bearer {KEYS['blue']}"]) == Tenant("blue", 0)
 
 
 def test_a_salt_follows_from_the_name_and_nothing_else() -> None:
@@ -118,41 +118,40 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "metadata",
+    "values",
     [
         [],
-        [("x-api-key", KEYS["red"])],
-        [("authorization", KEYS["red"])],
-        [("authorization", f"Basic {KEYS['red']}")],
-        [("authorization", "Bearer ")],
-        [("authorization", "Bearer")],
-        [("authorization", "")],
-        [("authorization", b"Bearer key-of-red")],
-        [("authorization", f"Bearer {KEYS['red']}x")],
-        [("authorization", f"Bearer {KEYS['red'][:-1]}")],
-        [("authorization", f"Bearer {DIGESTS['red']}")],
-        [*bearer(KEYS["red"]), *bearer(KEYS["blue"])],
-        [*bearer("wrong"), *bearer(KEYS["red"])],
+        [KEYS["red"]],
+        [f"Basic {KEYS['red']}"],
+        ["Bearer "],
+        ["Bearer"],
+        [""],
+        [b"Bearer key-of-red"],
+        [f"Bearer {KEYS['red']}x"],
+        [f"Bearer {KEYS['red'][:-1]}"],
+        [f"Bearer {DIGESTS['red']}"],
+        [f"Bearer {KEYS['red']}", f"Bearer {KEYS['blue']}"],
+        ["Bearer wrong", f"Bearer {KEYS['red']}"],
     ],
-    ids=range(13),
+    ids=range(12),
 )
-def test_no_key_or_a_wrong_one(metadata: list[tuple[str, str | bytes]]) -> None:
-    with pytest.raises(Unauthenticated, match="metadata: authorization: ") as error:
-        parse_tenants(FILE).authenticate(metadata)
-    assert not any(str(value).removeprefix("Bearer ") in str(error.value) for _, value in metadata if len(value) > 7)
+def test_no_key_or_a_wrong_one(values: list[str | bytes]) -> None:
+    with pytest.raises(Unauthenticated, match=r"^authorization: ") as error:
+        parse_tenants(FILE).authenticate(values)
+    assert not any(str(value).removeprefix("Bearer ") in str(error.value) for value in values if len(value) > 7)
 
 
 @given(st.text(max_size=40).filter(lambda text: text.strip() not in KEYS.values()))
 def test_no_other_key_opens(key: str) -> None:
     with pytest.raises(Unauthenticated):
-        parse_tenants(FILE).authenticate(bearer(key))
+        parse_tenants(FILE).authenticate([f"Bearer {key}"])
 
 
 def test_the_scheme_is_not_case_sensitive_the_key_is() -> None:
     tenants = parse_tenants(FILE)
-    assert tenants.authenticate([("Authorization", f"bearer  {KEYS['red']}")]).name == "red"
+    assert tenants.authenticate([f"bearer  {KEYS['red']}"]).name == "red"
     with pytest.raises(Unauthenticated):
-        tenants.authenticate(bearer(KEYS["red"].upper()))
+        tenants.authenticate([f"Bearer {KEYS['red'].upper()}"])
 
 
 # --- the door ---
@@ -176,7 +175,9 @@ async def ask(
     return [token.token_id async for response in call for token in response.tokens]
 
 
-@pytest.mark.parametrize("metadata", [(), bearer("wrong"), bearer(KEYS["red"]) * 2], ids=range(3))
+@pytest.mark.parametrize(
+    "metadata", [(), (("x-api-key", KEYS["red"]),), bearer("wrong"), bearer(KEYS["red"]) * 2], ids=range(4)
+)
 async def test_strangers_get_no_further_than_the_door(
     cluster: FakeCluster, metadata: tuple[tuple[str, str], ...], caplog: pytest.LogCaptureFixture
 ) -> None:

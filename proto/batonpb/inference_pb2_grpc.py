@@ -45,6 +45,16 @@ class InferenceStub:
                 request_serializer=batonpb_dot_inference__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=batonpb_dot_inference__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/baton.v1.Inference/Tokenize',
+                request_serializer=batonpb_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=batonpb_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/baton.v1.Inference/Detokenize',
+                request_serializer=batonpb_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=batonpb_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/baton.v1.Inference/Explain',
                 request_serializer=batonpb_dot_inference__pb2.ExplainRequest.SerializeToString,
@@ -69,6 +79,18 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Explain(self, request, context):
         """Why a request went where it went, for the last 1,000 of this router. NOT_FOUND: none of them, or another tenant's.
         """
@@ -88,6 +110,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=batonpb_dot_inference__pb2.GetModelRequest.FromString,
                     response_serializer=batonpb_dot_inference__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=batonpb_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=batonpb_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=batonpb_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=batonpb_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -150,6 +182,60 @@ class Inference:
             '/baton.v1.Inference/GetModel',
             batonpb_dot_inference__pb2.GetModelRequest.SerializeToString,
             batonpb_dot_inference__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Inference/Tokenize',
+            batonpb_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            batonpb_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Inference/Detokenize',
+            batonpb_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            batonpb_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,131 @@
+"""The gRPC door: calls in, responses out. Errors become statuses here, once."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from batonpb import inference_pb2
+from router.errors import (
+    ClusterBusy,
+    ClusterUnavailable,
+    DeadlinePassed,
+    InvalidRequest,
+    RouterError,
+    Unauthenticated,
+    UnknownRequest,
+    WouldBeLate,
+)
+from router.frontend import Caller, Frontend
+from router.tenants import AUTHORIZATION, Tenant
+from router.validate import Limits, parse
+
+logger = logging.getLogger(__name__)
+
+SERVICE = "baton.v1.Inference"
+STATUSES = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    ClusterBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    WouldBeLate: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnknownRequest: grpc.StatusCode.NOT_FOUND,
+    ClusterUnavailable: grpc.StatusCode.UNAVAILABLE,
+    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+RETRY_AFTER = "retry-after-ms"  # in the trailing metadata of a request that would be late
+# gRPC itself answers RESOURCE_EXHAUSTED to what is over its limit, so ours comes first by a wide margin.
+TRANSPORT_FACTOR = 4
+
+
+class InferenceService:
+    """The door's methods. Requests come in as bytes, so that what is no message has an answer, too."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        response, model = inference_pb2.GenerateResponse, inference_pb2.GetModelResponse
+        methods = {
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self.generate, response_serializer=response.SerializeToString
+            ),
+            "GetModel": grpc.unary_unary_rpc_method_handler(
+                self.get_model, response_serializer=model.SerializeToString
+            ),
+            "Explain": grpc.unary_unary_rpc_method_handler(
+                self.explain, response_serializer=inference_pb2.ExplainResponse.SerializeToString
+            ),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def get_model(self, _body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.GetModelResponse:
+        async with _statuses(context, "GetModel"):
+            self._authenticate(context)
+            return self._frontend.model()
+        raise AssertionError("an aborted call goes on")
+
+    async def explain(self, body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.ExplainResponse:
+        """Why a request went where it went: a tenant's own, and no other's."""
+        async with _statuses(context, "Explain"):
+            tenant = self._authenticate(context)
+            try:
+                request_id = inference_pb2.ExplainRequest.FromString(body).request_id
+            except DecodeError:
+                raise InvalidRequest("message", "is no baton.v1.ExplainRequest") from None
+            return self._frontend.explain(tenant, request_id)
+        raise AssertionError("an aborted call goes on")
+
+    async def generate(self, body: bytes, context: grpc.aio.ServicerContext) -> None:
+        """A coroutine that writes, not a generator: only so does its end run for certain when the caller is gone."""
+        received_s, remaining_s = time.monotonic(), context.time_remaining()
+        deadline_s = None if remaining_s is None else received_s + remaining_s
+        async with _statuses(context, "Generate"):
+            caller = Caller(self._authenticate(context), received_s, deadline_s)
+            message = parse(body, self._frontend.limits)
+            async with aclosing(self._frontend.generate(message, caller)) as responses:
+                async for response in responses:
+                    await context.write(response)
+
+    def _authenticate(self, context: grpc.aio.ServicerContext) -> Tenant:
+        """Whose call it is. Raises `Unauthenticated`."""
+        metadata = context.invocation_metadata() or ()
+        return self._frontend.authenticate([value for name, value in metadata if name.lower() == AUTHORIZATION])
+
+
+@asynccontextmanager
+async def _statuses(context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
+    """Ends the call with the status that an error of its body stands for."""
+    try:
+        yield
+    except RouterError as error:
+        code = STATUSES.get(type(error), grpc.StatusCode.INTERNAL)
+        logger.info("event=refused method=%s code=%s %s", method, code.name, error)
+        metadata: tuple[tuple[str, str], ...] = ()
+        if isinstance(error, WouldBeLate):
+            metadata = ((RETRY_AFTER, str(math.ceil(error.retry_after_s * 1000))),)
+        await context.abort(code, str(error), trailing_metadata=metadata)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        logger.exception("event=call_failed method=%s", method)
+        await context.abort(grpc.StatusCode.INTERNAL, "the router failed; its log says more")
+
+
+def server_options(limits: Limits) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # a second router on the same port is an error, not a lottery
+        ("grpc.max_receive_message_length", TRANSPORT_FACTOR * limits.max_message_bytes),
+        # A client that vanished without a word is found out, and what it asked for is freed.
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Clients may ping as often.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
