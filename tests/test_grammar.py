@@ -90,6 +90,12 @@ def test_json_has_white_space_within_a_bound_and_none_around_it() -> None:
     assert allowed('{"a": ', json_schema={"type": "object", "x-guidance": {"whitespace_pattern": " *"}}) is not None
 
 
+def test_properties_come_in_the_order_of_the_schema() -> None:
+    schema = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}}, "required": ["a"]}
+    assert accepts('{"b": 1, "a": 2}', json_schema=schema) and accepts('{"a": 2}', json_schema=schema)
+    assert not accepts('{"a": 2, "b": 1}', json_schema=schema)
+
+
 def test_special_tokens_are_not_text() -> None:
     inside = allowed('"', json_schema={"type": "string"})
     assert inside is not None and not inside & {256, EOS}
