@@ -138,9 +138,11 @@ REFUSED = {
         (sampling(json_schema={"type": "string", "format": "nope"}), "nope"),
         (sampling(json_schema={"type": "string", "pattern": "("}), "unclosed"),
         (sampling(json_schema={"type": "what"}), "what"),
-        (sampling(json_schema={"multipleOf": 10_001}), "10000"),
+        (sampling(json_schema={"multipleOf": 10_001}), "10000 steps at most"),
         (sampling(json_schema={"items": [{"multipleOf": 0.9}, {"multipleOf": 99.99}]}), "10008"),
         (sampling(json_schema={"multipleOf": 1e-300}), "inf"),
+        (sampling(json_schema={"multipleOf": 10**400}), "inf"),
+        (sampling(json_schema={"multipleOf": -(10**400)}), "inf"),
         (sampling(json_schema='{"multipleOf": 1e999}'), "inf"),
     ],
 }
