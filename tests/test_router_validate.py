@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from batonpb import common_pb2, inference_pb2
 from router.errors import InvalidRequest
-from router.validate import Limits, check, check_length, check_model, check_tokens, parse
+from router.validate import (
+    Limits,
+    check,
+    check_detokenize,
+    check_length,
+    check_model,
+    check_prompt,
+    check_tokens,
+    parse,
+)
 
 LIMITS = Limits(max_message_bytes=10_000, max_prompt_bytes=1_000)
 
@@ -97,7 +106,8 @@ def test_each_kind_of_prompt() -> None:
     assert check(request(text="é" * 500), LIMITS).text == "é" * 500
     assert check(inference_pb2.GenerateRequest(tokens={"token_ids": [1, 2]}), LIMITS).token_ids == (1, 2)
     chat = check(inference_pb2.GenerateRequest(chat={"messages": [CHAT(role="user", content="")]}), LIMITS)
-    assert chat.messages == (("user", ""),) and chat.text is None
+    assert chat.chat is not None and chat.text is None
+    assert chat.chat.messages == ({"role": "user", "content": ""},)
 
 
 def test_only_the_served_model() -> None:
@@ -154,17 +164,42 @@ def test_what_the_model_does_not_take(token_ids: list[int], params: common_pb2.S
 )
 def test_bytes_that_are_no_request(body: bytes, problem: str) -> None:
     with pytest.raises(InvalidRequest, match=problem):
-        parse(body, LIMITS)
+        parse(body, LIMITS, inference_pb2.GenerateRequest)
 
 
 def test_bytes_that_are_one() -> None:
     message = request(text="é", sampling=sampling(stop=["x"]))
-    assert parse(message.SerializeToString(), LIMITS) == message
+    assert parse(message.SerializeToString(), LIMITS, inference_pb2.GenerateRequest) == message
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_request_or_refused(body: bytes) -> None:
-    try:
-        check(parse(body, LIMITS), LIMITS)
-    except InvalidRequest as error:
-        assert error.field
+    for kind in (inference_pb2.GenerateRequest, inference_pb2.TokenizeRequest):
+        try:
+            message = parse(body, LIMITS, kind)
+            check_prompt(message, LIMITS)
+            if isinstance(message, inference_pb2.GenerateRequest):
+                check(message, LIMITS)
+        except InvalidRequest as error:
+            assert error.field
+
+
+def test_numbers_of_answers() -> None:
+    assert [check(request(n=n), LIMITS).num_answers for n in (0, 1, 16)] == [1, 1, 16]
+    assert check(request(n=16, request_id="i" * 125), LIMITS) and check(request(n=1, request_id="i" * 128), LIMITS)
+    with pytest.raises(InvalidRequest, match=r"^n: must be in \[1, 16\], got 17"):
+        check(request(n=17), LIMITS)
+
+
+def test_what_must_be_called_is_refused_but_can_be_counted() -> None:
+    chat = {"messages": [CHAT(role="user")], "tools": [{"name": "f"}], "tool_choice": "TOOL_CHOICE_REQUIRED"}
+    with pytest.raises(InvalidRequest, match=r"^prompt\.chat\.tool_choice: required is not served yet"):
+        check(inference_pb2.GenerateRequest(chat=chat), LIMITS)
+    assert check_prompt(inference_pb2.TokenizeRequest(chat=chat), LIMITS)["chat"].is_required
+
+
+def test_tokens_to_make_text_of() -> None:
+    message = inference_pb2.DetokenizeRequest(token_ids=[0, 49])
+    assert check_detokenize(message, 50) == [0, 49]
+    with pytest.raises(InvalidRequest, match=r"^token_ids: token ids must be below 49"):
+        check_detokenize(message, 49)
