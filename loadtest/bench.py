@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -94,23 +95,28 @@ async def _sweep(config: BenchConfig, args: argparse.Namespace) -> int:
     wanted = config.sweep
     search = Search(wanted.start_per_s, wanted.max_per_s, wanted.precision)
     steps: list[Step] = []
+    late = ""
     async with _Session(config) as session:
         while (rate_per_s := search.next_per_s()) is not None:
             step_config = _at_rate(config, wanted, rate_per_s)
-            done = await session.run(step_config, session.dice.step(len(steps)), f"{rate_per_s:.2f}/s")
+            try:
+                done = await session.run(step_config, session.dice.step(len(steps)), f"{rate_per_s:.2f}/s")
+            except ClientLate as exc:  # what was measured before was measured in time
+                late = f"no figures from {rate_per_s:.2f} req/s on: {exc}; {_LATE_ADVICE}"
+                break
             steps.append(Step(rate_per_s, done.report))
             search.tell(rate_per_s, steps[-1].good_share >= wanted.share)
     print(render_sweep(steps, search.best_per_s, wanted.share))
     _write(sweep_result_of(config, session.model.name, steps, search.best_per_s), args)
+    if late:
+        return _fail(late, _LATE)
     return _OK if search.best_per_s else _SOME_FAILED
 
 
 def _at_rate(config: BenchConfig, sweep: SweepConfig, rate_per_s: float) -> BenchConfig:
     """With requests for `sweep.seconds`, so that a fast step is not over before the server is full."""
     count = max(config.data.num_prompts, round(rate_per_s * sweep.seconds))
-    return replace(
-        config, load=replace(config.load, rate=rate_per_s), data=replace(config.data, num_prompts=count), warmup=0
-    )
+    return replace(config, load=replace(config.load, rate=rate_per_s), data=replace(config.data, num_prompts=count))
 
 
 def _write(result: dict[str, Any], args: argparse.Namespace) -> None:
@@ -205,8 +211,16 @@ def _maker(config: BenchConfig) -> Callable[[], Client]:
         return lambda: GrpcClient(config.target, config.sampling)
     from loadtest.http_client import HttpClient
 
+    _allow_many_connections()
     is_chat = config.backend == "openai-chat"
     return lambda: HttpClient(config.target, is_chat, config.model, config.sampling)
+
+
+def _allow_many_connections() -> None:
+    """Each request in flight over HTTP has a connection: as many files as the system grants."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _plan(config: BenchConfig, material: Material, dice: Dice) -> Plan:

@@ -19,6 +19,7 @@ from loadtest.exchange import DEFAULT_SAMPLING, Ask, ModelInfo, Sampling, SendEr
 from loadtest.sse import BadEvent, EventParser
 
 _ASK_AGAIN_S = 0.1
+_KEEP_ALIVE_S = 4.0  # less than servers keep an idle connection (uvicorn: 5), or one of the two would be surprised
 _MAX_ERROR_BYTES = 1 << 16
 _MAX_ERROR_CHARACTERS = 300
 _MAX_MODELS_BYTES = 1 << 22
@@ -51,7 +52,7 @@ class HttpClient:
         self._session = aiohttp.ClientSession(
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(total=self.target.timeout_s or None),
-            connector=aiohttp.TCPConnector(limit=0, ssl=self._tls),
+            connector=aiohttp.TCPConnector(limit=0, ssl=self._tls, keepalive_timeout=_KEEP_ALIVE_S),
             read_bufsize=1 << 18,
         )
         return self

@@ -15,7 +15,7 @@ from loadtest.svg import Axes, Bar, Point, Series, bars, colour, lines
 Named = tuple[str, dict[str, Any]]  # what to call a run, and its result
 
 _MAX_BARS = 400  # beyond that, every so manieth request is drawn
-_MAX_COLUMNS = 400  # of tokens per second
+_MAX_COLUMNS = 200  # of a plot over time
 _TIMES = (
     ("ttft", "Time to first token"),
     ("tpot", "Time per output token"),
@@ -173,7 +173,7 @@ def _tokens_per_s(rows: Sequence[Any]) -> list[Point]:
     if not stamps:
         return []
     last_s = max(time_s for time_s, _ in stamps)
-    bucket_s = max(last_s / _MAX_COLUMNS, 0.1 if last_s < 20 else 1.0)
+    bucket_s = max(last_s / _MAX_COLUMNS, 0.25)
     totals: dict[int, float] = {}
     for time_s, tokens_ in stamps:
         totals[int(time_s / bucket_s)] = totals.get(int(time_s / bucket_s), 0.0) + tokens_
@@ -181,13 +181,20 @@ def _tokens_per_s(rows: Sequence[Any]) -> list[Point]:
 
 
 def _in_flight(requests: Sequence[Bar]) -> list[Point]:
+    """The most in each part of the run."""
     steps = sorted([(bar.sent_s, 1) for bar in requests] + [(bar.end_s, -1) for bar in requests])
+    if not steps or steps[-1][0] <= 0:
+        return []
+    width_s = steps[-1][0] / _MAX_COLUMNS
     points: list[Point] = []
-    count = 0
-    for time_s, change in steps:
-        points.append((time_s, float(count)))
-        count += change
-        points.append((time_s, float(count)))
+    count = position = 0
+    for column in range(_MAX_COLUMNS):
+        most = count
+        while position < len(steps) and steps[position][0] <= (column + 1) * width_s:
+            count += steps[position][1]
+            most = max(most, count)
+            position += 1
+        points.append(((column + 0.5) * width_s, float(most)))
     return points
 
 

@@ -92,7 +92,7 @@ class OpenAiServer:
     async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        script, is_chat, count = self.script, "messages" in body, body["max_tokens"]
+        script, is_chat, count = self.script, "messages" in body, num_tokens_of(body)
         if is_chat:
             await self._send(response, self._event({"role": "assistant", "content": ""}, None, is_chat))
         await asyncio.sleep(script.first_pause_s)
@@ -106,7 +106,7 @@ class OpenAiServer:
         if script.fault != "no-finish":
             await self._send(response, self._event({} if is_chat else "", "length", is_chat))
         if body.get("stream_options", {}).get("include_usage") and script.fault != "no-usage":
-            await self._send(response, {"choices": [], "usage": usage_of(body)})
+            await self._send(response, self._event("", None, is_chat) | {"choices": [], "usage": usage_of(body)})
         if script.fault != "no-done":
             await self._write(response, f"data: [DONE]{script.newline * 2}".encode())
         await response.write_eof()
@@ -132,7 +132,8 @@ class OpenAiServer:
 
     def _event(self, content: Any, finish_reason: str | None, is_chat: bool) -> dict[str, Any]:
         choice = {"index": 0, "delta" if is_chat else "text": content, "finish_reason": finish_reason}
-        return {"id": "x", "model": "fake", "choices": [choice]}
+        kind = "chat.completion.chunk" if is_chat else "text_completion"
+        return {"id": "x", "object": kind, "created": 0, "model": "fake", "choices": [choice]}
 
     async def _send(self, response: web.StreamResponse, event: dict[str, Any]) -> None:
         words = json.dumps(event, ensure_ascii=False)
@@ -156,6 +157,11 @@ def usage_of(body: dict[str, Any]) -> dict[str, Any]:
     details = {"cached_tokens": num_prompt // 2}
     return {
         "prompt_tokens": num_prompt,
-        "completion_tokens": body["max_tokens"],
+        "completion_tokens": num_tokens_of(body),
         "prompt_tokens_details": details,
     }
+
+
+def num_tokens_of(body: dict[str, Any]) -> int:
+    """How long the answer is to be, by either of its names."""
+    return int(body.get("max_tokens") or body.get("max_completion_tokens") or 16)

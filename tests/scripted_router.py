@@ -79,6 +79,7 @@ class RouterThread:
 
     service: ScriptedRouter = field(default_factory=ScriptedRouter)
     address: str = ""
+    credentials: grpc.ServerCredentials | None = None
 
     def __post_init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -89,7 +90,11 @@ class RouterThread:
     async def _start(self) -> None:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         inference_pb2_grpc.add_InferenceServicer_to_server(self.service, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        if self.credentials is None:
+            port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = self._server.add_secure_port("127.0.0.1:0", self.credentials)
+        self.address = f"127.0.0.1:{port}"
         await self._server.start()
 
     def close(self) -> None:

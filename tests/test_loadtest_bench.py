@@ -330,6 +330,18 @@ def test_a_late_client_prints_no_figures(
     assert not out.exists()
 
 
+def test_a_sweep_keeps_what_was_measured_before_the_client_was_late(
+    router: RouterThread, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lags = iter(["", "", "it was late"])
+    monkeypatch.setattr(bench, "lag_of", lambda report, limit_ms: next(lags))
+    words = ["--sweep", "--sweep-start", "100", "--sweep-seconds", "0", "--num-prompts", "2", "--goodput", "ttft:60000"]
+    assert bench.run(arguments(router, *words)) == 3
+    captured = capsys.readouterr()
+    assert "90 % of requests: 200.00 req/s" in captured.out
+    assert "no figures from 400.00 req/s on: it was late" in captured.err
+
+
 def test_waiting_for_a_place_is_not_the_clients_lateness(router: RouterThread, tmp_path: Path) -> None:
     router.service.pause_s = 0.01
     out = tmp_path / "bench.json"

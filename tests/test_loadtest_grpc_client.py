@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
+import grpc
 import pytest
 from scripted_router import RouterThread
 
@@ -124,3 +127,20 @@ async def test_a_blocked_event_loop_is_noticed() -> None:
     await asyncio.sleep(0.01)
     meter.cancel()
     assert max(lags_s) > 0.15
+
+
+async def test_tls_with_an_authority_of_ones_own(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1"
+    command = ["openssl", *words.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert]
+    subprocess.run(command, check=True, capture_output=True)
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    router = RouterThread(credentials=credentials)
+    try:
+        async with GrpcClient(Target(router.address, tls_ca=cert)) as client:
+            assert (await client.get_model()).name == "scripted"
+        async with GrpcClient(Target(router.address)) as client:
+            with pytest.raises(SendError):
+                await client.get_model(wait_s=0.2)
+    finally:
+        router.close()
