@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import resource
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from loadtest.arrival import open_times_s
 from loadtest.behaviour import Kind, draw_kinds
 from loadtest.config import BenchConfig, BenchError, SweepConfig
+from loadtest.connect import client_maker
 from loadtest.datasets import Material, material_for
 from loadtest.exchange import Client, ModelInfo, SendError
 from loadtest.record import RequestRecord
@@ -29,11 +28,12 @@ from loadtest.report_json import result_of, sweep_result_of, write_json
 from loadtest.report_text import render, render_sweep
 from loadtest.runner import Phase, Plan, Runner
 from loadtest.sweep import Search, Step
+from loadtest.workers import run_in_processes
 from loadtest.workload import Dice
 
 _ERRORS_SHOWN = 10
 _OK, _SOME_FAILED, _NOT_RUN, _LATE, _INTERRUPTED = 0, 1, 2, 3, 130
-_LATE_ADVICE = "run it on a machine with less to do, lower the load, or raise --max-client-lag-ms"
+_LATE_ADVICE = "use --client-processes, a machine with less to do, a lower load, or raise --max-client-lag-ms"
 
 
 class ClientLate(Exception):
@@ -193,34 +193,16 @@ class _Session:
             num_failed += not record.succeeded and not record.kind
             self._progress.update(task_id, advance=1, note=f"{num_failed} failed" if num_failed else "")
 
-        return await Runner(self._client, _maker(self._config)).run(plan, tell)
+        if self._config.client_processes > 1:
+            return await run_in_processes(self._config, plan, tell)
+        return await Runner(self._client, client_maker(self._config)).run(plan, tell)
 
 
 async def _connected(config: BenchConfig) -> Client:
     try:
-        return await _maker(config)().__aenter__()
+        return await client_maker(config)().__aenter__()
     except (ValueError, OSError) as exc:
         raise BenchError(f"--address {config.target.address}: {exc}") from exc
-
-
-def _maker(config: BenchConfig) -> Callable[[], Client]:
-    """Makes a client for the backend; each import is slow, and only one is needed."""
-    if config.backend == "grpc":
-        from loadtest.grpc_client import GrpcClient
-
-        return lambda: GrpcClient(config.target, config.sampling)
-    from loadtest.http_client import HttpClient
-
-    _allow_many_connections()
-    is_chat = config.backend == "openai-chat"
-    return lambda: HttpClient(config.target, is_chat, config.model, config.sampling)
-
-
-def _allow_many_connections() -> None:
-    """Each request in flight over HTTP has a connection: as many files as the system grants."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _plan(config: BenchConfig, material: Material, dice: Dice) -> Plan:

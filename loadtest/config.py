@@ -81,6 +81,7 @@ class BenchConfig:
     nonce: str
     warmup: int
     max_client_lag_ms: float
+    client_processes: int
     percentiles: tuple[float, ...]
 
     @classmethod
@@ -110,6 +111,7 @@ class BenchConfig:
             nonce="" if args.reuse_prompts else secrets.token_hex(8),
             warmup=args.warmup,
             max_client_lag_ms=args.max_client_lag_ms,
+            client_processes=args.client_processes,
             percentiles=args.metric_percentiles,
         )
 

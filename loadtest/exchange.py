@@ -27,10 +27,10 @@ class SendError(Exception):
 
 
 class Clock:
-    """Seconds since it was made."""
+    """Seconds since it was made, or since `start_s` of `time.perf_counter`, which all processes share."""
 
-    def __init__(self) -> None:
-        self._start_s = time.perf_counter()
+    def __init__(self, start_s: float | None = None) -> None:
+        self._start_s = time.perf_counter() if start_s is None else start_s
 
     def __call__(self) -> float:
         return time.perf_counter() - self._start_s

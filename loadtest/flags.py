@@ -95,6 +95,7 @@ def _add_load_arguments(group: argparse._ArgumentGroup) -> None:
     add("--ramp-up-end-rps", type=_finite_rate, metavar="R", help="to so many")
     lid = f"most in flight; 0 = no limit (default {CLOSED_LOOP_DEFAULT} with an infinite rate, else no limit)"
     add("--max-concurrency", type=_natural, metavar="N", help=lid)
+    add("--client-processes", type=_count, default=1, metavar="N", help="share the sending out (default 1)")
     add("--warmup", type=_natural, default=0, metavar="N", help="requests before the run, not counted (default 0)")
     add("--time-scale", type=_finite_rate, default=1.0, metavar="X", help="trace: so many times as fast (default 1)")
 

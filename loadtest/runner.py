@@ -34,6 +34,7 @@ class Plan:
     seeds: Sequence[int]
     max_in_flight: int | None = None
     traits: Traits = Traits()
+    indices: Sequence[int] | None = None  # of each session's first request; None: it is the whole plan
 
     @property
     def num_requests(self) -> int:
@@ -43,6 +44,33 @@ class Plan:
     def turns_of(self, index: int) -> int:
         """Who misbehaves does so once."""
         return 1 if self.kinds[index] in BAD_KINDS else len(self.sessions[index].turns)
+
+
+def first_indices(plan: Plan) -> Sequence[int]:
+    """The number of each session's first request in the whole run."""
+    if plan.indices is not None:
+        return plan.indices
+    counts = (plan.turns_of(number) for number in range(len(plan.sessions)))
+    return list(itertools.accumulate(counts, initial=0))[:-1]
+
+
+def shares(plan: Plan, count: int) -> list[Plan]:
+    """The plan in at most `count` parts that add up to it: each has every so manieth session, and of the lid."""
+    lid = plan.max_in_flight
+    count = max(1, min(count, len(plan.sessions), lid or count))
+    indices = first_indices(plan)
+    return [
+        replace(
+            plan,
+            sessions=plan.sessions[i::count],
+            times_s=plan.times_s[i::count],
+            kinds=plan.kinds[i::count],
+            seeds=plan.seeds[i::count],
+            indices=indices[i::count],
+            max_in_flight=None if lid is None else lid // count + (i < lid % count),
+        )
+        for i in range(count)
+    ]
 
 
 @dataclass
@@ -72,12 +100,13 @@ class Runner:
         self._client = client
         self._connect = connect
 
-    async def run(self, plan: Plan, tell: Callable[[RequestRecord], None] = lambda record: None) -> Phase:
+    async def run(
+        self, plan: Plan, tell: Callable[[RequestRecord], None] = lambda record: None, clock: Clock | None = None
+    ) -> Phase:
         """Sends all and waits for all answers; the records in the order of the requests. `tell` hears of each."""
         requests = [self._first_request(plan, number) for number in range(len(plan.sessions))]
-        counts = (plan.turns_of(number) for number in range(len(plan.sessions)))
-        indices = list(itertools.accumulate(counts, initial=0))  # of each session's first request
-        under_way = _UnderWay(plan, Clock(), Phase(), tell)
+        indices = first_indices(plan)
+        under_way = _UnderWay(plan, clock or Clock(), Phase(), tell)
         phase = under_way.phase
 
         async def play(number: int, ready_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -340,6 +341,35 @@ def test_a_sweep_keeps_what_was_measured_before_the_client_was_late(
     captured = capsys.readouterr()
     assert "90 % of requests: 200.00 req/s" in captured.out
     assert "no figures from 400.00 req/s on: it was late" in captured.err
+
+
+@pytest.mark.parametrize("backend", ["grpc", "openai"])
+def test_several_client_processes_send_the_same(
+    router: RouterThread, server: OpenAiServer, backend: str, tmp_path: Path
+) -> None:
+    target = router if backend == "grpc" else server
+    common = ["--backend", backend, "--num-prompts", "7", "--seed", "1", "--reuse-prompts", "--dataset", "multi-turn"]
+    common += ["--turns", "2", "--cancel-rate", "0.3", "--max-concurrency", "3", "--warmup", "2"]
+    contents = []
+    for count in ("1", "3"):
+        out = tmp_path / f"{count}.json"
+        assert bench.run(arguments(target, *common, "--client-processes", count, "--json", str(out))) == 0
+        contents.append(json.loads(out.read_text()))
+    for name in ("completed", "total_input_tokens", "total_output_tokens", "misbehaved"):
+        assert contents[0][name] == contents[1][name]
+    rows = [[(r["index"], r["turn"], r["kind"]) for r in content["requests"]] for content in contents]
+    assert rows[0] == rows[1] and [row[0] for row in rows[1]] == list(range(14))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_client_process_that_dies_is_named(
+    router: RouterThread, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The other processes do not find their code.
+    monkeypatch.setattr("multiprocessing.spawn.get_preparation_data", lambda name: {"sys_path": [], "name": name})
+    assert bench.run(arguments(router, "--num-prompts", "4", "--client-processes", "2")) == 2
+    assert "a client process died" in capsys.readouterr().err
+    assert multiprocessing.active_children() == []
 
 
 def test_waiting_for_a_place_is_not_the_clients_lateness(router: RouterThread, tmp_path: Path) -> None:
