@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 
+from loadtest.exchange import CONNECTION_LOST
 from loadtest.record import RequestRecord
 
 
@@ -37,7 +38,12 @@ def draw_kinds(count: int, cancel_rate: float, bad_rate: float, rng: random.Rand
 
 
 def outcome(record: RequestRecord) -> str:
-    """What became of a request that misbehaved: "refused", "left", "served", or "failed: WHY"."""
+    """What became of a request that misbehaved: "refused", "cut off", "left", "served", or "failed: WHY".
+
+    A server need not read megabytes to the end: it may close the connection on them.
+    """
+    if record.kind == Kind.OVERSIZED and record.error.startswith(CONNECTION_LOST):
+        return "cut off"
     if record.error:
         return "refused" if record.refused else f"failed: {record.error}"
     return "left" if record.kind in (Kind.CANCEL, Kind.DISCONNECT) else "served"

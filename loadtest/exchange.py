@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from loadtest.record import RequestRecord
 
 Content = tuple[int, ...] | str  # token ids, or text
+CONNECTION_LOST = "connection lost"  # how such an error begins
 _REDACTED = "[API key]"
 
 

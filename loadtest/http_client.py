@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from loadtest.exchange import DEFAULT_SAMPLING, Ask, ModelInfo, Sampling, SendError, Stream, Target
+from loadtest.exchange import CONNECTION_LOST, DEFAULT_SAMPLING, Ask, ModelInfo, Sampling, SendError, Stream, Target
 from loadtest.sse import BadEvent, EventParser
 
 _ASK_AGAIN_S = 0.1
@@ -244,4 +244,6 @@ def _words_of(error: Any) -> str:
 def _error(error: Exception, timeout_s: float) -> SendError:
     if isinstance(error, TimeoutError):
         return SendError(f"timeout: no end within {timeout_s:g} s")
+    if isinstance(error, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError | ConnectionError):
+        return SendError(f"{CONNECTION_LOST}: {error}")
     return SendError(f"{type(error).__name__}: {error}")

@@ -83,7 +83,9 @@ def _misbehaved(report: Report) -> list[str]:
     lines = ["Clients that left or misbehaved".center(_WIDTH, "-")]
     for kind, counts in report.misbehaved.items():
         failed = sum(count for outcome, count in counts.items() if outcome.startswith("failed"))
-        shown: dict[str, int] = {name: counts[name] for name in ("left", "refused", "served") if name in counts}
+        shown: dict[str, int] = {
+            name: counts[name] for name in ("left", "refused", "cut off", "served") if name in counts
+        }
         if failed:
             shown["failed"] = failed
         lines += [_line(f"{kind}, {name}:", count) for name, count in shown.items()]

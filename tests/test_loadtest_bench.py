@@ -327,7 +327,7 @@ def test_a_late_client_prints_no_figures(
     assert bench.run(arguments(router, *words)) == 3
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "no figures: the client was late itself" in captured.err and "lower the load" in captured.err
+    assert "no figures: the client was late itself" in captured.err and "--client-processes" in captured.err
     assert not out.exists()
 
 

@@ -182,6 +182,8 @@ def test_who_left_or_misbehaved_is_counted_apart() -> None:
     assert report.total_output_tokens == FIRST.output_tokens
     expected = {"cancel": {"left": 2}, "malformed": {"refused": 1, "failed: UNAVAILABLE: no node": 1}}
     assert report.misbehaved == expected
+    cut = replace(refused, kind="oversized", refused=False, error="connection lost: Broken pipe")
+    assert summarise([cut], 1.0).misbehaved == {"oversized": {"cut off": 1}}
     text = render(report)
     assert "cancel, left:                            2         \n" in text
     assert "malformed, failed:                       1         \n" in text
