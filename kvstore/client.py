@@ -26,7 +26,7 @@ from kvstore.links import Links, link_of
 from kvstore.local import LocalArena, StorePaths, to_end
 from kvstore.quotas import SHARED, Owner
 from kvstore.wire import Outcome, State, Wire
-from kvstore.zmq_wire import ZmqWire
+from kvstore.wires import default_wire
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Match:
 class KVClient:
     """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; with None all
     goes over the wire and nothing is published. `timeout_s` bounds each wait for a store, plus what the bytes take.
-    Where no `wire` is given it is ZeroMQ, and stores with the same `wire_key` are read, "" being a key like others.
+    Where no `wire` is given, stores with the same `wire_key` are read, "" being a key like others (`kvstore/wires.py`).
     """
 
     def __init__(  # noqa: PLR0913
@@ -75,7 +75,7 @@ class KVClient:
         self._slot_bytes = slot_bytes
         self._paths = None if local_dir is None else StorePaths(local_dir)
         self._timeout_s = timeout_s
-        self._wire = wire or ZmqWire(slot_bytes, wire_key)
+        self._wire = wire or default_wire(slot_bytes, wire_key)
         self.links = Links(slot_bytes, time.monotonic)
         self._copier = ThreadPoolExecutor(max_workers=_NUM_COPIERS, thread_name_prefix="kv-copy")
         self._local: LocalArena | None = None

@@ -1,7 +1,7 @@
 """The store: one process on each machine that owns an arena in shared memory and the two sockets in front of it.
 
 Writers of this machine reserve and commit over a unix stream (`kvstore/control.py`); readers of other machines get
-blocks over TCP, sent from the slots without a copy. It knows nothing of what the bytes mean, and no message can make it
+blocks over ZeroMQ or plain TCP, sent from the slots without a copy. It knows nothing of what the bytes mean, and no message can make it
 fail.
 """
 
@@ -34,7 +34,7 @@ from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import BadFrame, DirectoryUnavailable
 from kvstore.eviction import ADMISSIONS, POLICIES, AdmitAll
 from kvstore.folder import StoreFolder
-from kvstore.frames import MAX_FRAME_BYTES, MAX_QUESTIONS, Ask, Commit, Get, Message, Reserve, Told
+from kvstore.frames import MAX_FRAME_BYTES, MAX_QUESTIONS, Ask, Commit, Get, Got, Message, Reserve, Told
 from kvstore.frames import decode as decode_frame
 from kvstore.inbox import Inbox, plain_socket
 from kvstore.local import MAX_SOCKET_PATH, Description, StorePaths
@@ -45,6 +45,7 @@ from kvstore.service import StoreService
 from kvstore.ssd import BlockFile
 from kvstore.stream import pack
 from kvstore.tally import CONTROL, DATA, StoreTally
+from kvstore.tcp_door import TcpDoor
 from kvstore.tiers import DiskTier
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class StoreConfig:
     host: str = ""  # label of the machine; "": its host name
     wire_key: str = field(default="", repr=False)  # see kvstore/curve.py; "": readers are not asked who they are
     trusts_network: bool = False  # without a wire_key, only this allows an address that other machines reach
+    tcp: bool = True  # without a wire_key, blocks can also be read over plain TCP, which is faster
     metrics: bool = True  # for Prometheus, over HTTP, at a port of their own where blocks are read from
     heartbeat_s: float = 1.0
     ttl_s: float = 5.0
@@ -95,6 +97,8 @@ class StoreServer:
         self._tally = StoreTally(time.monotonic)  # the clock that readers of the mapping stamp slots by
         self._control_door = ControlDoor(self._answer_writer, partial(self._refuse, CONTROL))
         self._scrape_door, self._metrics_address = ScrapeDoor(), ""
+        self._tcp_door: TcpDoor | None = None
+        self._tcp_address = ""
         self._curve = Curve(config.wire_key) if config.wire_key else None
 
     async def start(self) -> ArenaRecord:
@@ -176,6 +180,7 @@ class StoreServer:
             free_slots=self.arena.num_free,
             draining=self._service.is_draining,
             metrics_address=self._metrics_address,
+            tcp_address=self._tcp_address,
         )
 
     @property
@@ -211,6 +216,8 @@ class StoreServer:
     async def _close_doors(self) -> None:
         await self._control_door.close()
         await self._scrape_door.close()
+        if self._tcp_door is not None:
+            await self._tcp_door.close()
 
     def _leave(self) -> None:
         if self._readers is not None:
@@ -229,6 +236,9 @@ class StoreServer:
         self._bind(self._data, f"tcp://{self._bind_host}:*")
         port = str(self._data.getsockopt_string(zmq.LAST_ENDPOINT)).rsplit(":", 1)[1]
         self._address = f"tcp://{self.config.advertise_host}:{port}"
+        if self.config.tcp and self._curve is None:  # with a key nobody gets a block in the clear
+            self._tcp_door = TcpDoor(self._find, self._map.view, self.config.slot_bytes, partial(self._refuse, DATA))
+            self._tcp_address = await self._tcp_door.open(self._bind_host, self.config.advertise_host)
 
     def _bind(self, router: zmq.Socket[Any], address: str) -> None:
         router.setsockopt(zmq.LINGER, 0)
@@ -276,6 +286,10 @@ class StoreServer:
     def _answer(self, sender: bytes, question: Get, promoted: frozenset[BlockHash] = frozenset()) -> None:
         answer, slots = self._service.get(question, promoted)
         self._send([sender, answer.encode(), *map(self._frame, slots)])
+
+    async def _find(self, question: Get) -> tuple[Got, list[int]]:
+        needs_disk = self._service.needs_disk(question)
+        return self._service.get(question, await self._service.promote(question) if needs_disk else frozenset())
 
     def _send(self, frames: list[bytes | zmq.Frame]) -> None:
         self._data.send_multipart(frames, zmq.NOBLOCK, copy=False)
