@@ -1,8 +1,8 @@
 """The store: one process on each machine that owns an arena in shared memory and the two sockets in front of it.
 
 Writers of this machine reserve and commit over a unix stream (`kvstore/control.py`); readers of other machines get
-blocks over ZeroMQ or plain TCP, sent from the slots without a copy. It knows nothing of what the bytes mean, and no message can make it
-fail.
+blocks over ZeroMQ or plain TCP, sent from the slots without a copy. It knows nothing of what the bytes mean, and no
+message can make it fail.
 """
 
 from __future__ import annotations
