@@ -141,11 +141,21 @@ class _Outbox:
         self._threads = threads
         self._rest: deque[memoryview] = deque()
         self._pushing: asyncio.Future[None] | None = None
+        self._is_begun = False
 
     def put(self, buffers: Sequence[memoryview]) -> None:
-        """Sends behind what was put before, and returns at once."""
+        """Sends behind what was put before, and returns at once.
+
+        What the kernel takes of the first part goes from here: another thread would come to it later than the reader.
+        """
         self._rest.extend(buffers)
-        if self._pushing is None:
+        if self._pushing is not None:
+            return
+        if not self._is_begun:
+            self._is_begun = True
+            with suppress(BlockingIOError):
+                _send_some(self._stream, self._rest)
+        if self._rest:
             self._push()
 
     async def drain(self) -> None:
@@ -168,11 +178,15 @@ def _push(stream: socket.socket, rest: deque[memoryview]) -> None:
     """Sends for as long as anything moves; `rest` is left with what did not. OSError when the reader is gone."""
     with lingering(stream), suppress(BlockingIOError):
         while rest:
-            num_bytes = stream.sendmsg(list(itertools.islice(rest, _MAX_BUFFERS)))
-            while rest and num_bytes >= len(rest[0]):
-                num_bytes -= len(rest.popleft())
-            if num_bytes:
-                rest[0] = rest[0][num_bytes:]
+            _send_some(stream, rest)
+
+
+def _send_some(stream: socket.socket, rest: deque[memoryview]) -> None:
+    num_bytes = stream.sendmsg(list(itertools.islice(rest, _MAX_BUFFERS)))
+    while rest and num_bytes >= len(rest[0]):
+        num_bytes -= len(rest.popleft())
+    if num_bytes:
+        rest[0] = rest[0][num_bytes:]
 
 
 async def _question(stream: socket.socket, unpacker: Unpacker) -> Get:

@@ -37,7 +37,8 @@ class Receiver:
         self._request_id = request_id
         self._hashes = hashes
         self._slot_bytes = slot_bytes
-        self._into = into
+        # All of it here: memory that was freed by the thread which allocated it is the soonest used again.
+        self._into = into if into is not None else [np.empty(slot_bytes, np.uint8).data for _ in hashes]
         self._is_stopped = False
         self._guard = threading.Lock()
         self._steps = self._receive()
@@ -83,7 +84,7 @@ class Receiver:
             part = self._hashes[first : first + step]
             got = yield from self._receive_message(part)
             for index, block in enumerate(got.blocks, first):
-                view = self._into[index] if self._into is not None else _own_memory(self._slot_bytes)
+                view = self._into[index]
                 digest = xxhash.xxh3_64()
                 for at in range(0, self._slot_bytes, _PIECE_BYTES):
                     piece = view[at : at + _PIECE_BYTES]
@@ -112,7 +113,3 @@ class Receiver:
         if any(block.length != self._slot_bytes for block in message.blocks):
             raise BadFrame("the answer has blocks of another size")
         return message
-
-
-def _own_memory(num_bytes: int) -> memoryview:
-    return np.empty(num_bytes, np.uint8).data
