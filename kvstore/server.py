@@ -33,6 +33,7 @@ from kvstore.curve import CURVE_BYTES, Curve, Doorkeeper, is_loopback
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import BadFrame, DirectoryUnavailable
 from kvstore.eviction import ADMISSIONS, POLICIES, AdmitAll
+from kvstore.flood import FloodGuard
 from kvstore.folder import StoreFolder
 from kvstore.frames import MAX_FRAME_BYTES, MAX_QUESTIONS, Ask, Commit, Get, Got, Message, Reserve, Told
 from kvstore.frames import decode as decode_frame
@@ -93,6 +94,7 @@ class StoreServer:
         self._directory = Directory(config.redis_url, config.cluster)
         self._disk: DiskTier | None = None
         self._readers: Inbox | None = None
+        self._flood_guard: FloodGuard | None = None
         self._frames: dict[int, zmq.Frame] = {}  # by slot
         self._tally = StoreTally(time.monotonic)  # the clock that readers of the mapping stamp slots by
         self._control_door = ControlDoor(self._answer_writer, partial(self._refuse, CONTROL))
@@ -111,6 +113,7 @@ class StoreServer:
         self._check()
         predecessor = self._folder.take()
         self._context = zmq.asyncio.Context()
+        self._context.linger = 0  # of all its sockets: nothing waits for a peer that went away
         try:
             memory = await asyncio.to_thread(create_memory, self._paths.memory(self._arena_id), self._arena_bytes)
             self._service = await self._make_service(memory)
@@ -129,7 +132,8 @@ class StoreServer:
             await self._close_doors()
             self._leave()
             raise
-        for loop in (self._announcer.run(), self._reap()):
+        assert self._flood_guard is not None
+        for loop in (self._announcer.run(), self._reap(), self._flood_guard.run()):
             self._spawn(loop)
         self._readers = Inbox(self._data, self._serve_reader)
         if self._curve is not None:
@@ -222,6 +226,8 @@ class StoreServer:
     def _leave(self) -> None:
         if self._readers is not None:
             self._readers.close()
+        if self._flood_guard is not None:
+            self._flood_guard.close()
         self._context.destroy(linger=0)
         self._frames.clear()
         self._folder.leave()
@@ -233,6 +239,7 @@ class StoreServer:
             self._doorkeeper = Doorkeeper(self._context, self._curve)
             self._curve.guard(self._data)
         self._data.setsockopt(zmq.SNDHWM, 2 * MAX_QUESTIONS)  # what a reader does not read is dropped beyond that
+        self._flood_guard = FloodGuard(self._context, self._data)
         self._bind(self._data, f"tcp://{self._bind_host}:*")
         port = str(self._data.getsockopt_string(zmq.LAST_ENDPOINT)).rsplit(":", 1)[1]
         self._address = f"tcp://{self.config.advertise_host}:{port}"
@@ -265,6 +272,8 @@ class StoreServer:
         raise BadFrame(f"{type(question).__name__} is no question to this socket")
 
     def _serve_reader(self, frames: list[zmq.Frame]) -> None:
+        if self._flood_guard is not None:
+            self._flood_guard.took(frames)
         try:
             sender, question = decode_question([frame.bytes for frame in frames])
             if isinstance(question, Get) and self._service.needs_disk(question):

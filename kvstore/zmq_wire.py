@@ -40,6 +40,7 @@ class ZmqWire:
         self._slot_bytes = slot_bytes
         self._curve = Curve(wire_key) if wire_key else None
         self._context = zmq.asyncio.Context()
+        self._context.linger = 0
         reuse_freed_memory(_KEPT_BYTES)
         self._connections: dict[str, _Connection] = {}  # by arena id
         self._tickets = itertools.count(1)

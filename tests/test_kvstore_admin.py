@@ -18,7 +18,7 @@ import zmq.asyncio
 from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
-from kvstore_support import SLOT_BYTES, announced, chain, content, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, announced, chain, content, lingerless_context, store_config, take, writer_of
 
 from kvstore import told
 from kvstore.channel import Channel
@@ -49,7 +49,7 @@ async def directory(redis_url: str) -> AsyncIterator[Directory]:
 
 @pytest.fixture
 async def context() -> AsyncIterator[zmq.asyncio.Context]:
-    context = zmq.asyncio.Context()
+    context = lingerless_context()
     yield context
     context.destroy(linger=0)
 
