@@ -129,8 +129,9 @@ class TcpDoor:
                     break
                 if number % self._window_parts == 0:
                     await outbox.drain()
-        finally:
             await outbox.drain()
+        finally:
+            await outbox.close()
 
 
 class _Outbox:
@@ -144,13 +145,15 @@ class _Outbox:
         self._is_begun = False
 
     def put(self, buffers: Sequence[memoryview]) -> None:
-        """Sends behind what was put before, and returns at once.
+        """Sends behind what was put before, and returns at once. OSError when the reader is gone.
 
         What the kernel takes of the first part goes from here: another thread would come to it later than the reader.
         """
         self._rest.extend(buffers)
         if self._pushing is not None:
-            return
+            if not self._pushing.done():
+                return
+            self._pushing.result()
         if not self._is_begun:
             self._is_begun = True
             with suppress(BlockingIOError):
@@ -161,13 +164,20 @@ class _Outbox:
     async def drain(self) -> None:
         """Waits until all is sent. OSError when the reader is gone, TimeoutError when it takes nothing."""
         while self._pushing is not None:
-            pushing, self._pushing = self._pushing, None
-            await to_end([pushing])  # also when cancelled: it has the descriptor
-            pushing.result()
+            await asyncio.shield(self._pushing)
+            self._pushing = None
             if self._rest:
                 async with asyncio.timeout(_STALL_S):
                     await writable(self._stream)
                 self._push()
+
+    async def close(self) -> None:
+        """Returns when no thread has the connection any more. What was not drained is given up, and the connection."""
+        if self._pushing is not None:
+            with suppress(OSError):
+                self._stream.shutdown(socket.SHUT_RDWR)
+            await to_end([self._pushing])
+            self._pushing.exception()  # nobody else will ask for it
 
     def _push(self) -> None:
         loop = asyncio.get_running_loop()

@@ -345,14 +345,15 @@ async def test_with_the_wire_key_operators_of_other_machines_are_heard(
 
 
 async def test_messages_for_the_other_socket_are_refused(store: StoreServer, context: zmq.asyncio.Context) -> None:
+    sockets: list[zmq.asyncio.Socket] = []  # what a closed one has not sent is dropped
     for message in (
         Reserve(1, "ab" * 16, "cd" * 16, HASHES),
         Commit(1, "ab" * 16, "cd" * 16, []),
         Told(1, 5),
     ):
-        socket = context.socket(zmq.DEALER)
-        socket.connect(store.record().address)
-        await socket.send(message.encode())
+        sockets.append(context.socket(zmq.DEALER))
+        sockets[-1].connect(store.record().address)
+        await sockets[-1].send(message.encode())
     await eventually(lambda: store._tally.refused_frames == {"control": 0, "data": 3})
 
 
