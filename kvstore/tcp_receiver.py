@@ -22,7 +22,7 @@ from kvstore.stream import HEAD_BYTES, pack, parse_head
 from kvstore.tcp_sockets import lingering
 from kvstore.wire import ReceivedPayload
 
-_PIECE_BYTES = 256 << 10  # received at a time: small enough to be summed up from the cache, and to be stopped soon
+_PIECE_BYTES = 512 << 10  # received at a time: small enough to be summed up from the cache, and to be stopped soon
 
 
 class Receiver:
