@@ -1,0 +1,107 @@
+"""Many answers at once, and server-sent events of them: bounded where clients read slowly, freed when they hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+
+from aiohttp import web
+
+from batonpb import inference_pb2
+from router.frontend import Caller, Frontend
+
+STALL_S = 60.0  # how long a stream waits for its client to read
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # proxies that know it pass each event on at once
+}
+DONE = b"data: [DONE]\n\n"
+
+Answers = AsyncGenerator[tuple[int, inference_pb2.GenerateResponse], None]
+
+
+class ClientStalled(ConnectionError):
+    """A client reads nothing any more; nobody is there to be told."""
+
+
+async def answers(frontend: Frontend, messages: Sequence[inference_pb2.GenerateRequest], caller: Caller) -> Answers:
+    """(which of the messages, its response) as they come. Close it to abandon them all; one error ends them all."""
+    if len(messages) == 1:
+        async with aclosing(frontend.generate(messages[0], caller)) as responses:
+            async for response in responses:
+                yield 0, response
+        return
+    queue: asyncio.Queue[tuple[int, inference_pb2.GenerateResponse | Exception | None]] = asyncio.Queue(maxsize=1)
+    pumps = [asyncio.create_task(_pump(queue, i, frontend, message, caller)) for i, message in enumerate(messages)]
+    try:
+        unfinished = len(pumps)
+        while unfinished:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                unfinished -= 1
+            else:
+                yield index, item
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(
+    queue: asyncio.Queue[tuple[int, inference_pb2.GenerateResponse | Exception | None]],
+    index: int,
+    frontend: Frontend,
+    message: inference_pb2.GenerateRequest,
+    caller: Caller,
+) -> None:
+    """Puts one message's responses, then None or what went wrong."""
+    end: Exception | None = None
+    try:
+        async with aclosing(frontend.generate(message, caller)) as responses:
+            async for response in responses:
+                await queue.put((index, response))
+    except Exception as error:
+        end = error
+    await queue.put((index, end))
+
+
+class EventStream:
+    """One answer of server-sent events. `open` sends the status; after it, an error can only be an event."""
+
+    def __init__(self, request: web.BaseRequest, headers: Mapping[str, str], stall_s: float) -> None:
+        self._request = request
+        self._response = web.StreamResponse(headers={**HEADERS, **headers})
+        self._stall_s = stall_s
+
+    async def open(self) -> None:
+        await self._response.prepare(self._request)
+
+    async def send(self, event: object) -> None:
+        """Raises `ClientStalled`, or `ConnectionError` where the client is gone."""
+        await self._write(f"data: {json.dumps(event, separators=(',', ':'))}\n\n".encode())
+
+    async def finish(self) -> web.StreamResponse:
+        """The end of an answer that is whole."""
+        await self._write(DONE)
+        return self._response
+
+    async def fail(self, error: object) -> web.StreamResponse:
+        """The end of one that is not: an event, and a connection that closes in the middle of its chunks."""
+        await self.send(error)
+        if self._request.transport is not None:
+            self._request.transport.close()
+        return self._response
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await self._response.write(data)
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()  # what is buffered for it would wait for ever
+            raise ClientStalled from None
