@@ -35,6 +35,8 @@ async def read_body(request: web.BaseRequest, max_bytes: int, read_s: float = RE
                 if size > max_bytes:
                     raise too_large
                 pieces.append(piece)
+    except (web.RequestPayloadError, ConnectionError) as error:
+        raise RefusedCall(400, f"the body broke off: {error}") from None
     except TimeoutError:
         raise RefusedCall(408, f"the body did not come within {read_s:g} s", "request_timeout") from None
     return b"".join(pieces)

@@ -88,8 +88,6 @@ class HttpDoor:
             if route.needs_key:
                 call.tenant = self._frontend.authenticate(request.headers.getall(AUTHORIZATION, []))
             response = await route.endpoint(call)
-        except ConnectionError:
-            raise
         except RouterError as error:
             response = _refusal(call, failure_of(error, call.renamed))
             logger.info("event=refused path=%s status=%d %s", request.path, response.status, error)

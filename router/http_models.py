@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic.config import JsonDict
 
 from router.errors import InvalidRequest
@@ -20,6 +20,17 @@ MAX_PROMPT_TOKENS = 1 << 20
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 
+
+def _unicode(value: str) -> str:
+    """JSON can write halves of characters, "\\ud800"; no other text can."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
@@ -41,16 +52,16 @@ class Closed(BaseModel):
 
 class TextPart(Closed):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class FunctionCall(Closed):
-    name: str
-    arguments: str
+    name: Text
+    arguments: Text
 
 
 class ToolCall(Closed):
-    id: str
+    id: Text
     type: Literal["function"] = "function"
     function: FunctionCall
     index: int | None = None  # what comes out of a stream goes in again
@@ -60,20 +71,20 @@ class ChatMessage(Closed):
     """A turn. What clients send back of an answer is taken, too: refusal, annotations and so on."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
-    name: str | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
+    name: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = None
-    tool_call_id: str | None = None
-    refusal: str | None = None
+    tool_call_id: Text | None = None
+    refusal: Text | None = None
     annotations: list[Any] | None = None
-    reasoning_content: str | None = None
+    reasoning_content: Text | None = None
     audio: None = None
     function_call: None = None
 
 
 class Function(Closed):
-    name: str
-    description: str | None = None
+    name: Text
+    description: Text | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -84,7 +95,7 @@ class Tool(Closed):
 
 
 class NamedFunction(Closed):
-    name: str
+    name: Text
 
 
 class NamedTool(Closed):
@@ -93,8 +104,8 @@ class NamedTool(Closed):
 
 
 class JsonSchema(Closed):
-    name: str | None = None
-    description: str | None = None
+    name: Text | None = None
+    description: Text | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
@@ -107,9 +118,9 @@ class ResponseFormat(Closed):
 class StructuredOutputs(Closed):
     """vLLM's. One of them."""
 
-    json_: str | dict[str, Any] | None = Field(default=None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = None
+    json_: Text | dict[str, Any] | None = Field(default=None, alias="json")
+    regex: Text | None = None
+    choice: list[Text] | None = None
     json_object: bool | None = None
 
 
@@ -124,12 +135,12 @@ class Sampled(Closed):
 
     model_config = ConfigDict(json_schema_extra=show_idle)
 
-    model: str | None = None
+    model: Text | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, lt=2**32)] | None = _in(1, 16)
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     temperature: float | None = _in(0, 2)
     top_p: float | None = _in(None, 1)
     top_k: Int32 | None = _in(-1)
@@ -144,9 +155,9 @@ class Sampled(Closed):
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: str | dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_json: Text | dict[str, Any] | None = None
+    guided_regex: Text | None = None
+    guided_choice: list[Text] | None = None
     priority: Int32 | None = _in(-100, 100)
     ttft_slo_ms: Uint32 | None = _in(1)
     tpot_slo_ms: Uint32 | None = _in(1)
@@ -167,14 +178,14 @@ class ChatRequest(Sampled):
 
 def _prompts(value: Any) -> list[str | list[int]]:
     if isinstance(value, str):
-        return [value]
+        return [_unicode(value)]
     if isinstance(value, list) and value:
         if type(value[0]) is int:
             return [_token_ids(value)]
         if len(value) > MAX_PROMPTS:
             raise ValueError(f"may hold {MAX_PROMPTS} prompts at most, got {len(value)}")
         if all(isinstance(item, str) for item in value):
-            return value
+            return [_unicode(item) for item in value]
         if all(isinstance(item, list) for item in value):
             return [_token_ids(item) for item in value]
     raise ValueError("must be a string, strings, token ids or lists of token ids, and not empty")
@@ -210,15 +221,15 @@ class TokenizeRequest(Closed):
 
     model_config = ConfigDict(json_schema_extra=show_idle)
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(Closed):
-    model: str | None = None
+    model: Text | None = None
     tokens: TokenIds
 
 
@@ -229,7 +240,7 @@ def read(kind: type[ModelT], body: dict[str, Any]) -> ModelT:
         return kind.model_validate(given)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
-        first = max(found, key=lambda one: (one["type"] == "extra_forbidden", _depth(one["loc"])))
+        first = max(found, key=lambda one: _depth(one["loc"]))  # of a union's kinds, the one that fitted best
         problem = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             problem = f"{str(first['loc'][-1])[:64]!r} is no field that is known here"

@@ -165,10 +165,7 @@ def _with_prompt(shared: inference_pb2.GenerateRequest, prompt: str | list[int])
     message = inference_pb2.GenerateRequest()
     message.CopyFrom(shared)
     if isinstance(prompt, str):
-        try:
-            message.text = prompt
-        except UnicodeError:
-            raise InvalidRequest("prompt", "must be valid Unicode") from None
+        message.text = prompt
     else:
         message.tokens.token_ids.extend(prompt)
         message.tokens.SetInParent()

@@ -27,7 +27,7 @@ from router.http_errors import RefusedCall, failure_of
 from router.http_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read
 from router.http_openapi import openapi
 from router.http_requests import Asked, ask_chat, ask_completion, ask_tokens
-from router.http_stream import STALL_S, EventStream, answers
+from router.http_stream import STALL_S, ClientGone, EventStream, answers
 from router.tenants import EVERYBODY, Tenant
 from router.validate import check_model
 
@@ -176,17 +176,18 @@ class Routes:
                     if delta is not None:
                         await events.send({**head, "choices": [delta], **tail})
             _check_whole(num_finished, choices)
-        except ConnectionError:
-            raise
+            if asked.includes_usage:
+                await events.send({**head, "choices": [], "usage": totals.usage()})
+            return await events.finish()
+        except ClientGone as gone:
+            logger.info("event=client_gone request_id=%s %s", call.request_id, gone)
+            return events.abandon()
         except Exception as error:
             if not is_open:
                 raise
             failure = failure_of(error, asked.renamed)
             logger.info("event=stream_failed request_id=%s %s", call.request_id, error, exc_info=failure.status == 500)
             return await events.fail(failure.body)
-        if asked.includes_usage:
-            await events.send({**head, "choices": [], "usage": totals.usage()})
-        return await events.finish()
 
     # --- tokens ---
 

@@ -23,8 +23,8 @@ DONE = b"data: [DONE]\n\n"
 Answers = AsyncGenerator[tuple[int, inference_pb2.GenerateResponse], None]
 
 
-class ClientStalled(ConnectionError):
-    """A client reads nothing any more; nobody is there to be told."""
+class ClientGone(Exception):
+    """A client hung up, or reads nothing any more: nobody is there to be told."""
 
 
 async def answers(frontend: Frontend, messages: Sequence[inference_pb2.GenerateRequest], caller: Caller) -> Answers:
@@ -79,22 +79,34 @@ class EventStream:
         self._stall_s = stall_s
 
     async def open(self) -> None:
-        await self._response.prepare(self._request)
+        try:
+            await self._response.prepare(self._request)
+        except ConnectionError as error:
+            raise ClientGone(str(error)) from None
 
     async def send(self, event: object) -> None:
-        """Raises `ClientStalled`, or `ConnectionError` where the client is gone."""
+        """Raises `ClientGone`."""
         await self._write(f"data: {json.dumps(event, separators=(',', ':'))}\n\n".encode())
 
     async def finish(self) -> web.StreamResponse:
-        """The end of an answer that is whole."""
+        """The end of an answer that is whole. Raises `ClientGone`."""
         await self._write(DONE)
         return self._response
 
     async def fail(self, error: object) -> web.StreamResponse:
         """The end of one that is not: an event, and a connection that closes in the middle of its chunks."""
-        await self.send(error)
+        try:
+            await self.send(error)
+        except ClientGone:
+            return self.abandon()
         if self._request.transport is not None:
             self._request.transport.close()
+        return self._response
+
+    def abandon(self) -> web.StreamResponse:
+        """The end of one that nobody reads; what is buffered for it is dropped."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
         return self._response
 
     async def _write(self, data: bytes) -> None:
@@ -102,6 +114,6 @@ class EventStream:
             async with asyncio.timeout(self._stall_s):
                 await self._response.write(data)
         except TimeoutError:
-            if self._request.transport is not None:
-                self._request.transport.abort()  # what is buffered for it would wait for ever
-            raise ClientStalled from None
+            raise ClientGone(f"has read nothing for {self._stall_s:g} s") from None
+        except ConnectionError as error:
+            raise ClientGone(str(error)) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -41,19 +41,21 @@ def give_logprobs(node: FakeNode) -> None:
     node._next = with_logprobs  # type: ignore[method-assign]
 
 
-async def post(url: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], Any]:
+async def post(url: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Mapping[str, str], Any]:
     """(status, headers, JSON) of one POST; `body` is bytes, or what JSON is made of."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     given = {"Content-Type": "application/json"} | (headers or {})
     async with aiohttp.ClientSession() as session, session.post(url, data=data, headers=given) as answer:
-        return answer.status, dict(answer.headers), await answer.json()
+        return answer.status, answer.headers, await answer.json()
 
 
-async def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], Any]:
+async def get(
+    url: str, method: str = "GET", headers: dict[str, str] | None = None
+) -> tuple[int, Mapping[str, str], Any]:
     async with aiohttp.ClientSession() as session, session.request(method, url, headers=headers) as answer:
         text = await answer.text()
         is_json = answer.content_type == "application/json" and text
-        return answer.status, dict(answer.headers), json.loads(text) if is_json else text
+        return answer.status, answer.headers, json.loads(text) if is_json else text
 
 
 async def events(url: str, body: Any) -> list[Any]:
