@@ -199,7 +199,7 @@ class Routes:
         model, message = await self._ask(call, make)
         check_model(model or "", self._frontend.model().model)
         call.renamed = {} if message.HasField("text") else {"prompt": "messages"}
-        response = await self._frontend.tokenize(message, call.caller())  # type: ignore[attr-defined]
+        response = await self._frontend.tokenize(message, call.caller())
         token_ids = list(response.token_ids)
         about = {"count": len(token_ids), "max_model_len": response.max_model_len}
         return _json({**about, "tokens": token_ids, "token_strs": None})
@@ -209,7 +209,7 @@ class Routes:
         check_model(request.model or "", self._frontend.model().model)
         call.renamed = {"token_ids": "tokens", "tokens": "tokens"}
         message = inference_pb2.DetokenizeRequest(token_ids=request.tokens)
-        response = await self._frontend.detokenize(message)  # type: ignore[attr-defined]
+        response = await self._frontend.detokenize(message)
         return _json({"prompt": response.text})
 
     # --- what is served, and how it is ---

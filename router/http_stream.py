@@ -11,6 +11,7 @@ from aiohttp import web
 
 from batonpb import inference_pb2
 from router.frontend import Caller, Frontend
+from router.merge import merge
 
 STALL_S = 60.0  # how long a stream waits for its client to read
 HEADERS = {
@@ -27,47 +28,16 @@ class ClientGone(Exception):
     """A client hung up, or reads nothing any more: nobody is there to be told."""
 
 
-async def answers(frontend: Frontend, messages: Sequence[inference_pb2.GenerateRequest], caller: Caller) -> Answers:
+def answers(frontend: Frontend, messages: Sequence[inference_pb2.GenerateRequest], caller: Caller) -> Answers:
     """(which of the messages, its response) as they come. Close it to abandon them all; one error ends them all."""
-    if len(messages) == 1:
-        async with aclosing(frontend.generate(messages[0], caller)) as responses:
-            async for response in responses:
-                yield 0, response
-        return
-    queue: asyncio.Queue[tuple[int, inference_pb2.GenerateResponse | Exception | None]] = asyncio.Queue(maxsize=1)
-    pumps = [asyncio.create_task(_pump(queue, i, frontend, message, caller)) for i, message in enumerate(messages)]
-    try:
-        unfinished = len(pumps)
-        while unfinished:
-            index, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                unfinished -= 1
-            else:
-                yield index, item
-    finally:
-        for pump in pumps:
-            pump.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+    streams = [_numbered(index, frontend.generate(message, caller)) for index, message in enumerate(messages)]
+    return streams[0] if len(streams) == 1 else merge(streams)
 
 
-async def _pump(
-    queue: asyncio.Queue[tuple[int, inference_pb2.GenerateResponse | Exception | None]],
-    index: int,
-    frontend: Frontend,
-    message: inference_pb2.GenerateRequest,
-    caller: Caller,
-) -> None:
-    """Puts one message's responses, then None or what went wrong."""
-    end: Exception | None = None
-    try:
-        async with aclosing(frontend.generate(message, caller)) as responses:
-            async for response in responses:
-                await queue.put((index, response))
-    except Exception as error:
-        end = error
-    await queue.put((index, end))
+async def _numbered(index: int, stream: AsyncGenerator[inference_pb2.GenerateResponse, None]) -> Answers:
+    async with aclosing(stream):
+        async for response in stream:
+            yield index, response
 
 
 class EventStream:

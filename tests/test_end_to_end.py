@@ -95,6 +95,28 @@ async def test_sampled_text_is_the_same_each_time(cluster: ProcessCluster) -> No
     assert other.token_ids != first.token_ids
 
 
+async def num_computed(cluster: ProcessCluster) -> int:
+    """Tokens that all engines have computed: prompts, their tails behind hits, and decode steps."""
+    loads = [await cluster.load(name) for name in cluster.baseline]
+    return sum(load.steps.num_prefill_tokens + load.steps.num_decode_tokens for load in loads)
+
+
+async def test_several_answers_compute_their_prompt_once(cluster: ProcessCluster) -> None:
+    prompt = encode("".join(f"Section {n} of the manual of answers. " for n in range(12)))
+    sampling = common_pb2.SamplingParams(temperature=0.9, max_tokens=8, seed=5, ignore_eos=True)
+    request = inference_pb2.GenerateRequest(n=4, sampling=sampling, tokens={"token_ids": prompt})
+    before = await num_computed(cluster)
+    token_ids: list[list[int]] = [[], [], [], []]
+    async for response in cluster.stub.Generate(request):
+        token_ids[response.index] += [token.token_id for token in response.tokens]
+    [one] = reference(POCKET, [prompt], 8, temperature=0.9, seed=5, ignore_eos=True)
+    [last] = reference(POCKET, [prompt], 8, temperature=0.9, seed=8, ignore_eos=True)
+    assert token_ids[0] == one and token_ids[3] == last
+    await cluster.assert_quiet()
+    # The prompt, and for each answer its output and, in each of two legs, the blocks that could not be a hit.
+    assert await num_computed(cluster) - before <= len(prompt) + 4 * (8 + 2 * 2 * 16)
+
+
 async def test_stop_strings_tokens_and_logprobs(cluster: ProcessCluster) -> None:
     prompt = encode("Iterators and generators")
     free = await cluster.generate(prompt, max_tokens=60, logprobs=3)

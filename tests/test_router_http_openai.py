@@ -43,7 +43,7 @@ async def test_a_chat(client: AsyncOpenAI, cluster: FakeCluster) -> None:
     usage = answer.usage
     assert usage is not None and usage.completion_tokens == len(TALK.encode()) + 1
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    chat = Tokenizer(POCKET).render([("user", "Hello")])
+    chat = Tokenizer(POCKET).render(HELLO)
     assert list(cluster.nodes["decode0"].seen.admits[0].token_ids) == Tokenizer(POCKET).encode(chat, True)
 
 
@@ -169,8 +169,8 @@ async def test_n_answers(redis_url: str) -> None:
 
 @NEEDS_CORE
 async def test_echo(client: AsyncOpenAI) -> None:
-    answer = await client.completions.create(model="pocket", prompt="Once", max_tokens=3, echo=True)
-    assert answer.choices[0].text == "OnceNaï"[: len(answer.choices[0].text)] and len(answer.choices[0].text) > 5
+    answer = await client.completions.create(model="pocket", prompt="Once", max_tokens=4, echo=True)
+    assert answer.choices[0].text == "OnceNaï"
 
 
 @NEEDS_CORE
@@ -181,9 +181,7 @@ async def test_tokens_there_and_back(cluster: FakeCluster) -> None:
     status, _, back = await post(f"{cluster.http_url}/detokenize", {"tokens": list("Naïve".encode())})
     assert status == 200 and back == {"prompt": "Naïve"}
     status, _, chat = await post(f"{cluster.http_url}/tokenize", {"messages": HELLO})
-    assert status == 200 and chat["tokens"] == Tokenizer(POCKET).encode(
-        Tokenizer(POCKET).render([("user", "Hello")]), True
-    )
+    assert status == 200 and chat["tokens"] == Tokenizer(POCKET).encode(Tokenizer(POCKET).render(HELLO), True)
 
 
 async def test_the_models(client: AsyncOpenAI) -> None:
