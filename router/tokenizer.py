@@ -47,6 +47,7 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UnusableTokenizer(f"{folder} has no tokenizer.json (a tokenizer of the `tokenizers` library)")
+        self.folder = folder
         self._backend = tokenizers.Tokenizer.from_file(str(path))
         self._backend.no_truncation()
         self._backend.no_padding()
