@@ -200,12 +200,13 @@ def _token_ids(value: list[Any]) -> list[int]:
 
 
 _IDS: JsonDict = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}}
-_STRINGS: JsonDict = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS}
+_STRING: JsonDict = {"type": "string", "minLength": 1}
+_STRINGS: JsonDict = {"type": "array", "items": _STRING, "minItems": 1, "maxItems": MAX_PROMPTS}
 _MANY_IDS: JsonDict = {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS}
 Prompts = Annotated[
     list[Any],
     BeforeValidator(_prompts),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS, _IDS | {"minItems": 1}, _MANY_IDS]}),
+    WithJsonSchema({"anyOf": [_STRING, _STRINGS, _IDS | {"minItems": 1}, _MANY_IDS]}),
 ]
 
 

@@ -66,7 +66,7 @@ def _post(words: str, body: Json, answer: str, streams: bool = False) -> Json:
     content: Json = {"application/json": {"schema": _ref(answer)}}
     if streams:
         event = "`data: {...}` events and `data: [DONE]`; an event with `error` in the place of the latter."
-        content["text/event-stream"] = {"schema": STRING | {"description": event}}
+        content["text/event-stream"] = {"schema": {"description": event}}
     refusals = {status: _answer(text, "Error") for status, text in REFUSALS.items()}
     return {
         "summary": words,

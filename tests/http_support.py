@@ -17,11 +17,13 @@ TALK = "Naïve 😀 façade, 日本 — and so on."
 
 
 @asynccontextmanager
-async def talking(redis_url: str, next_token: NextToken | None = None, **options: Any) -> AsyncIterator[FakeCluster]:
-    """Both legs on nodes of their own, which say `TALK` with a logprob for each token."""
+async def talking(
+    redis_url: str, next_token: NextToken | None = None, max_model_len: int = 4096, **options: Any
+) -> AsyncIterator[FakeCluster]:
+    """Both legs on nodes of their own, which say `TALK` with a logprob for each token. `options` are the router's."""
     async with running(FakeCluster(redis_url)) as cluster:
         for node_id in ("prefill0", "decode0"):
-            give_logprobs(await cluster.add(node_id, next_token or saying(TALK)))
+            give_logprobs(await cluster.add(node_id, next_token or saying(TALK), max_model_len=max_model_len))
         await cluster.open(**options)
         yield cluster
 
