@@ -110,7 +110,8 @@ def _invalid(error: InvalidRequest, renamed: Mapping[str, str]) -> Failure:
 def param_of(field: str, renamed: Mapping[str, str]) -> str:
     """A field of the core, such as sampling.temperature or prompt.chat.messages.role, as JSON's field is called."""
     names = [renamed.get(name) or NAMES.get(name, name) for name in field.split(".")]
-    whole = [name for name in names if renamed.get(name, name) in WHOLE]
+    whole = [renamed.get(name, name) for name in names]
+    whole = [name for name in whole if name in WHOLE or name == renamed.get("grammar")]
     if whole:
-        return renamed.get(whole[-1], whole[-1])
+        return whole[-1]
     return ".".join(names).removeprefix("sampling.")
