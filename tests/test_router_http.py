@@ -190,10 +190,12 @@ async def test_request_ids(cluster: FakeCluster) -> None:
     status, headers, answer = await post(url + COMPLETIONS, ONCE, {"X-Request-Id": "x" * 129})
     assert status == 400 and check_error(answer, headers)["param"] == "X-Request-Id"
     assert len(headers["X-Request-Id"]) == 32
+    status, headers, answer = await post(url + COMPLETIONS, ONCE | {"n": 2}, {"X-Request-Id": ident})
+    assert status == 200 and headers["X-Request-Id"] == ident and len(answer["choices"]) == 2
     many = {"prompt": ["a", "b"], "max_tokens": 1}
     await post(url + COMPLETIONS, many, {"X-Request-Id": ident})
     for index in (0, 1):
-        ask = inference_pb2.ExplainRequest(request_id=f"{'x' * 124}-{index}")
+        ask = inference_pb2.ExplainRequest(request_id=f"{'x' * 126}-{index}")
         assert (await cluster.stub.Explain(ask)).decisions
 
 
