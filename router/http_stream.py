@@ -15,6 +15,7 @@ from router.merge import merge
 
 STALL_S = 60.0  # how long a stream waits for its client to read
 HEADERS = {
+    "Server": "baton",
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # proxies that know it pass each event on at once

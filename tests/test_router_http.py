@@ -20,7 +20,9 @@ from scraping import scrape
 
 from batonpb import inference_pb2
 from router.config import RouterConfig
+from router.errors import InvalidRequest
 from router.frontend import Frontend
+from router.http_body import MAX_LISTS, MAX_NAMES, MAX_OBJECTS, parse_object
 from router.http_door import HttpDoor
 from router.server import RouterServer
 
@@ -136,6 +138,16 @@ BROKEN: list[tuple[bytes, str]] = [
     (b'{"prompt": "x", "guided_json": {"a": 1e999}}', "guided_json"),
     (b'{"prompt": "x"} {"prompt": "y"}', "JSON"),
 ]
+
+
+def test_what_a_small_body_may_become() -> None:
+    for body, words in (
+        (b"[" + b"{}," * MAX_OBJECTS + b"{}]", "objects"),
+        (b"[" + b"[]," * MAX_LISTS + b"{}]", "lists"),
+        (b"{" + b",".join(b'"%d": 1' % n for n in range(MAX_NAMES + 1)) + b"}", "names"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            parse_object(body)
 
 
 async def test_json_that_means_nothing_or_two_things(cluster: FakeCluster) -> None:
