@@ -97,6 +97,10 @@ class Frontend:
             has_chat_template=self._tokenizer.has_chat_template,
         )
 
+    def piece(self, token_id: int) -> bytes:
+        """A token as it is written."""
+        return self._tokenizer.piece(token_id)
+
     def explain(self, tenant: Tenant, request_id: str) -> inference_pb2.ExplainResponse:
         """Why a request went where it went: a tenant's own, and no other's. Raises `UnknownRequest`."""
         return self._decider.journal.explain(tenant.salt, request_id)
