@@ -49,6 +49,8 @@ class ClusterConfig:
     policy: str = DEFAULT  # of the routers
     host: str = "127.0.0.1"
     port: int = 0
+    http: bool = True  # OpenAI's API at each router, beside gRPC's
+    http_port: int = 0
     cluster: str = "default"
     redis_url: str = ""  # "": an embedded Redis
     ray_address: str = ""  # "": an own Ray on this machine
@@ -60,6 +62,7 @@ class ClusterConfig:
     store_bytes: int = 256 * 2**20
     store_base: Path = Path("/dev/shm")
     store_encryption: bool = True  # between machines, blocks go to holders of this cluster's key alone, encrypted
+    store_tcp: bool = True  # where nothing is encrypted, blocks go over plain TCP, not ZeroMQ
     store_eviction: str = "s3fifo"
     store_disk_bytes: int = 0  # of each machine; 0: no disk
     store_disk_admission: str = "all"
@@ -88,6 +91,7 @@ class ClusterConfig:
         check("--routers", 1 <= self.routers <= MAX_NODES, f"between 1 and {MAX_NODES}, got {self.routers}")
         check("--policy", self.policy in POLICIES, f"one of {', '.join(sorted(POLICIES))}")
         check("--port", 0 <= self.port <= 65535, f"between 0 and 65535, got {self.port}")
+        check("--http-port", 0 <= self.http_port <= 65535, f"between 0 and 65535, got {self.http_port}")
         check("--block-size", 1 <= self.block_size <= 1024, f"between 1 and 1024 tokens, got {self.block_size}")
         check("--kv-memory", self.kv_bytes >= 2**20, f"1M or more, got {self.kv_bytes} bytes")
         check("--store-memory", self.store_bytes >= 2**20, f"1M or more, got {self.store_bytes} bytes")

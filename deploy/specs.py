@@ -69,6 +69,7 @@ class Specs:
             host=machine.label,
             wire_key=self.wire_key,
             trusts_network=not self.config.store_encryption,
+            tcp=self.config.store_tcp,
             metrics=self.config.metrics,
         )
         return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
@@ -112,6 +113,8 @@ class Specs:
         config = RouterConfig(
             host=self.config.host,
             port=self.config.port + index if self.config.port else 0,
+            http=self.config.http,
+            http_port=self.config.http_port + index if self.config.http_port else 0,
             advertise_host=own.address if self.config.host in ANY_HOST else "",
             redis_url=self.redis_url,
             cluster=self.config.cluster,

@@ -45,6 +45,7 @@ class ServeState:
     bases: tuple[str, ...] = ()
     wire_key: str = field(default="", repr=False)  # of its stores; "" too where the file is not its owner's alone
     router_metrics: tuple[str, ...] = ()  # "ip:port" of each one's /metrics; "" is none
+    router_http: tuple[str, ...] = ()  # "ip:port" of each one's HTTP API; "" is none
 
 
 def default_state_dir() -> Path:
@@ -103,7 +104,8 @@ class StateDir:
         try:
             fields = json.loads(self._file.read_text())
             lists = {key: tuple(fields[key]) for key in ("routers", "bases")}
-            return ServeState(**fields | lists | {"router_metrics": tuple(fields.get("router_metrics", ()))})
+            lists |= {key: tuple(fields.get(key, ())) for key in ("router_metrics", "router_http")}
+            return ServeState(**fields | lists)
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

@@ -19,6 +19,7 @@ from router.answer import Answer, Form
 from router.decider import Decider
 from router.dispatch import Dispatcher
 from router.errors import ClusterUnavailable
+from router.grammar import GrammarChecker
 from router.journal import part_id
 from router.journey import RoutedRequest
 from router.merge import merge
@@ -72,6 +73,7 @@ class Frontend:
         self._dispatcher = dispatcher
         self._decider = decider
         self._tokenizer = tokenizer
+        self._grammars = GrammarChecker(tokenizer)
         self._rng = rng
         self._tenants = tenants
 
@@ -94,6 +96,10 @@ class Frontend:
             block_size=pool.block_size,
             has_chat_template=self._tokenizer.has_chat_template,
         )
+
+    def piece(self, token_id: int) -> bytes:
+        """A token as it is written."""
+        return self._tokenizer.piece(token_id)
 
     def explain(self, tenant: Tenant, request_id: str) -> inference_pb2.ExplainResponse:
         """Why a request went where it went: a tenant's own, and no other's. Raises `UnknownRequest`."""
@@ -185,10 +191,13 @@ class Frontend:
         """Fills in what the model and this router decide, but for the seed: tokens, length, end tokens, whose cache."""
         pool = self._pool()
         check_model(checked.model, pool.model)
+        await self._grammars.check(checked.sampling)
         prompt_ids = await self._tokenise(checked, pool)
         sampling = check_tokens(prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size)
         del sampling.stop[:]  # nodes know no text
-        eos_ids = frozenset() if sampling.ignore_eos else self._tokenizer.eos_token_ids
+        # Beside a grammar ignore_eos puts the end off, and there is one.
+        is_endless = sampling.ignore_eos and sampling.WhichOneof("grammar") is None
+        eos_ids = frozenset() if is_endless else self._tokenizer.eos_token_ids
         return RoutedRequest(
             request_id=checked.request_id or uuid.uuid4().hex,
             prompt_ids=prompt_ids,

@@ -142,6 +142,8 @@ class Journey:
     def end(self) -> common_pb2.FinishReason:
         """Why the tokens so far are all there will be, where a node died before it could say so."""
         sampling, count = self.request.sampling, len(self.output_ids)
-        if count and self.output_ids[-1] in self.request.end_ids and count >= sampling.min_tokens:
+        # An end comes before min_tokens only where a grammar leaves nothing else, and then it is one.
+        may_end = count >= sampling.min_tokens or sampling.WhichOneof("grammar") is not None
+        if count and self.output_ids[-1] in self.request.end_ids and may_end:
             return common_pb2.FINISH_REASON_STOP
         return common_pb2.FINISH_REASON_LENGTH if count >= sampling.max_tokens else UNFINISHED

@@ -27,8 +27,8 @@ _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_OF = {chr(byte): byte for byte in _PLAIN}
 _BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PLAIN)))}
 
-
 MAX_ERROR_CHARS = 500  # of a template: it may repeat the prompt, and a call's metadata is bounded
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # a byte as a token, in vocabularies of characters
 _KNOWS_TOOLS = re.compile(r"\btools\b")  # what a template calls them
 
 
@@ -47,6 +47,7 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UnusableTokenizer(f"{folder} has no tokenizer.json (a tokenizer of the `tokenizers` library)")
+        self.folder = folder
         self._backend = tokenizers.Tokenizer.from_file(str(path))
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -122,6 +123,16 @@ class Tokenizer:
     def _special_ids(self) -> frozenset[int]:
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def piece(self, token_id: int) -> bytes:
+        """A token as it is written, special ones by their names: a list of tokens has a word for each."""
+        data = self.bytes_of(token_id) if self.bytes_of is not None else b""
+        if data:
+            return data
+        token = str(self._backend.id_to_token(token_id) or "")
+        if byte := _BYTE_FALLBACK.fullmatch(token):
+            return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()  # SentencePiece's space
 
     def _bytes_of(self, token_id: int) -> bytes:
         token = None if token_id in self._special_ids else self._backend.id_to_token(token_id)

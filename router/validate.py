@@ -26,6 +26,9 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
+MAX_BIASES = 300
+MAX_BIAS = 100
+
 M = TypeVar("M", bound=Message)
 
 
@@ -128,7 +131,7 @@ def check_model(asked: str, served: str) -> None:
 
 
 def check_sampling(sampling: common_pb2.SamplingParams) -> None:
-    """Ranges of `SamplingParams`. A value that is not a number is in no range."""
+    """Ranges of `SamplingParams`. A value that is not a number is in no range. Grammars are `router.grammar`'s."""
 
     def check(name: str, ok: bool, limit: str) -> None:
         if sampling.HasField(name):
@@ -150,6 +153,12 @@ def check_sampling(sampling: common_pb2.SamplingParams) -> None:
     _check(len(sampling.stop) <= MAX_STOPS, "sampling.stop", f"{MAX_STOPS} strings at most, got {len(sampling.stop)}")
     for stop in sampling.stop:
         _check(1 <= len(stop) <= MAX_STOP_CHARS, "sampling.stop", f"1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
+    count = len(sampling.logit_bias)
+    _check(count <= MAX_BIASES, "sampling.logit_bias", f"{MAX_BIASES} ids at most, got {count}")
+    for token_id, bias in sampling.logit_bias.items():
+        in_range = abs(bias) <= MAX_BIAS
+        limit = f"must be in [-{MAX_BIAS}, {MAX_BIAS}]"
+        _check(in_range, "sampling.logit_bias", f"{limit}, got {bias:.6g} for token {token_id}")
 
 
 def check_length(num_prompt_tokens: int, max_model_len: int, is_bound: bool = False) -> None:
@@ -168,6 +177,7 @@ def check_tokens(
     room = max_model_len - len(token_ids)
     _check_vocabulary("prompt", token_ids, vocab_size)
     _check_vocabulary("sampling.stop_token_ids", list(sampling.stop_token_ids), vocab_size)
+    _check_vocabulary("sampling.logit_bias", list(sampling.logit_bias), vocab_size)
     bounded = common_pb2.SamplingParams()
     bounded.CopyFrom(sampling)
     bounded.max_tokens = min(sampling.max_tokens, room) if sampling.HasField("max_tokens") else room

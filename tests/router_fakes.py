@@ -295,6 +295,7 @@ class FakeCluster:
         self.router = RouterServer(config)
         record = await self.router.start()
         self.address, self.metrics_address = str(record["address"]), str(record["metrics_address"])
+        self.http_url = f"http://{record['http_address']}"
         self.channel = grpc.aio.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceStub(self.channel)
 

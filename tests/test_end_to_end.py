@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,6 +19,7 @@ from conftest import POCKET, RedisProcess, eventually
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from harness import ProcessCluster, reference
+from openai import AsyncOpenAI
 
 from batonpb import common_pb2, inference_pb2
 
@@ -60,6 +62,23 @@ async def test_tokens_equal_one_engine_and_transformers(cluster: ProcessCluster)
     for prompt, answer in zip(prompts, answers, strict=True):
         out = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=257)
         assert answer.token_ids == out[0, len(prompt) :].tolist()
+    await cluster.assert_quiet()
+
+
+async def test_both_doors_give_the_same_text(cluster: ProcessCluster) -> None:
+    """OpenAI's client, streaming and not, and gRPC: one engine's tokens."""
+    prompt = encode(SYSTEM + QUESTIONS[0])
+    [expected_ids] = reference(POCKET, [prompt], 24)
+    ask: dict[str, Any] = {"model": "pocket", "prompt": SYSTEM + QUESTIONS[0], "max_tokens": 24, "temperature": 0}
+    url = f"http://{cluster.processes['router'].record['http_address']}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        answer = await client.completions.create(**ask, logprobs=1)
+        stream = await client.completions.create(**ask, stream=True)
+        text = "".join([chunk.choices[0].text async for chunk in stream])
+    assert answer.choices[0].text == text == (await cluster.generate(prompt, max_tokens=24)).text
+    assert answer.choices[0].logprobs is not None and answer.choices[0].logprobs.tokens is not None
+    assert "".join(answer.choices[0].logprobs.tokens).encode() == bytes(id for id in expected_ids if id < 256)
+    assert answer.usage is not None and answer.usage.completion_tokens == len(expected_ids)
     await cluster.assert_quiet()
 
 

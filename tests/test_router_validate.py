@@ -38,6 +38,7 @@ GOOD = [
     sampling(max_tokens=1, min_tokens=1, logprobs=20, seed=2**64 - 1),
     sampling(stop_token_ids=range(16), stop=["x" * 256] * 16, logprobs=0),
     sampling(min_tokens=5),
+    sampling(logit_bias={n: 100.0 if n % 2 else -100.0 for n in range(300)}),
 ]
 BAD = [
     ("temperature", sampling(temperature=-0.001), "[0, 2]"),
@@ -58,6 +59,9 @@ BAD = [
     ("stop", sampling(stop=[""]), "256"),
     ("stop", sampling(stop=["x" * 257]), "256"),
     ("logprobs", sampling(logprobs=21), "20"),
+    ("logit_bias", sampling(logit_bias=dict.fromkeys(range(301), 0.0)), "300 ids at most, got 301"),
+    ("logit_bias", sampling(logit_bias={7: 100.5}), "[-100, 100], got 100.5 for token 7"),
+    ("logit_bias", sampling(logit_bias={7: float("nan")}), "got nan for token 7"),
 ]
 
 
