@@ -10,15 +10,13 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
-from kvstore.arena import Reservation, Written
+from kvstore.arena import Reservation
 from kvstore.blocks import BlockHash, Payload
+from kvstore.copier import Copier, Todo, Write, fill_here
 from kvstore.directory import ON_DISK, ArenaRecord, Cover, Directory
 from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS
@@ -30,11 +28,7 @@ from kvstore.zmq_wire import ZmqWire
 
 logger = logging.getLogger(__name__)
 
-Write = Callable[[Sequence[int], Sequence[memoryview]], Sequence[int]]
-_Part = Sequence[tuple[int, Reservation]]  # index of a block, and the slot that it goes to
-
-_NUM_COPIERS = 2  # a single thread does not use up what memory can do
-_PART_BYTES = 4 << 20  # that one of them takes at a time: where cores are busy, one may come late, or not at all
+_HERE_BYTES = 1 << 20  # are copied sooner than a thread has been woken and has answered
 _MIN_BYTES_PER_S = 100e6  # a slower transfer counts as broken
 _AVOID_S = 5.0  # a store that did not answer is left alone for so long
 
@@ -77,7 +71,7 @@ class KVClient:
         self._timeout_s = timeout_s
         self._wire = wire or ZmqWire(slot_bytes, wire_key)
         self.links = Links(slot_bytes, time.monotonic)
-        self._copier = ThreadPoolExecutor(max_workers=_NUM_COPIERS, thread_name_prefix="kv-copy")
+        self._copier = Copier(slot_bytes)
         self._local: LocalArena | None = None
         self._local_stamp: tuple[int, int] | None = None  # of the description that self._local came from
         self._publish_after_s = 0.0
@@ -103,7 +97,7 @@ class KVClient:
     async def close(self) -> None:
         """Waits for copies under way, then lets go of everything."""
         await asyncio.gather(*self._publishing, return_exceptions=True)
-        await asyncio.to_thread(self._copier.shutdown)
+        await asyncio.to_thread(self._copier.close)
         self._retire()
         await self._wire.close()
 
@@ -156,11 +150,15 @@ class KVClient:
     async def publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner = SHARED) -> int:
         """Stores blocks, within their owner's quota; returns how many were committed (those present do not count).
 
-        `write(indices, views)` is called on a thread with the indices into `hashes` of the blocks to write and as
-        many writable views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. Of many blocks, two threads
-        call it for some of them each, at the same time. `publish` does not end before `write` has, not even when
-        cancelled, so what `write` reads may be freed afterwards. Only errors of `write` itself are raised.
+        `write(indices, views)` is called with the indices into `hashes` of the blocks to write and as many writable
+        views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. Of many blocks, two threads call it for
+        some of them each, at the same time; for up to a MiB it may be called on the event loop itself. `publish` does
+        not end before `write` has, not even when cancelled, so what `write` reads may be freed afterwards. Only errors
+        of `write` itself are raised.
         """
+        num_committed = self._publish_here(hashes, write, owner)
+        if num_committed is not None:
+            return num_committed
         task = asyncio.create_task(self._publish(hashes, write, owner))
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
@@ -204,14 +202,18 @@ class KVClient:
     async def _publish_part(
         self, local: LocalArena, hashes: Sequence[BlockHash], start: int, write: Write, owner: Owner
     ) -> int:
-        """Reserve, copy, commit. A failure in between retires `local`: its slots go back once no copy is under way."""
+        """Slots, copy, commit. A failure in between retires `local`: its slots go back once no copy is under way."""
         is_whole = False
         try:
-            reservations = await local.reserve(hashes, owner)
-            todo = [(start + i, item) for i, item in enumerate(reservations) if item is not None]
-            num_committed = 0
-            if todo:
-                num_committed = await local.commit(await self._copy_all(local, todo, write))
+            slots = local.take(hashes, owner)
+            if slots is not None:
+                written = await self._copier.fill(local, _todo(slots, start, hashes), write)
+                local.tell(hashes, slots, written, owner)
+                num_committed = len(written)
+            else:
+                todo = _todo(await local.reserve(hashes, owner), start)
+                num_committed = await local.commit(await self._copier.fill(local, todo, write)) if todo else 0
+                local.borrow()
             is_whole = True
             return num_committed
         except ArenaFull:
@@ -221,18 +223,25 @@ class KVClient:
             if not is_whole:
                 self._retire(local)
 
-    async def _copy_all(self, local: LocalArena, todo: _Part, write: Write) -> list[Written]:
-        """Fills reserved slots, on threads. Returns when nothing is being copied any more, also when it fails."""
-        step = max(1, _PART_BYTES // self._slot_bytes)
-        parts = deque((at, todo[at : at + step]) for at in range(0, len(todo), step))
-        filled: dict[int, list[Written]] = {}
-        loop, num_copiers = asyncio.get_running_loop(), min(_NUM_COPIERS, len(parts))
-        copies = [loop.run_in_executor(self._copier, _copy, local, parts, filled, write) for _ in range(num_copiers)]
-        await to_end(copies)
-        for error in [copy.exception() for copy in copies]:
-            if error is not None:
-                raise error
-        return [written for at in sorted(filled) for written in filled[at]]
+    def _publish_here(self, hashes: Sequence[BlockHash], write: Write, owner: Owner) -> int | None:
+        """Publishes a few blocks on this very thread, without waiting for anything. None: that is not possible now."""
+        if len(hashes) * self._slot_bytes > _HERE_BYTES or not self.can_publish or self._local is None:
+            return None
+        local, is_whole = self._local, False
+        slots = local.take(hashes, owner)
+        if slots is None:
+            return None
+        try:
+            written = fill_here(local, _todo(slots, 0, hashes), write)
+            local.tell(hashes, slots, written, owner)
+            is_whole = True
+        except ArenaUnavailable as error:
+            self._begin_trouble("publish", error)
+            return 0
+        finally:
+            if not is_whole:
+                self._retire(local)
+        return len(written)
 
     def _mapped(self) -> LocalArena | None:
         """This machine's arena, mapped anew when the store has another one. Costs one stat."""
@@ -309,25 +318,8 @@ class KVClient:
             logger.warning("event=store_trouble what=%s error=%r", name, str(error))
 
 
-def _copy(
-    local: LocalArena,
-    parts: deque[tuple[int, Sequence[tuple[int, Reservation]]]],
-    filled: dict[int, list[Written]],
-    write: Write,
-) -> None:
-    """Fills reserved slots, part by part, beside another thread that does the same."""
-    try:
-        while parts:
-            try:
-                at, part = parts.popleft()
-            except IndexError:  # the other one has it
-                return
-            filled[at] = local.copy(partial(_fill, local, part, write))
-    except BaseException:
-        parts.clear()
-        raise
-
-
-def _fill(local: LocalArena, part: _Part, write: Write) -> list[Written]:
-    sums = write([index for index, _ in part], [local.map.view(item.slot) for _, item in part])
-    return [Written(item.slot, item.generation, sum_) for (_, item), sum_ in zip(part, sums, strict=True)]
+def _todo(slots: Sequence[Reservation | None], start: int, hashes: Sequence[BlockHash] | None = None) -> Todo:
+    """The blocks to be written, of those from `start` on; with their `hashes` where the slots were lent."""
+    names: Sequence[BlockHash | None] = hashes or [None] * len(slots)
+    pairs = enumerate(zip(slots, names, strict=True), start)
+    return [(index, slot, name) for index, (slot, name) in pairs if slot is not None]
