@@ -177,16 +177,17 @@ class KVClient:
         return cover
 
     async def _publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner) -> int:
-        num_committed = 0
-        for start in range(0, len(hashes), MAX_BLOCKS):
+        num_done = num_committed = 0
+        while num_done < len(hashes):
             if self._local is not None and self._local.is_broken:
                 self._retire()  # perhaps it is there again
             local = self._mapped()
             if local is None or time.monotonic() < self._publish_after_s:
                 break
             try:
-                part = hashes[start : start + MAX_BLOCKS]
-                num_committed += await self._publish_part(local, part, start, write, owner)
+                part = range(num_done, min(num_done + MAX_BLOCKS, len(hashes)))
+                done, committed = await self._publish_part(local, hashes, part, write, owner)
+                num_done, num_committed = num_done + done, num_committed + committed
                 self._troubles.discard("publish")
             except ArenaFull as error:
                 self._begin_trouble("publish", error)
@@ -200,22 +201,26 @@ class KVClient:
         return num_committed
 
     async def _publish_part(
-        self, local: LocalArena, hashes: Sequence[BlockHash], start: int, write: Write, owner: Owner
-    ) -> int:
-        """Slots, copy, commit. A failure in between retires `local`: its slots go back once no copy is under way."""
-        is_whole = False
+        self, local: LocalArena, hashes: Sequence[BlockHash], part: range, write: Write, owner: Owner
+    ) -> tuple[int, int]:
+        """Slots, copy, commit; how many blocks of `part` that was, from its first on, and how many are committed now.
+
+        A failure in between retires `local`: its slots go back once no copy is under way.
+        """
+        is_whole, names = False, hashes[part.start : part.stop]
         try:
-            slots = local.take(hashes, owner)
-            if slots is not None:
-                written = await self._copier.fill(local, _todo(slots, start, hashes), write)
-                local.tell(hashes, slots, written, owner)
+            slots = local.take(names, owner)
+            if slots:
+                written = await self._copier.fill(local, _todo(part, slots, names), write)
+                local.tell(names[: len(slots)], slots, written, owner)
                 num_committed = len(written)
             else:
-                todo = _todo(await local.reserve(hashes, owner), start)
+                slots = await local.reserve(names, owner)
+                todo = _todo(part, slots)
                 num_committed = await local.commit(await self._copier.fill(local, todo, write)) if todo else 0
                 local.borrow()
             is_whole = True
-            return num_committed
+            return len(slots), num_committed
         except ArenaFull:
             is_whole = True
             raise
@@ -228,11 +233,11 @@ class KVClient:
         if len(hashes) * self._slot_bytes > _HERE_BYTES or not self.can_publish or self._local is None:
             return None
         local, is_whole = self._local, False
-        slots = local.take(hashes, owner)
-        if slots is None:
+        slots = local.take(hashes, owner, all_or_none=True)
+        if not slots:
             return None
         try:
-            written = fill_here(local, _todo(slots, 0, hashes), write)
+            written = fill_here(local, _todo(range(len(hashes)), slots, hashes), write)
             local.tell(hashes, slots, written, owner)
             is_whole = True
         except ArenaUnavailable as error:
@@ -318,8 +323,7 @@ class KVClient:
             logger.warning("event=store_trouble what=%s error=%r", name, str(error))
 
 
-def _todo(slots: Sequence[Reservation | None], start: int, hashes: Sequence[BlockHash] | None = None) -> Todo:
-    """The blocks to be written, of those from `start` on; with their `hashes` where the slots were lent."""
-    names: Sequence[BlockHash | None] = hashes or [None] * len(slots)
-    pairs = enumerate(zip(slots, names, strict=True), start)
-    return [(index, slot, name) for index, (slot, name) in pairs if slot is not None]
+def _todo(part: range, slots: Sequence[Reservation | None], names: Sequence[BlockHash] | None = None) -> Todo:
+    """What is to be written of the leading blocks of `part`; with their `names` where the slots were lent."""
+    todo = [(index, slot) for index, slot in zip(part, slots, strict=False) if slot is not None]
+    return [(index, slot, names[index - part.start] if names else None) for index, slot in todo]

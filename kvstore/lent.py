@@ -19,20 +19,16 @@ class LentSlots:
         self._num_asked = 0
         self._under_way: set[BlockHash] = set()
 
-    def take(self, hashes: Sequence[BlockHash], places: Iterable[int | None]) -> list[Reservation | None] | None:
-        """A slot for each block; None where it has a place already, or is being written here.
-
-        None in place of all: there are not enough slots, and nothing is taken.
-        """
-        missing = [block_hash for block_hash, place in zip(hashes, places, strict=True) if place is None]
-        new = set(missing) - self._under_way
-        if len(new) > len(self._slots):
-            return None
-        self._under_way |= new
+    def take(self, hashes: Sequence[BlockHash], places: Iterable[int | None]) -> list[Reservation | None]:
+        """Slots for the leading blocks, as far as they go; None where a block has a place, or is being written here."""
         answer: list[Reservation | None] = []
-        for block_hash in hashes:
-            answer.append(self._slots.pop() if block_hash in new else None)
-            new.discard(block_hash)
+        for block_hash, place in zip(hashes, places, strict=True):
+            is_new = place is None and block_hash not in self._under_way
+            if is_new and not self._slots:
+                break
+            answer.append(self._slots.pop() if is_new else None)
+            if is_new:
+                self._under_way.add(block_hash)
         return answer
 
     def settle(
@@ -46,6 +42,10 @@ class LentSlots:
         ]
         self._under_way.difference_update(fill.block_hash for fill in fills if fill.written is not None)
         return fills
+
+    @property
+    def num_in_hand(self) -> int:
+        return len(self._slots)
 
     def ask(self) -> int:
         """How many slots to ask for now."""

@@ -170,16 +170,19 @@ class LocalArena:
         self._copies = 0
         self._is_retired = False
 
-    def take(self, hashes: Sequence[BlockHash], owner: Owner) -> list[Reservation | None] | None:
-        """Slots that were lent ahead, without a question; None where a block is there, or being written here.
+    def take(self, hashes: Sequence[BlockHash], owner: Owner, all_or_none: bool = False) -> list[Reservation | None]:
+        """Slots that were lent ahead, without a question, for the leading blocks, as far as they go.
 
-        None in place of all where not enough are in hand, or the owner has a quota: then the store has to be asked.
-        Whoever got an answer fills and finishes the slots, and says so to `tell`, or retires this arena.
+        None where a block is there, or being written here. Nothing for an owner who has a quota, and with `all_or_none`
+        where there may not be enough: then the store has to be asked. Whoever got something fills and finishes the
+        slots, and says so to `tell`, or retires this arena.
         """
         if owner.quota_blocks is not None or not self._channel.is_open or self._num_untold >= _MAX_UNTOLD:
-            return None
+            return []
+        if all_or_none and len(hashes) > self._lent.num_in_hand:
+            return []
         slots = self._lent.take(hashes, self.index.slots(hashes))
-        self._num_untold += slots is not None
+        self._num_untold += bool(slots)
         return slots
 
     def finish(self, items: Iterable[tuple[BlockHash, Written]]) -> None:
