@@ -218,7 +218,7 @@ class KVClient:
                 slots = await local.reserve(names, owner)
                 todo = _todo(part, slots)
                 num_committed = await local.commit(await self._copier.fill(local, todo, write)) if todo else 0
-                local.borrow()
+                local.borrow(len(todo))
             is_whole = True
             return len(slots), num_committed
         except ArenaFull:

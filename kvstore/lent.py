@@ -10,11 +10,15 @@ from kvstore.blocks import BlockHash
 
 
 class LentSlots:
-    """Up to `capacity` slots, asked for ahead. Blocks are named when their slots are filled."""
+    """Up to `capacity` slots, asked for ahead; their blocks are named when they are filled.
+
+    Twice what is written at a time, so that one half comes while the other is being filled.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._limit = capacity  # what the store can lend, as far as is known
+        self._num_needed = 0
         self._slots: list[Reservation] = []
         self._num_asked = 0
         self._under_way: set[BlockHash] = set()
@@ -49,7 +53,7 @@ class LentSlots:
 
     def ask(self) -> int:
         """How many slots to ask for now."""
-        num_wanted = max(0, self._limit - self._num_slots)
+        num_wanted = max(0, min(self._limit, self._num_needed) - self._num_slots)
         self._num_asked += num_wanted
         return num_wanted
 
@@ -60,6 +64,10 @@ class LentSlots:
         if len(slots) < num_asked:
             self._limit = self._num_slots
         return len(slots) >= num_asked
+
+    def need(self, num_blocks: int) -> None:
+        """So many blocks were to be written at a time."""
+        self._num_needed = max(self._num_needed, min(2 * num_blocks, self._capacity))
 
     def hope(self) -> None:
         """The store may have more again."""

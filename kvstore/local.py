@@ -205,10 +205,15 @@ class LocalArena:
         """Tells the store of blocks for which `take` gave `slots`, and does not wait for it; more slots come behind."""
         self._post(self._lent.settle(hashes, slots, written), owner.tenant, num_told=1)
 
-    def borrow(self) -> None:
-        """Asks for slots to be lent, which come behind; not yet after the first time, as many a writer writes once."""
-        if self._is_regular and self._channel.is_open:
-            self._post([], NO_TENANT)
+    def borrow(self, num_blocks: int) -> None:
+        """Asks for slots to be lent to who writes so many blocks at a time. They come behind.
+
+        Not yet after the first time: many a writer writes once.
+        """
+        if self._is_regular:
+            self._lent.need(num_blocks)
+            if self._channel.is_open:
+                self._post([], NO_TENANT)
         self._is_regular = True
 
     async def reserve(self, hashes: Sequence[BlockHash], owner: Owner) -> list[Reservation | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from kvstore.slot_index import SlotIndex
 
 NUM_SLOTS = 128
 MAX_LENT = NUM_SLOTS // 8
+OTHERS = itertools.count(1_000_000, 1000)  # where chains begin that nobody asks for
 
 
 # --- the books ---
@@ -105,6 +107,7 @@ def test_what_a_writer_finished_and_never_told_goes_with_him() -> None:
 def test_slots_are_given_back() -> None:
     arena, _, _ = mapped()
     lent = LentSlots(4)
+    lent.need(2)
     lent.add(lent.ask(), arena.lend(4, "w"))
     assert lent.ask() == 0
     assert arena.name("w", lent.give_back()) == [] and arena.num_free == NUM_SLOTS
@@ -171,6 +174,8 @@ def test_a_writer_knows_what_he_is_writing() -> None:
     lent, slots = LentSlots(4), [Reservation(slot, 1) for slot in range(4)]
     hashes = chain(0, 6)
     assert lent.take(hashes[:1], [None]) == [] and lent.take(hashes[:1], [9]) == [None]
+    assert lent.ask() == 0, "nobody needs any"
+    lent.need(9)
     lent.add(lent.ask(), slots)
     first = lent.take(hashes[:3], [None, 5, None])
     assert first[1] is None and None not in (first[0], first[2])
@@ -214,8 +219,8 @@ async def client(directory: Directory, store: StoreServer) -> AsyncIterator[KVCl
 
 
 async def become_regular(client: KVClient, store: StoreServer) -> None:
-    for first in (90_000, 90_100):
-        await client.publish(chain(first, 1), writer_of(chain(first, 1)))
+    for first in itertools.islice(OTHERS, 2):
+        await client.publish(chain(first, MAX_LENT), writer_of(chain(first, MAX_LENT)))
     await settled(store)
 
 
@@ -352,7 +357,7 @@ config = json.loads(sys.argv[1])
 async def main():
     client = KVClient(Directory(config["redis_url"]), SLOT_BYTES, Path(config["dir"]))
     for first in range(0, 500, 100):
-        await client.publish(chain(first, 4), writer_of(chain(first, 4)))
+        await client.publish(chain(first, 8), writer_of(chain(first, 8)))
         await asyncio.sleep(0.05)
     LocalArena.tell = lambda *args: None  # from here on the store hears nothing
     num_untold = await client.publish(chain(1000, 4), writer_of(chain(1000, 4)))
