@@ -101,6 +101,11 @@ class Arena:
         """Those that are lent included."""
         return len(self._writing)
 
+    @property
+    def num_lent(self) -> int:
+        """Slots that a writer has in hand, for blocks to come or for some that he has not told of."""
+        return self._num_lent
+
     def slot(self, block_hash: BlockHash) -> int | None:
         """Where a block is that is ready or being written. Not a use, unlike `find`."""
         return self._slots.get(block_hash)
