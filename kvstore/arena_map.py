@@ -22,9 +22,10 @@ ALIGN_BYTES = 64  # of each slot
 FREE, WRITING, READY = 0, 1, 2
 
 # A header as eight aligned words of 64 bits, each read or written at one go:
-# generation, state, length, key (two words), checksum (xxh3_64 of the payload), last access, unused.
+# generation, state, length, key (two words), checksum (xxh3_64 of the payload), last access, and, of the first slot's
+# header alone, whether the store drains.
 _WORDS = HEADER_BYTES // 8
-_GENERATION, _STATE, _LENGTH, _KEY, _CHECKSUM, _LAST_ACCESS = 0, 1, 2, 3, 5, 6
+_GENERATION, _STATE, _LENGTH, _KEY, _CHECKSUM, _LAST_ACCESS, _DRAINS = 0, 1, 2, 3, 5, 6, 7
 NO_KEY = bytes(HASH_BYTES)
 
 
@@ -75,6 +76,15 @@ class ArenaMap:
         self._words = self._headers.cast("Q")
         self._slots = buffer[slots_offset(num_slots) :]
         self._stride = slot_stride(slot_bytes)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the store takes no new blocks, so that slots which it lent are to be given back."""
+        return self._words[_DRAINS] != 0
+
+    @is_draining.setter
+    def is_draining(self, value: bool) -> None:
+        self._words[_DRAINS] = value
 
     def has(self, slot: int) -> bool:
         """Whether there is such a slot."""

@@ -173,11 +173,12 @@ class LocalArena:
     def take(self, hashes: Sequence[BlockHash], owner: Owner, all_or_none: bool = False) -> list[Reservation | None]:
         """Slots that were lent ahead, without a question, for the leading blocks, as far as they go.
 
-        None where a block is there, or being written here. Nothing for an owner who has a quota, and with `all_or_none`
-        where there may not be enough: then the store has to be asked. Whoever got something fills and finishes the
-        slots, and says so to `tell`, or retires this arena.
+        None where a block is there, or being written here. Nothing for an owner who has a quota, from a store that
+        drains, and with `all_or_none` where there may not be enough: then the store has to be asked. Whoever got
+        something fills and finishes the slots, and says so to `tell`, or retires this arena.
         """
-        if owner.quota_blocks is not None or not self._channel.is_open or self._num_untold >= _MAX_UNTOLD:
+        is_bounded = owner.quota_blocks is not None
+        if is_bounded or self.map.is_draining or not self._channel.is_open or self._num_untold >= _MAX_UNTOLD:
             return []
         if all_or_none and len(hashes) > self._lent.num_in_hand:
             return []
@@ -223,6 +224,7 @@ class LocalArena:
         if not isinstance(answer, Reserved) or answer.status is Status.STALE:
             raise ArenaUnavailable("the store has another arena by now")
         if answer.status is Status.DRAINING:
+            self._post(self._lent.give_back(), NO_TENANT)
             raise ArenaDraining("the store is draining")
         if answer.status is Status.FULL:
             raise ArenaFull("every slot is being written")
@@ -270,9 +272,6 @@ class LocalArena:
         slots = answer.reservations if isinstance(answer, Reserved) and answer.status is Status.OK else ()
         if not self._lent.add(num_wanted, [item for item in slots if item is not None and self.map.has(item.slot)]):
             self._hope_at_s = time.monotonic() + _HOPE_S
-        if isinstance(answer, Reserved) and answer.status is Status.DRAINING and self._channel.is_open:
-            back = self._lent.give_back()  # so that the next one asks, and hears that it drains
-            self._post(back, NO_TENANT)
 
     @property
     def is_broken(self) -> bool:

@@ -123,7 +123,7 @@ class StoreService:
 
     def drain(self, is_draining: bool) -> None:
         """Takes no new blocks from now on, or takes them again; the directory is told."""
-        self.is_draining = is_draining
+        self.is_draining = self._map.is_draining = is_draining
         self._announcer.beat_soon()
 
     async def remove(self, hashes: Sequence[BlockHash]) -> tuple[int, int]:
