@@ -28,7 +28,7 @@ from kvstore.zmq_wire import ZmqWire
 
 logger = logging.getLogger(__name__)
 
-_HERE_BYTES = 1 << 20  # are copied sooner than a thread has been woken and has answered
+_HERE_BYTES = 4 << 20  # what one thread would copy alone: waking it, and hearing from it, takes longer than 1 MiB
 _MIN_BYTES_PER_S = 100e6  # a slower transfer counts as broken
 _AVOID_S = 5.0  # a store that did not answer is left alone for so long
 
@@ -152,7 +152,7 @@ class KVClient:
 
         `write(indices, views)` is called with the indices into `hashes` of the blocks to write and as many writable
         views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. Of many blocks, two threads call it for
-        some of them each, at the same time; for up to a MiB it may be called on the event loop itself. `publish` does
+        some of them each, at the same time; for up to 4 MiB it may be called on the event loop itself. `publish` does
         not end before `write` has, not even when cancelled, so what `write` reads may be freed afterwards. Only errors
         of `write` itself are raised.
         """

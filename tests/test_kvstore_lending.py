@@ -33,6 +33,11 @@ MAX_LENT = NUM_SLOTS // 8
 OTHERS = itertools.count(1_000_000, 1000)  # where chains begin that nobody asks for
 
 
+@pytest.fixture(autouse=True)
+def threads_from_a_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.client._HERE_BYTES", 1 << 20)
+
+
 # --- the books ---
 
 
