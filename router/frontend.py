@@ -20,6 +20,7 @@ from router.decider import Decider
 from router.dispatch import Dispatcher
 from router.errors import ClusterUnavailable
 from router.journey import RoutedRequest
+from router.limits import Turnstile, Visit
 from router.registry import Pool, Registry
 from router.tenants import EVERYBODY, Tenant, Tenants
 from router.timeline import Timeline
@@ -39,7 +40,7 @@ class Caller:
 
 
 class Frontend:
-    """One router's requests. `tenants` are those who may call; None: everybody may."""
+    """One router's requests. `tenants` are those who may call; None: everybody may. `turnstile` bounds how much."""
 
     def __init__(  # noqa: PLR0913
         self,
@@ -50,6 +51,7 @@ class Frontend:
         tokenizer: Tokenizer,
         rng: random.Random,
         tenants: Tenants | None = None,
+        turnstile: Turnstile | None = None,
     ) -> None:
         self.limits = limits
         self._registry = registry
@@ -58,6 +60,7 @@ class Frontend:
         self._tokenizer = tokenizer
         self._rng = rng
         self._tenants = tenants
+        self._turnstile = turnstile or Turnstile(0, time.monotonic)
 
     def authenticate(self, authorizations: Sequence[str | bytes]) -> Tenant:
         """Whose call it is, by the values of its authorization header. Raises `Unauthenticated`."""
@@ -90,9 +93,19 @@ class Frontend:
 
         Raises what reaches clients of `RouterError`. Close the generator to abandon the request.
         """
+        with self._turnstile.admit(caller.tenant.name, caller.tenant.allowance) as visit:
+            async with aclosing(self._generate(message, caller, visit)) as responses:
+                async for response in responses:
+                    visit.charge_output(len(response.tokens))
+                    yield response
+
+    async def _generate(
+        self, message: inference_pb2.GenerateRequest, caller: Caller, visit: Visit
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         timeline = Timeline(time.monotonic)
         checked = check(message, self.limits)
         request = await self._route(checked, caller)
+        visit.charge_prompt(len(request.prompt_ids))
         answer = Answer(request, checked.sampling.stop, self._tokenizer, timeline)
         async with aclosing(self._dispatcher.run(request, timeline)) as journey:
             async for progress in journey:

@@ -17,7 +17,9 @@ from router.errors import (
     ClusterUnavailable,
     DeadlinePassed,
     InvalidRequest,
+    RateLimited,
     RouterError,
+    TryLater,
     Unauthenticated,
     UnknownRequest,
     WouldBeLate,
@@ -34,11 +36,13 @@ STATUSES = {
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     ClusterBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
     WouldBeLate: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnknownRequest: grpc.StatusCode.NOT_FOUND,
     ClusterUnavailable: grpc.StatusCode.UNAVAILABLE,
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-RETRY_AFTER = "retry-after-ms"  # in the trailing metadata of a request that would be late
+RETRY_AFTER = "retry-after-ms"  # in the trailing metadata of a request that may come again
+SPARE_CALLS = 64
 # gRPC itself answers RESOURCE_EXHAUSTED to what is over its limit, so ours comes first by a wide margin.
 TRANSPORT_FACTOR = 4
 
@@ -107,7 +111,7 @@ async def _statuses(context: grpc.aio.ServicerContext, method: str) -> AsyncIter
         code = STATUSES.get(type(error), grpc.StatusCode.INTERNAL)
         logger.info("event=refused method=%s code=%s %s", method, code.name, error)
         metadata: tuple[tuple[str, str], ...] = ()
-        if isinstance(error, WouldBeLate):
+        if isinstance(error, TryLater):
             metadata = ((RETRY_AFTER, str(math.ceil(error.retry_after_s * 1000))),)
         await context.abort(code, str(error), trailing_metadata=metadata)
     except grpc.aio.AbortError:
@@ -115,6 +119,11 @@ async def _statuses(context: grpc.aio.ServicerContext, method: str) -> AsyncIter
     except Exception:
         logger.exception("event=call_failed method=%s", method)
         await context.abort(grpc.StatusCode.INTERNAL, "the router failed; its log says more")
+
+
+def max_calls(max_requests: int) -> int | None:
+    """How many calls of all kinds gRPC lets in: beside requests, short ones, and those that are being refused."""
+    return 2 * max_requests + SPARE_CALLS if max_requests else None
 
 
 def server_options(limits: Limits) -> list[tuple[str, int]]:
