@@ -18,16 +18,15 @@ logger = logging.getLogger(__name__)
 class FileWatch:
     """To be made before the files are read for the first time, so that no change is missed."""
 
-    def __init__(self, files: Sequence[Path], poll_s: float = POLL_S) -> None:
+    def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
-        self._poll_s = poll_s
         self._stamps = self._look()
 
     async def run(self, read: Callable[[], T], swap: Callable[[T], object]) -> None:
         """Reads on a thread, swaps on the event loop, until cancelled. What is unreadable changes nothing."""
         names = ",".join(map(str, self._files))
         while True:
-            await asyncio.sleep(self._poll_s)
+            await asyncio.sleep(POLL_S)
             stamps = self._look()
             if stamps == self._stamps:
                 continue
