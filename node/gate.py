@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 
 import grpc
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 AUTHORIZATION = "authorization"  # of a call's metadata: "Bearer TOKEN"
 OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 MIN_TOKEN_CHARS = 32
+MAX_METHOD_CHARS = 128  # of a stranger's, in a log line
+LOG_EVERY_S = 1.0
 
 
 def new_cluster_token() -> str:
@@ -32,6 +35,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no typ
 
     def __init__(self, token: str) -> None:
         self._digest = _digest(f"Bearer {token}")
+        self._num_refused = 0
+        self._logged_s = -LOG_EVERY_S
 
     async def intercept_service(
         self,
@@ -40,8 +45,18 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no typ
     ) -> grpc.RpcMethodHandler:
         if details.method.startswith(OPEN) or self._knows(details.invocation_metadata or ()):
             return await continuation(details)
-        logger.warning("event=refused_caller method=%s", details.method)
+        self._log(details.method)
         return _REFUSAL
+
+    def _log(self, method: str) -> None:
+        """Now and then: strangers are not to fill the log."""
+        self._num_refused += 1
+        now_s = time.monotonic()
+        if now_s - self._logged_s >= LOG_EVERY_S:
+            self._logged_s = now_s
+            logger.warning(
+                "event=refused_callers count=%d last_method=%s", self._num_refused, method[:MAX_METHOD_CHARS]
+            )
 
     def _knows(self, metadata: tuple[tuple[str, str | bytes], ...]) -> bool:
         """In constant time, whatever was sent."""
