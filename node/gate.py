@@ -5,12 +5,14 @@ Health and reflection are open: they tell what anybody may know, and a superviso
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import grpc
 
@@ -23,6 +25,7 @@ OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 MIN_TOKEN_CHARS = 32
 MAX_METHOD_CHARS = 128  # of a stranger's, in a log line
 LOG_EVERY_S = 1.0
+HEAR_OUT_S = 0.5
 
 
 def new_cluster_token() -> str:
@@ -85,8 +88,12 @@ def _digest(value: str | bytes) -> bytes:
 
 
 async def _refuse(_requests: object, context: grpc.aio.ServicerContext) -> None:
+    with suppress(
+        TimeoutError
+    ):  # a caller that is still writing would see an internal error of gRPC's in place of this
+        await asyncio.wait_for(context.read(), HEAR_OUT_S)
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{AUTHORIZATION}: not this cluster's token")
 
 
-# A stream whatever the method is: it answers without having read a message.
+# A stream whatever the method is: it need not know its messages.
 _REFUSAL = grpc.stream_stream_rpc_method_handler(_refuse)

@@ -33,9 +33,8 @@ class Door:
 
     async def knock(self, method: str, *authorizations: str) -> grpc.aio.AioRpcError | None:
         """The error that ends a call, or None; never a message that the call would wait for."""
-        call = self.channel.stream_stream(method)(
-            iter([b""]), metadata=[("authorization", value) for value in authorizations], timeout=20
-        )
+        metadata = [("authorization", value) for value in authorizations]
+        call = self.channel.unary_stream(method)(b"", metadata=metadata, timeout=20)
         try:
             async for _ in call:
                 pass
