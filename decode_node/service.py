@@ -14,6 +14,7 @@ from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import OutputToken
 from node.convert import FINISH_REASONS, started_with, statuses, to_owner, to_request, to_token
+from node.grammar import GrammarMasks
 
 ADMIT_WAIT_S = 10.0
 
@@ -21,16 +22,18 @@ ADMIT_WAIT_S = 10.0
 class DecodeService(node_pb2_grpc.DecodeServicer):
     """One node's decode legs. `start_wait_s` is how long a leg keeps its room without a Start."""
 
-    def __init__(self, worker: DecodeWorker, engine: Engine, start_wait_s: float) -> None:
+    def __init__(self, worker: DecodeWorker, engine: Engine, masks: GrammarMasks, start_wait_s: float) -> None:
         self._worker = worker
         self._engine = engine
+        self._masks = masks
         self._start_wait_s = start_wait_s
 
     async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         """A coroutine that writes, not a generator: only so does its end run for certain when the caller is gone."""
         async with statuses(context):
             admit = (await _read(context, "admit", ADMIT_WAIT_S)).admit
-            request = to_request(admit.request, self._engine)
+            mask = await self._masks.mask(admit.request.sampling)
+            request = to_request(admit.request, self._engine, mask=mask)
             owner = to_owner(admit.request, self._engine.layout.block_bytes)
             async with self._worker.admit(request, owner) as leg:
                 await context.write(_admitted(leg))

@@ -44,6 +44,8 @@ class DecodeLeg:
     async def run(self, token_ids: Sequence[int], num_coming_blocks: int = 0) -> AsyncIterator[list[OutputToken]]:
         """The tokens behind `token_ids`, which were sampled elsewhere. Those that wait for the reader come together.
 
+        Raises `InvalidRequest` where its mask leaves no token; what came before it is out by then.
+
         Of the request's blocks, the first `num_coming_blocks` are said to be in an arena, or on their way into one.
         """
         # 1. The tokens, before the last blocks: behind them even the block that ends the prompt need not be computed.
@@ -61,6 +63,8 @@ class DecodeLeg:
             self.finish_reason = outputs[-1].finish_reason
             if tokens := [token for output in outputs for token in output.tokens]:
                 yield tokens
+            if outputs[-1].error is not None:
+                raise outputs[-1].error
 
     def close(self) -> None:
         self._fetching.cancel()

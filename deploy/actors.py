@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 STABLE_S = 60.0  # who lived longer than this did not crash at once
 FREE_RESTARTS = 2  # in a row, before the first wait
 MAX_BACKOFF_S = 30.0
+PORTS = {"port": ("address", "port"), "http-port": ("http_address", "http_port")}  # files: of the record, the option
 
 
 class Server(Protocol):
@@ -161,9 +162,11 @@ class ServerActor:
         self._part = part
 
     def _keep_port(self, record: Mapping[str, Any]) -> None:
-        """Clients know a router by its port, so the one that the kernel chose is asked for again after a restart."""
+        """Clients know a router by its ports, so those that the kernel chose are asked for again after a restart."""
         if self._spec.kind == "router":
-            write_port(port_file(self._spec), str(record["address"]).rsplit(":", 1)[1])
+            for name, (record_field, _) in PORTS.items():
+                if record.get(record_field):
+                    write_port(port_file(self._spec, name), str(record[record_field]).rsplit(":", 1)[1])
 
 
 def build(spec: ServerSpec, report: Callable[[float], object] = lambda part: None) -> Server:
@@ -184,13 +187,14 @@ def build(spec: ServerSpec, report: Callable[[float], object] = lambda part: Non
         return StoreServer(config)
     from router.server import RouterServer
 
-    if port_file(spec).exists():
-        config = dataclasses.replace(config, port=int(port_file(spec).read_text()))
+    for name, (_, option) in PORTS.items():
+        if port_file(spec, name).exists():
+            config = dataclasses.replace(config, **{option: int(port_file(spec, name).read_text())})
     return RouterServer(config)
 
 
-def port_file(spec: ServerSpec) -> Path:
-    return spec.folder / f"{spec.name}.port"
+def port_file(spec: ServerSpec, name: str = "port") -> Path:
+    return spec.folder / f"{spec.name}.{name}"
 
 
 def write_port(file: Path, port: str) -> None:

@@ -51,6 +51,8 @@ class ClusterConfig:
     policy: str = DEFAULT  # of the routers
     host: str = "127.0.0.1"
     port: int = 0
+    http: bool = True  # OpenAI's API at each router, beside gRPC's
+    http_port: int = 0
     cluster: str = "default"
     redis_url: str = field(default="", repr=False)  # may have a password in it; "": an embedded Redis
     ray_address: str = ""  # "": an own Ray on this machine
@@ -91,6 +93,7 @@ class ClusterConfig:
         check("--routers", 1 <= self.routers <= MAX_NODES, f"between 1 and {MAX_NODES}, got {self.routers}")
         check("--policy", self.policy in POLICIES, f"one of {', '.join(sorted(POLICIES))}")
         check("--port", 0 <= self.port <= 65535, f"between 0 and 65535, got {self.port}")
+        check("--http-port", 0 <= self.http_port <= 65535, f"between 0 and 65535, got {self.http_port}")
         check("--block-size", 1 <= self.block_size <= 1024, f"between 1 and 1024 tokens, got {self.block_size}")
         check("--kv-memory", self.kv_bytes >= 2**20, f"1M or more, got {self.kv_bytes} bytes")
         check("--store-memory", self.store_bytes >= 2**20, f"1M or more, got {self.store_bytes} bytes")

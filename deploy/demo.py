@@ -193,7 +193,8 @@ def differences(outcomes: Sequence[Outcome], tokenizer: Tokenizer, model_dir: Pa
 def prompt_ids(shot: Shot, tokenizer: Tokenizer) -> list[int]:
     if isinstance(shot.prompt, str):
         return tokenizer.encode(shot.prompt)
-    return tokenizer.encode(tokenizer.render(shot.prompt), is_template=True)
+    chat = [{"role": role, "content": content} for role, content in shot.prompt]
+    return tokenizer.encode(tokenizer.render(chat), is_template=True)
 
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:

@@ -109,6 +109,12 @@ class Cluster:
         return tuple(str(m.started.record["address"]) for m in self._members if m.kind == "router" and m.started)
 
     @property
+    def router_http(self) -> tuple[str, ...]:
+        """Where each router speaks OpenAI's API, "ip:port"; "" for nowhere."""
+        routers = [m.started.record for m in self._members if m.kind == "router" and m.started]
+        return tuple(str(record["http_address"]) for record in routers)
+
+    @property
     def router_metrics(self) -> tuple[str, ...]:
         """Where each router shows its metrics; "" for nowhere."""
         routers = [m.started.record for m in self._members if m.kind == "router" and m.started]

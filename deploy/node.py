@@ -30,6 +30,7 @@ from deploy.node_config import NodeConfig
 from deploy.node_metrics import NodeCollector
 from engine.engine import Engine
 from engine.loop import EngineLoop
+from grammar.compiler import Compiler
 from kvstore.client import KVClient
 from kvstore.directory import Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
@@ -37,6 +38,7 @@ from kvstore.scrape import ScrapeDoor
 from node.admission import Admission
 from node.control import Identity, NodeControlService
 from node.gate import Gate, check_lock
+from node.grammar import GrammarMasks
 from node.intake import Intake
 from node.publisher import Publisher
 from node.replicator import Replicator
@@ -115,10 +117,11 @@ class NodeServer:
             engine.long_prefill_tokens_per_s,
             replicator=replicator,
         )
+        masks = GrammarMasks(Compiler(Path(config.model_dir), sorted(engine.eos_token_ids), engine.vocab_size))
         # 3. The server, and the heartbeat that tells where it is.
         server = self._server(
-            PrefillService(PrefillWorker(loop, intake, publisher, self.admission), engine),
-            DecodeService(DecodeWorker(loop, intake, publisher, self.admission), engine, config.start_wait_s),
+            PrefillService(PrefillWorker(loop, intake, publisher, self.admission), engine, masks),
+            DecodeService(DecodeWorker(loop, intake, publisher, self.admission), engine, masks, config.start_wait_s),
         )
         port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
         await server.start()

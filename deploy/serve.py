@@ -80,6 +80,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="that the router listens on (default 127.0.0.1)")
     add("--port", type=int, default=0, help="that the router listens on (default: the kernel chooses)")
     add(
+        "--http",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="routers speak OpenAI's HTTP API, too (default), at a port of its own",
+    )
+    add("--http-port", type=int, default=0, metavar="PORT", help="of that API (default: the kernel chooses)")
+    add(
         "--tenants",
         type=Path,
         metavar="FILE",
@@ -92,7 +99,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_ROUTING,
         help="how routers choose nodes (default %(default)s, by predicted seconds; the others are to compare with)",
     )
-    add("--routers", type=int, default=1, metavar="N", help="the first one takes --port, the next one more")
+    add("--routers", type=int, default=1, metavar="N", help="the first one takes the ports given, the next one more")
     add("--redis-url", default="", metavar="URL", help="default: BATON_REDIS_URL, or an embedded Redis")
     add("--cluster", default="default", metavar="NAME", help="keeps clusters in one Redis apart")
     add("--ray-address", default="", metavar="HOST:PORT", help="a Ray that runs already; default: an own one")
@@ -139,6 +146,8 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         policy=args.policy,
         host=args.host,
         port=args.port,
+        http=args.http,
+        http_port=args.http_port,
         cluster=args.cluster,
         redis_url=_redis_url(args),
         ray_address=args.ray_address,
@@ -202,10 +211,11 @@ def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDi
         cluster.start()
     try:
         state = dataclasses.replace(state, redis_url=cluster.redis_url, wire_key=cluster.wire_key)
-        state = dataclasses.replace(state, routers=cluster.routers, router_metrics=cluster.router_metrics)
-        state_dir.write(dataclasses.replace(state, router_admins=cluster.router_admins))
+        state = dataclasses.replace(state, router_metrics=cluster.router_metrics, router_http=cluster.router_http)
+        state = dataclasses.replace(state, routers=cluster.routers, router_admins=cluster.router_admins)
+        state_dir.write(state)
         nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"
-        addresses = " ".join(cluster.routers)
+        addresses = " ".join([*cluster.routers, *http_urls(cluster.router_http)])
         print(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s", flush=True)
         asyncio.run(_watch(cluster.redis_url, config.cluster, interrupt))
     finally:
@@ -252,11 +262,12 @@ def status(args: argparse.Namespace) -> int:
     nodes, arenas = asyncio.run(_members(state))
     if args.json:
         members = {"nodes": [*map(dataclasses.asdict, nodes)], "arenas": [*map(dataclasses.asdict, arenas)]}
-        routers = {"routers": state.routers, "router_metrics": state.router_metrics}
+        routers = {"routers": state.routers, "router_http": state.router_http, "router_metrics": state.router_metrics}
         print(json.dumps({"pid": state.pid, "model": state.model} | routers | members))
         return 0
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(f"{state.model} at {' '.join(state.routers)} (pid {state.pid})", highlight=False)
+    addresses = " ".join([*state.routers, *http_urls(state.router_http)])
+    console.print(f"{state.model} at {addresses} (pid {state.pid})", highlight=False)
     if any(state.router_metrics):
         console.print(f"metrics at {' '.join(filter(None, state.router_metrics))}", highlight=False)
     console.print(node_table(nodes))
@@ -318,6 +329,11 @@ def arena_table(arenas: Sequence[ArenaRecord]) -> Table:
         name = arena.arena_id[:8] + (" (draining)" if arena.draining else "")
         table.add_row(name, arena.host, arena.address, used, size, _port(arena.metrics_address))
     return table
+
+
+def http_urls(addresses: Sequence[str]) -> list[str]:
+    """What OpenAI's clients call their base URL, of each router that has one."""
+    return [f"http://{address}/v1" for address in addresses if address]
 
 
 def _port(address: str) -> str:

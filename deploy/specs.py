@@ -114,6 +114,8 @@ class Specs:
         config = RouterConfig(
             host=self.config.host,
             port=self.config.port + index if self.config.port else 0,
+            http=self.config.http,
+            http_port=self.config.http_port + index if self.config.http_port else 0,
             advertise_host=own.address if self.config.host in ANY_HOST else "",
             redis_url=self.redis_url,
             cluster=self.config.cluster,

@@ -45,6 +45,7 @@ class ServeState:
     bases: tuple[str, ...] = ()
     wire_key: str = field(default="", repr=False)  # of its stores; "" too where the file is not its owner's alone
     router_metrics: tuple[str, ...] = ()  # "ip:port" of each one's /metrics; "" is none
+    router_http: tuple[str, ...] = ()  # "ip:port" of each one's HTTP API; "" is none
     router_admins: tuple[str, ...] = ()  # and of its operator's door
 
 
@@ -104,8 +105,9 @@ class StateDir:
         try:
             fields = json.loads(self._file.read_text())
             lists = {key: tuple(fields[key]) for key in ("routers", "bases")}
-            more = {key: tuple(fields.get(key, ())) for key in ("router_metrics", "router_admins")}
-            return ServeState(**fields | lists | more)
+            more = ("router_metrics", "router_http", "router_admins")
+            lists |= {key: tuple(fields.get(key, ())) for key in more}
+            return ServeState(**fields | lists)
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

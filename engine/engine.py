@@ -53,7 +53,7 @@ class Engine:
         self.vocab_size = model_config.vocab_size
         num_blocks = engine_config.num_blocks or engine_config.kv_cache_bytes // self.layout.block_bytes
         self.max_model_len = _max_model_len(model_config, engine_config, num_blocks)
-        self._eos_token_ids = frozenset(model_config.eos_token_ids)
+        self.eos_token_ids = frozenset(model_config.eos_token_ids)
         self._pool = BlockPool(num_blocks)
         self._scheduler = Scheduler(
             self._pool,
@@ -220,10 +220,13 @@ class Engine:
         self.timing += StepTiming.of_step(chunks, schedule_s, run)
         return [self._advance(chunk, token) for chunk, token in zip(chunks, tokens, strict=True)]
 
-    def _advance(self, chunk: Chunk, token: OutputToken | None) -> RequestOutput:
+    def _advance(self, chunk: Chunk, token: OutputToken | InvalidRequest | None) -> RequestOutput:
         request = chunk.request
         full_blocks = self._scheduler.advance(request, chunk.num_tokens)
         self._pin([block.block_id for block in full_blocks])
+        if isinstance(token, InvalidRequest):
+            self._scheduler.remove(request, FinishReason.FAILED)
+            return RequestOutput(request.request_id, (), tuple(full_blocks), FinishReason.FAILED, token)
         finish_reason = None
         if token is not None:
             request.append(token.token_id)
@@ -235,9 +238,11 @@ class Engine:
         return RequestOutput(request.request_id, tokens, tuple(full_blocks), finish_reason)
 
     def _finish_reason(self, request: Request) -> FinishReason | None:
-        params, token_id = request.params, request.token_ids[-1]
-        is_end = token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
-        if is_end and request.num_output_tokens > params.min_tokens:
+        """An end token behind a mask ends the request in any case: it comes too early only where nothing else could."""
+        params, token_id, is_masked = request.params, request.token_ids[-1], request.mask is not None
+        is_eos = token_id in self.eos_token_ids and (is_masked or not params.ignore_eos)
+        is_end = is_eos or token_id in params.stop_token_ids
+        if is_end and (is_masked or request.num_output_tokens > params.min_tokens):
             return FinishReason.STOP
         if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self.max_model_len:
             return FinishReason.LENGTH
@@ -262,6 +267,8 @@ class Engine:
                 raise NoRoom("the blocks that these prompts need are held or pinned by others")
             for output in outputs:
                 self.unpin([block.block_id for block in output.full_blocks])
+                if output.error is not None:
+                    raise output.error
         return [request.token_ids[request.num_prompt_tokens :] for request in requests]
 
     # --- blocks that leave ---

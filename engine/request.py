@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.errors import InvalidRequest
 from kvstore.blocks import BlockHash, hash_blocks
 
+if TYPE_CHECKING:
+    from engine.mask import TokenMask
+
 MAX_LOGPROBS = 20
+MAX_BIASES = 300
+MAX_BIAS = 100.0
 
 
 class RequestStatus(enum.Enum):
@@ -27,6 +33,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
     HANDOFF = "handoff"  # this leg is over, the request goes on elsewhere
     ABORT = "abort"
+    FAILED = "failed"  # its mask allows no token; the output's `error` says why
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, limit: str) -> None:
@@ -68,6 +76,9 @@ class SamplingParams:
         check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"in [0, max_tokens = {self.max_tokens}]")
         check("stop_token_ids", len(self.stop_token_ids) <= 16, "16 ids at most")
         check("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]")
+        check("logit_bias", len(self.logit_bias) <= MAX_BIASES, f"{MAX_BIASES} ids at most")
+        biases_fit = all(abs(bias) <= MAX_BIAS for _, bias in self.logit_bias)
+        check("logit_bias", biases_fit, f"in [-{MAX_BIAS:.0f}, {MAX_BIAS:.0f}]")
 
 
 @dataclass(eq=False)
@@ -85,6 +96,7 @@ class Request:
     block_size: int
     handoff_after: int | None = None
     priority: int = 0  # the smaller one is computed first; changes no token
+    mask: TokenMask | None = None  # which tokens may come; None: all
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -149,6 +161,7 @@ class RequestOutput:
     tokens: tuple[OutputToken, ...] = ()
     full_blocks: tuple[FullBlock, ...] = ()
     finish_reason: FinishReason | None = None
+    error: InvalidRequest | None = None  # with FAILED
 
 
 @dataclass(frozen=True)

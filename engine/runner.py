@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.attention import ForwardBatch, SequenceSpan
+from engine.errors import InvalidRequest
+from engine.mask import fill_masks
 from engine.model import Model
 from engine.request import OutputToken
 from engine.sampler import sample_all
@@ -28,18 +30,22 @@ class Runner:
         self._eos_token_ids = tuple(eos_token_ids)
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk]) -> tuple[list[OutputToken | None], RunSeconds]:
-        """Computes the chunks' KV; a token for each chunk that samples, None for the others, and what it took."""
+    def run(self, chunks: Sequence[Chunk]) -> tuple[list[OutputToken | InvalidRequest | None], RunSeconds]:
+        """Computes the chunks' KV; a token for each chunk that samples, None for the others, and what it took.
+
+        An error stands for a token where a request's mask has none.
+        """
         begin = time.perf_counter()
         batch = build_batch(chunks, self._cache.shape[3])
         built = time.perf_counter()
         logits = self._model(batch, self._cache)
+        requests = [chunk.request for chunk in chunks if chunk.samples]
+        masks = fill_masks(requests, logits.shape[-1])  # while a device computes
         if self._cache.is_cuda:
             # A step ends when it is computed, whether or not a token is wanted of it: only then may its blocks leave.
             torch.cuda.current_stream(self._cache.device).synchronize()
         computed = time.perf_counter()
-        requests = [chunk.request for chunk in chunks if chunk.samples]
-        sampled = iter(sample_all(logits, requests, self._eos_token_ids))
+        sampled = iter(sample_all(logits, requests, self._eos_token_ids, masks))
         tokens = [next(sampled) if chunk.samples else None for chunk in chunks]
         return tokens, RunSeconds(built - begin, computed - built, time.perf_counter() - computed)
 

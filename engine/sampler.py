@@ -1,5 +1,6 @@
 """Chooses a token: a pure function of (logits, tokens so far, params, seed, position), so that a request goes on
-unchanged on another node, in another batch and after a preemption. Knows no generator, no state and no engine.
+unchanged on another node, in another batch and after a preemption. Knows no generator, no state and no engine. A mask
+follows from the tokens so far, so it changes nothing of that.
 
 Randomness is counter-based: one uniform number for each (seed, position), from splitmix64. It is looked up in the
 distribution's cumulative sum over token ids. That sum is not sorted by probability, because two tokens of nearly
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine.errors import InvalidRequest
+from engine.mask import Masks
 from engine.request import OutputToken, Request, SamplingParams
 
 MASK_64 = 2**64 - 1
@@ -22,29 +25,41 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 NUCLEUS_START = 1024  # tokens sorted at first; a nucleus is rarely larger
 
 
-def sample_all(logits: Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int]) -> list[OutputToken]:
+def sample_all(
+    logits: Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int], masks: Masks | None = None
+) -> list[OutputToken | InvalidRequest]:
     """The next token of each request, as `sample` has it; `logits` is float32 `[len(requests), vocab]`, on any device.
 
-    The logits stay on their device, and plain greedy requests share one search for the largest.
+    The logits stay on their device, and plain greedy requests share one search for the largest. Where a request's mask
+    has failed, its error stands for a token.
     """
-    is_plain = [_is_plain_greedy(request.params, request.num_output_tokens) for request in requests]
+    is_plain = [_is_plain_greedy(request) for request in requests]
     largest = _argmax(logits) if any(is_plain) else []
     return [
-        OutputToken(largest[row]) if is_plain[row] else _sample_one(logits[row], request, eos_token_ids)
+        OutputToken(largest[row]) if is_plain[row] else _sample_one(logits[row], request, eos_token_ids, masks, row)
         for row, request in enumerate(requests)
     ]
 
 
-def _sample_one(logits: Tensor, request: Request, eos_token_ids: Sequence[int]) -> OutputToken:
+def _sample_one(
+    logits: Tensor, request: Request, eos_token_ids: Sequence[int], masks: Masks | None, place: int
+) -> OutputToken | InvalidRequest:
+    allowed_ids = None
+    if masks is not None and request.mask is not None:
+        if place in masks.errors:
+            return masks.errors[place]
+        allowed_ids = masks.allowed_ids(place, logits)
     prompt = request.token_ids[: request.num_prompt_tokens]
     output = request.token_ids[request.num_prompt_tokens :]
-    return sample(logits, prompt, output, request.params, eos_token_ids)
+    return sample(logits, prompt, output, request.params, eos_token_ids, allowed_ids)
 
 
-def _is_plain_greedy(params: SamplingParams, num_output_tokens: int) -> bool:
+def _is_plain_greedy(request: Request) -> bool:
     """Whether nothing but the largest logit matters."""
-    is_changed = _has_penalties(params) or num_output_tokens < params.min_tokens
-    return params.temperature == 0.0 and params.logprobs is None and not is_changed
+    params = request.params
+    if params.temperature != 0.0 or params.logprobs is not None or request.mask is not None or params.logit_bias:
+        return False
+    return not _has_penalties(params) and request.num_output_tokens >= params.min_tokens
 
 
 def _argmax(logits: Tensor) -> list[int]:
@@ -54,27 +69,37 @@ def _argmax(logits: Tensor) -> list[int]:
     return token_ids
 
 
-def sample(
+def sample(  # noqa: PLR0913
     logits: Tensor,
     prompt_ids: Sequence[int],
     output_ids: Sequence[int],
     params: SamplingParams,
     eos_token_ids: Sequence[int],
+    allowed_ids: Tensor | None = None,
 ) -> OutputToken:
     """The next token of one request. `logits` is float32 `[vocab]` and is left as it is.
 
-    In this order: penalties, min_tokens, temperature, top_k, top_p, min_p. Temperature 0 is greedy; of equal logits
-    the lowest id wins. Log probabilities are of the raw logits.
+    In this order: logit_bias, penalties, the mask, min_tokens, temperature, top_k, top_p, min_p. Temperature 0 is
+    greedy; of equal logits the lowest id wins. Log probabilities are of the raw logits.
+
+    `allowed_ids` are those that a mask leaves, ascending and one at least, on the device of `logits`; None: all. No
+    other one is ever taken. min_tokens and ignore_eos put the end off only as long as the mask leaves anything else.
     """
     scores = logits
+    if params.logit_bias:
+        scores = _biased(scores, params.logit_bias)
     if _has_penalties(params):
         scores = _penalised(scores, prompt_ids, output_ids, params)
-    if len(output_ids) < params.min_tokens:
+    if allowed_ids is not None:
+        allowed_ids = _without_ends(allowed_ids, len(output_ids), params, eos_token_ids)
+        scores = scores[allowed_ids]
+    elif len(output_ids) < params.min_tokens:
         scores = _without(scores, (*eos_token_ids, *params.stop_token_ids))
     if params.temperature == 0.0:
-        token_id = int(scores.argmax())
+        index = int(scores.argmax())
     else:
-        token_id = _draw(scores, params, uniform(params.seed, len(prompt_ids) + len(output_ids)))
+        index = _draw(scores, params, uniform(params.seed, len(prompt_ids) + len(output_ids)))
+    token_id = index if allowed_ids is None else int(allowed_ids[index])
     return _output_token(token_id, logits, params.logprobs)
 
 
@@ -91,6 +116,26 @@ def _mix(state: int) -> int:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK_64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK_64
     return z ^ (z >> 31)
+
+
+def _biased(scores: Tensor, logit_bias: Sequence[tuple[int, float]]) -> Tensor:
+    """Ids that the vocabulary lacks are passed over, as in `_without`."""
+    known = [(token_id, bias) for token_id, bias in logit_bias if 0 <= token_id < scores.shape[0]]
+    ids = torch.tensor([token_id for token_id, _ in known], dtype=torch.int64, device=scores.device)
+    biases = torch.tensor([bias for _, bias in known], dtype=scores.dtype, device=scores.device)
+    return scores.index_add(0, ids, biases)
+
+
+def _without_ends(
+    allowed_ids: Tensor, num_output_tokens: int, params: SamplingParams, eos_token_ids: Sequence[int]
+) -> Tensor:
+    """The allowed ids that do not end the output while it is to go on; all of them where no other is left."""
+    is_early = num_output_tokens < params.min_tokens
+    if not is_early and not params.ignore_eos:
+        return allowed_ids
+    ends = [*eos_token_ids, *(params.stop_token_ids if is_early else ())]
+    others = allowed_ids[~torch.isin(allowed_ids, torch.tensor(ends, dtype=torch.int64, device=allowed_ids.device))]
+    return others if len(others) else allowed_ids
 
 
 def _has_penalties(params: SamplingParams) -> bool:

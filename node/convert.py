@@ -17,6 +17,7 @@ from batonpb import common_pb2, node_pb2
 from engine.engine import Engine
 from engine.errors import InvalidRequest, NoRoom
 from engine.loop import EngineStopped
+from engine.mask import TokenMask
 from engine.order import MAX_PRIORITY
 from engine.request import FinishReason, OutputToken, Request, SamplingParams
 from kvstore.blocks import salted
@@ -40,10 +41,13 @@ FINISH_REASONS = {
 _leg_numbers = itertools.count()
 
 
-def to_request(message: node_pb2.NodeRequest, engine: Engine, handoff_after: int | None = None) -> Request:
+def to_request(
+    message: node_pb2.NodeRequest, engine: Engine, handoff_after: int | None = None, mask: TokenMask | None = None
+) -> Request:
     """The engine's request for one leg, under an id of its own. Raises `InvalidRequest`.
 
-    Of the engine only its shape is looked at; whether the tokens fit its vocabulary is `Engine.add`'s to say.
+    `mask` is what the sampling's grammar comes to (`node.grammar`). Of the engine only its shape is looked at; whether
+    the tokens fit its vocabulary is `Engine.add`'s to say.
     """
     _check(0 < len(message.request_id) <= MAX_REQUEST_ID_CHARS, "request_id", f"1 to {MAX_REQUEST_ID_CHARS} characters")
     _check(len(message.salt) <= MAX_SALT_BYTES, "salt", f"{MAX_SALT_BYTES} bytes at most, got {len(message.salt)}")
@@ -68,6 +72,7 @@ def to_request(message: node_pb2.NodeRequest, engine: Engine, handoff_after: int
         block_size=engine.layout.block_size,
         handoff_after=handoff_after,
         priority=message.priority,
+        mask=mask,
     )
 
 
@@ -87,6 +92,7 @@ def to_sampling_params(message: common_pb2.SamplingParams) -> SamplingParams:
         min_tokens=message.min_tokens,
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
     )
 
 

@@ -7,21 +7,24 @@ import grpc
 from batonpb import node_pb2, node_pb2_grpc
 from engine.engine import Engine
 from node.convert import FINISH_REASONS, statuses, to_owner, to_request, to_token
+from node.grammar import GrammarMasks
 from prefill_node.worker import Prefilled, PrefillWorker
 
 
 class PrefillService(node_pb2_grpc.PrefillServicer):
     """One node's prefill legs."""
 
-    def __init__(self, worker: PrefillWorker, engine: Engine) -> None:
+    def __init__(self, worker: PrefillWorker, engine: Engine, masks: GrammarMasks) -> None:
         self._worker = worker
         self._engine = engine
+        self._masks = masks
 
     async def Prefill(
         self, message: node_pb2.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> node_pb2.PrefillResponse:
         async with statuses(context):
-            request = to_request(message.request, self._engine, handoff_after=1)
+            mask = await self._masks.mask(message.request.sampling)
+            request = to_request(message.request, self._engine, handoff_after=1, mask=mask)
             owner = to_owner(message.request, self._engine.layout.block_bytes)
             return _response(await self._worker.prefill(request, owner))
         raise AssertionError("a status has ended the call")

@@ -72,6 +72,8 @@ class PrefillWorker:
         is_coming = True
         async for output in outputs:
             is_coming &= self._publisher.publish(output.full_blocks, owner)
+            if output.error is not None:
+                raise output.error
             if output.finish_reason is not None:
                 return output.tokens[-1], output.finish_reason, is_coming
         raise RuntimeError("the engine ended a prefill leg without a token")

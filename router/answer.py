@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from batonpb import common_pb2, inference_pb2
 from router.detokenizer import TextStream, detokenizer
 from router.journey import Progress, RoutedRequest
 from router.timeline import Timeline
 from router.tokenizer import Decoder
+from router.tools import ToolCallParser
 
 logger = logging.getLogger(__name__)
 
 STOP = common_pb2.FINISH_REASON_STOP
 
 
+@dataclass(frozen=True)
+class Form:
+    """What one answer is to look like."""
+
+    request_id: str  # the call's, which n answers have in common
+    index: int = 0
+    stops: Sequence[str] = ()
+    echo: str = ""  # text that comes first
+    calls_tools: bool = False
+
+
 class Answer:
     """One request's responses, one for each `Progress`. The first with a finish reason is the last."""
 
-    def __init__(self, request: RoutedRequest, stops: Sequence[str], decoder: Decoder, timeline: Timeline) -> None:
+    def __init__(self, request: RoutedRequest, form: Form, decoder: Decoder, timeline: Timeline) -> None:
         self._request = request
+        self._form = form
         self._timeline = timeline
         words = detokenizer(decoder, request.prompt_ids)
-        self._text = TextStream(words, stops, request.end_ids, request.sampling.min_tokens)
+        self._text = TextStream(words, form.stops, request.end_ids, request.sampling.min_tokens)
+        self._calls = ToolCallParser(f"{form.request_id}/{form.index}") if form.calls_tools else None
+        self._lead = form.echo
         self._num_tokens = 0
 
     def respond(self, progress: Progress) -> inference_pb2.GenerateResponse:
@@ -39,14 +55,29 @@ class Answer:
             pieces.append(text.finish(ended_by_token=reason == STOP))
         self._num_tokens += len(tokens)
         response = inference_pb2.GenerateResponse(
-            request_id=self._request.request_id,
+            request_id=self._form.request_id,
+            index=self._form.index,
             text="".join(pieces),
             tokens=tokens,
             finish_reason=STOP if text.is_stopped else reason,
         )
+        if self._calls is not None:
+            self._part(response, self._calls)
+        response.text, self._lead = self._lead + response.text, ""
         if response.finish_reason:
             self._conclude(response)
         return response
+
+    def _part(self, response: inference_pb2.GenerateResponse, parser: ToolCallParser) -> None:
+        """Takes the calls of tools out of a response's text."""
+        response.text, calls = parser.feed(response.text)
+        response.tool_calls.extend(calls)
+        if response.finish_reason:
+            rest, calls = parser.finish()
+            response.text += rest
+            response.tool_calls.extend(calls)
+            if response.finish_reason == STOP and parser.num_calls:
+                response.finish_reason = common_pb2.FINISH_REASON_TOOL_CALLS
 
     def _conclude(self, response: inference_pb2.GenerateResponse) -> None:
         timeline = self._timeline.finish(self._num_tokens)
@@ -56,7 +87,7 @@ class Answer:
         logger.info(
             "request_id=%s event=finished reason=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d prefill=%s "
             "decode=%s migrations=%d predicted_ttft_s=%.4f ttft_s=%.4f tpot_s=%.4f total_s=%.4f",
-            *(response.request_id, common_pb2.FinishReason.Name(response.finish_reason)),
+            *(self._request.request_id, common_pb2.FinishReason.Name(response.finish_reason)),
             *(usage.prompt_tokens, usage.cached_tokens, usage.output_tokens),
             *(timeline.prefill_node or "-", timeline.decode_node, timeline.migrations, timeline.predicted_ttft_s),
             *(timeline.first_token_s, timeline.tpot_s, timeline.finished_s),

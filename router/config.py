@@ -22,6 +22,8 @@ class RouterConfig:
     cluster: str = "default"
     host: str = "127.0.0.1"  # to listen on
     port: int = 0  # 0: the kernel chooses
+    http: bool = True  # OpenAI's API, beside gRPC's
+    http_port: int = 0  # 0: the kernel chooses
     advertise_host: str = ""  # "" is `host`
     policy: str = DEFAULT  # a name of router.policy.POLICIES
     metrics: bool = False  # for Prometheus, over HTTP, at a port of its own

@@ -12,22 +12,39 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from batonpb import inference_pb2
-from router.answer import Answer
+from batonpb import common_pb2, inference_pb2
+from router.answer import Answer, Form
 from router.decider import Decider
 from router.dispatch import Dispatcher
 from router.errors import ClusterUnavailable
+from router.grammar import GrammarChecker
+from router.journal import part_id
 from router.journey import RoutedRequest
 from router.limits import Turnstile, Visit
+from router.merge import merge
 from router.registry import Pool, Registry
 from router.tenants import EVERYBODY, Tenant, Tenants
 from router.timeline import Timeline
 from router.tokenizer import Tokenizer
-from router.validate import CheckedRequest, Limits, check, check_length, check_model, check_tokens
+from router.validate import (
+    CheckedRequest,
+    Limits,
+    check,
+    check_detokenize,
+    check_length,
+    check_model,
+    check_prompt,
+    check_tokens,
+)
+from router.validate_chat import Chat
 
-INLINE_BYTES = 2048  # texts up to this size are tokenised on the event loop: a thread would cost more
+INLINE_CHARS = 2048  # texts up to this size are tokenised on the event loop: a thread would cost more
+INLINE_TOKENS = 512  # likewise, to make text of them
+# Of n answers to a prompt of this many tokens, the others set out when the first has its first token, and hit what that
+# computed. At once, they would be computed in one step with it, each anew; which is sooner for a short prompt only.
+LEADING_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,7 @@ class Frontend:
         self._dispatcher = dispatcher
         self._decider = decider
         self._tokenizer = tokenizer
+        self._grammars = GrammarChecker(tokenizer)
         self._rng = rng
         self._tenants = tenants
         self._turnstile = turnstile or Turnstile(0, time.monotonic)
@@ -82,6 +100,10 @@ class Frontend:
             has_chat_template=self._tokenizer.has_chat_template,
         )
 
+    def piece(self, token_id: int) -> bytes:
+        """A token as it is written."""
+        return self._tokenizer.piece(token_id)
+
     def explain(self, tenant: Tenant, request_id: str) -> inference_pb2.ExplainResponse:
         """Why a request went where it went: a tenant's own, and no other's. Raises `UnknownRequest`."""
         return self._decider.journal.explain(tenant.salt, request_id)
@@ -89,9 +111,10 @@ class Frontend:
     async def generate(
         self, message: inference_pb2.GenerateRequest, caller: Caller
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """The request's text and tokens as they come; the last response has a finish reason.
+        """The answers' text and tokens as they come; the last response of each index has a finish reason.
 
-        Raises what reaches clients of `RouterError`. Close the generator to abandon the request.
+        Raises what reaches clients of `RouterError`; a failure of one answer is one of the call. Close the generator to
+        abandon the request.
         """
         with self._turnstile.admit(caller.tenant.name, caller.tenant.allowance) as visit:
             async with aclosing(self._generate(message, caller, visit)) as responses:
@@ -102,30 +125,92 @@ class Frontend:
     async def _generate(
         self, message: inference_pb2.GenerateRequest, caller: Caller, visit: Visit
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        timeline = Timeline(time.monotonic)
+        received = Timeline(time.monotonic)
         checked = check(message, self.limits)
+        timelines = [received, *(Timeline(time.monotonic) for _ in range(checked.num_answers - 1))]
         request = await self._route(checked, caller)
         visit.charge_prompt(len(request.prompt_ids))
-        answer = Answer(request, checked.sampling.stop, self._tokenizer, timeline)
+        form = Form(
+            request_id=request.request_id,
+            stops=tuple(checked.sampling.stop),
+            echo=await self._echo(checked, request),
+            calls_tools=checked.chat is not None and bool(checked.chat.tools),
+        )
+        parts = self._parts(request, checked.num_answers)
+        async with aclosing(self._answers(parts, form, timelines)) as responses:
+            async for response in responses:
+                yield response
+
+    def _parts(self, request: RoutedRequest, count: int) -> list[RoutedRequest]:
+        """The requests that so many answers take: each with a seed of its own, and a name of its own if not alone."""
+        parts = []
+        for index in range(count):
+            sampling = common_pb2.SamplingParams()
+            sampling.CopyFrom(request.sampling)
+            is_given = sampling.HasField("seed")
+            sampling.seed = (sampling.seed + index) % (1 << 64) if is_given else self._rng.getrandbits(64)
+            name = request.request_id if count == 1 else part_id(request.request_id, index)
+            is_led = index > 0 and len(request.prompt_ids) >= LEADING_TOKENS
+            parts.append(replace(request, request_id=name, sampling=sampling, has_begun=is_led))
+        if count > 1:
+            self._decider.journal.forget(request.salt, request.request_id)  # an older request of that name
+        return parts
+
+    def _answers(
+        self, parts: Sequence[RoutedRequest], form: Form, timelines: Sequence[Timeline]
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """The parts' answers, all at once but for those that wait for the first one's beginning."""
+        begins = asyncio.Event()
+        streams = []
+        for index, (part, timeline) in enumerate(zip(parts, timelines, strict=True)):
+            stream = self._answer(part, replace(form, index=index), timeline, begins)
+            streams.append(_after(begins, stream) if part.has_begun else stream)
+        return streams[0] if len(streams) == 1 else merge(streams)
+
+    async def _answer(
+        self, request: RoutedRequest, form: Form, timeline: Timeline, begins: asyncio.Event
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """One answer. `begins` is set with its first response."""
+        answer = Answer(request, form, self._tokenizer, timeline)
         async with aclosing(self._dispatcher.run(request, timeline)) as journey:
             async for progress in journey:
                 response = answer.respond(progress)
                 if response.finish_reason:
                     self._decider.finished(request, response.timeline)
+                begins.set()
                 yield response
                 if response.finish_reason:
                     return
 
+    async def tokenize(self, message: inference_pb2.TokenizeRequest, caller: Caller) -> inference_pb2.TokenizeResponse:
+        """The tokens that a prompt would be, also one that is too long for the model.
+
+        Raises `InvalidRequest`, and `ClusterUnavailable` before any node has been seen.
+        """
+        prompt = check_prompt(message, self.limits)
+        pool = self._pool()
+        token_ids = await self._encode(self._text_of(**prompt), is_template="chat" in prompt)
+        return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=pool.max_model_len)
+
+    async def detokenize(self, message: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeResponse:
+        """The text of tokens, without special ones.
+
+        Raises `InvalidRequest`, and `ClusterUnavailable` before any node has been seen.
+        """
+        token_ids = check_detokenize(message, self._pool().vocab_size)
+        return inference_pb2.DetokenizeResponse(text=await self._decode(token_ids))
+
     async def _route(self, checked: CheckedRequest, caller: Caller) -> RoutedRequest:
-        """Fills in what the model and this router decide: tokens, length, seed, end tokens, the cache to use."""
+        """Fills in what the model and this router decide, but for the seed: tokens, length, end tokens, whose cache."""
         pool = self._pool()
         check_model(checked.model, pool.model)
+        await self._grammars.check(checked.sampling)
         prompt_ids = await self._tokenise(checked, pool)
         sampling = check_tokens(prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size)
-        if not sampling.HasField("seed"):
-            sampling.seed = self._rng.getrandbits(64)
         del sampling.stop[:]  # nodes know no text
-        eos_ids = frozenset() if sampling.ignore_eos else self._tokenizer.eos_token_ids
+        # Beside a grammar ignore_eos puts the end off, and there is one.
+        is_endless = sampling.ignore_eos and sampling.WhichOneof("grammar") is None
+        eos_ids = frozenset() if is_endless else self._tokenizer.eos_token_ids
         return RoutedRequest(
             request_id=checked.request_id or uuid.uuid4().hex,
             prompt_ids=prompt_ids,
@@ -142,16 +227,41 @@ class Frontend:
     async def _tokenise(self, checked: CheckedRequest, pool: Pool) -> list[int]:
         if checked.token_ids is not None:
             return list(checked.token_ids)
-        is_template = checked.messages is not None
-        text = self._tokenizer.render(checked.messages) if checked.messages is not None else checked.text or ""
-        num_bytes = len(text.encode())
-        check_length(self._tokenizer.fewest_tokens(num_bytes), pool.max_model_len, is_bound=True)
-        if num_bytes <= INLINE_BYTES:
+        text = self._text_of(checked.text, checked.chat)
+        check_length(self._tokenizer.fewest_tokens(len(text.encode())), pool.max_model_len, is_bound=True)
+        return await self._encode(text, is_template=checked.chat is not None)
+
+    def _text_of(self, text: str | None = None, chat: Chat | None = None) -> str:
+        return text or "" if chat is None else self._tokenizer.render(chat.messages, chat.tools)
+
+    async def _encode(self, text: str, is_template: bool) -> list[int]:
+        if len(text) <= INLINE_CHARS:
             return self._tokenizer.encode(text, is_template)
         return await asyncio.to_thread(self._tokenizer.encode, text, is_template)
+
+    async def _decode(self, token_ids: Sequence[int]) -> str:
+        if len(token_ids) <= INLINE_TOKENS:
+            return self._tokenizer.decode(token_ids)
+        return await asyncio.to_thread(self._tokenizer.decode, token_ids)
+
+    async def _echo(self, checked: CheckedRequest, request: RoutedRequest) -> str:
+        """The text in front of each answer: the prompt as it was given."""
+        if not checked.echo:
+            return ""
+        return await self._decode(request.prompt_ids) if checked.text is None else checked.text
 
     def _pool(self) -> Pool:
         pool = self._registry.pool
         if pool is None:
             raise ClusterUnavailable("no node has been seen yet")
         return pool
+
+
+async def _after(
+    event: asyncio.Event, stream: AsyncGenerator[inference_pb2.GenerateResponse, None]
+) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    """The stream, which is not begun before the event."""
+    await event.wait()
+    async with aclosing(stream):
+        async for response in stream:
+            yield response

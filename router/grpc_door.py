@@ -1,15 +1,15 @@
-"""The gRPC door: calls in, responses out. Errors become statuses here, once."""
+"""The gRPC door: calls in, responses out. Errors become statuses here, once; `rejection.py` has their details."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import Message
 
 from batonpb import inference_pb2
 from router.errors import (
@@ -19,12 +19,12 @@ from router.errors import (
     InvalidRequest,
     RateLimited,
     RouterError,
-    TryLater,
     Unauthenticated,
     UnknownRequest,
     WouldBeLate,
 )
 from router.frontend import Caller, Frontend
+from router.rejection import metadata_of
 from router.tenants import AUTHORIZATION, Tenant
 from router.validate import Limits, parse
 
@@ -41,10 +41,10 @@ STATUSES = {
     ClusterUnavailable: grpc.StatusCode.UNAVAILABLE,
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-RETRY_AFTER = "retry-after-ms"  # in the trailing metadata of a request that may come again
 SPARE_CALLS = 64
 # gRPC itself answers RESOURCE_EXHAUSTED to what is over its limit, so ours comes first by a wide margin.
 TRANSPORT_FACTOR = 4
+M = TypeVar("M", bound=Message)
 
 
 class InferenceService:
@@ -54,19 +54,20 @@ class InferenceService:
         self._frontend = frontend
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        response, model = inference_pb2.GenerateResponse, inference_pb2.GetModelResponse
-        methods = {
-            "Generate": grpc.unary_stream_rpc_method_handler(
-                self.generate, response_serializer=response.SerializeToString
-            ),
-            "GetModel": grpc.unary_unary_rpc_method_handler(
-                self.get_model, response_serializer=model.SerializeToString
-            ),
-            "Explain": grpc.unary_unary_rpc_method_handler(
-                self.explain, response_serializer=inference_pb2.ExplainResponse.SerializeToString
-            ),
+        generate = grpc.unary_stream_rpc_method_handler(
+            self.generate, response_serializer=inference_pb2.GenerateResponse.SerializeToString
+        )
+        unary: dict[str, tuple[Callable[..., object], type[Message]]] = {
+            "GetModel": (self.get_model, inference_pb2.GetModelResponse),
+            "Tokenize": (self.tokenize, inference_pb2.TokenizeResponse),
+            "Detokenize": (self.detokenize, inference_pb2.DetokenizeResponse),
+            "Explain": (self.explain, inference_pb2.ExplainResponse),
         }
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        methods = {
+            name: grpc.unary_unary_rpc_method_handler(method, response_serializer=response.SerializeToString)
+            for name, (method, response) in unary.items()
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, {"Generate": generate} | methods)
 
     async def get_model(self, _body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.GetModelResponse:
         async with _statuses(context, "GetModel"):
@@ -74,15 +75,23 @@ class InferenceService:
             return self._frontend.model()
         raise AssertionError("an aborted call goes on")
 
+    async def tokenize(self, body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.TokenizeResponse:
+        async with _statuses(context, "Tokenize"):
+            caller = Caller(self._authenticate(context))
+            return await self._frontend.tokenize(self._parse(body, inference_pb2.TokenizeRequest), caller)
+        raise AssertionError("an aborted call goes on")
+
+    async def detokenize(self, body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.DetokenizeResponse:
+        async with _statuses(context, "Detokenize"):
+            self._authenticate(context)
+            return await self._frontend.detokenize(self._parse(body, inference_pb2.DetokenizeRequest))
+        raise AssertionError("an aborted call goes on")
+
     async def explain(self, body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.ExplainResponse:
         """Why a request went where it went: a tenant's own, and no other's."""
         async with _statuses(context, "Explain"):
             tenant = self._authenticate(context)
-            try:
-                request_id = inference_pb2.ExplainRequest.FromString(body).request_id
-            except DecodeError:
-                raise InvalidRequest("message", "is no baton.v1.ExplainRequest") from None
-            return self._frontend.explain(tenant, request_id)
+            return self._frontend.explain(tenant, self._parse(body, inference_pb2.ExplainRequest).request_id)
         raise AssertionError("an aborted call goes on")
 
     async def generate(self, body: bytes, context: grpc.aio.ServicerContext) -> None:
@@ -91,10 +100,13 @@ class InferenceService:
         deadline_s = None if remaining_s is None else received_s + remaining_s
         async with _statuses(context, "Generate"):
             caller = Caller(self._authenticate(context), received_s, deadline_s)
-            message = parse(body, self._frontend.limits)
+            message = self._parse(body, inference_pb2.GenerateRequest)
             async with aclosing(self._frontend.generate(message, caller)) as responses:
                 async for response in responses:
                     await context.write(response)
+
+    def _parse(self, body: bytes, kind: type[M]) -> M:
+        return parse(body, self._frontend.limits, kind)
 
     def _authenticate(self, context: grpc.aio.ServicerContext) -> Tenant:
         """Whose call it is. Raises `Unauthenticated`."""
@@ -110,10 +122,7 @@ async def _statuses(context: grpc.aio.ServicerContext, method: str) -> AsyncIter
     except RouterError as error:
         code = STATUSES.get(type(error), grpc.StatusCode.INTERNAL)
         logger.info("event=refused method=%s code=%s %s", method, code.name, error)
-        metadata: tuple[tuple[str, str], ...] = ()
-        if isinstance(error, TryLater):
-            metadata = ((RETRY_AFTER, str(math.ceil(error.retry_after_s * 1000))),)
-        await context.abort(code, str(error), trailing_metadata=metadata)
+        await context.abort(code, str(error), trailing_metadata=metadata_of(error, code))
     except grpc.aio.AbortError:
         raise
     except Exception:

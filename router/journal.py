@@ -101,10 +101,14 @@ class Journal:
 
     def began(self, salt: bytes, request_id: str) -> None:
         """A request set out; what was kept of an older one of that name is forgotten."""
-        self._entries.pop((salt, request_id), None)
+        self.forget(salt, request_id)
         self._entries[salt, request_id] = _Entry()
         while len(self._entries) > self._max_requests:
             self._entries.popitem(last=False)
+
+    def forget(self, salt: bytes, request_id: str) -> None:
+        """Nothing is to be found under that name any more."""
+        self._entries.pop((salt, request_id), None)
 
     def decided(self, salt: bytes, request_id: str, decision: Decision) -> None:
         entry = self._entries.get((salt, request_id))
@@ -118,12 +122,17 @@ class Journal:
             entry.ttft_s, entry.tpot_s = timeline.first_token_s, timeline.tpot_s
 
     def explain(self, salt: bytes, request_id: str) -> inference_pb2.ExplainResponse:
-        """Raises `UnknownRequest`."""
-        entry = self._entries.get((salt, request_id))
+        """Of a call for n answers: the first one's. Raises `UnknownRequest`."""
+        entry = self._entries.get((salt, request_id)) or self._entries.get((salt, part_id(request_id, 0)))
         if entry is None:
             raise UnknownRequest(f"no decision on request {request_id[:128]!r} is kept here")
         decisions = [decision.message() for decision in entry.decisions]
         return inference_pb2.ExplainResponse(decisions=decisions, ttft_s=entry.ttft_s, tpot_s=entry.tpot_s)
+
+
+def part_id(request_id: str, index: int) -> str:
+    """The name of one of a call's n answers, where n is more than 1."""
+    return f"{request_id}-{index}"
 
 
 def decision(policy: str, request: RequestView, num_nodes: int, chosen: Plan | Reject) -> Decision:

@@ -30,6 +30,7 @@ class RoutedRequest:
     priority: int = 0  # the smaller one is computed first
     first_due_s: float | None = None  # when its first token is to be there by its SLO, on the dispatcher's clock
     tpot_limit_s: float | None = None
+    has_begun: bool = False  # the client has part of the call's answer already: another of its n answers
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Journey:
 
         It has, once a leg of it failed: whoever failed may be back by now, under a new incarnation.
         """
-        return bool(self.output_ids or self.num_failures)
+        return bool(self.request.has_begun or self.output_ids or self.num_failures)
 
     def view(self, hits: Mapping[str, Hit], warming: Mapping[str, int], now_s: float) -> RequestView:
         """What a policy is to know. A request that has begun has no limits any more: it must not be lost."""
@@ -139,6 +140,8 @@ class Journey:
     def end(self) -> common_pb2.FinishReason:
         """Why the tokens so far are all there will be, where a node died before it could say so."""
         sampling, count = self.request.sampling, len(self.output_ids)
-        if count and self.output_ids[-1] in self.request.end_ids and count >= sampling.min_tokens:
+        # An end comes before min_tokens only where a grammar leaves nothing else, and then it is one.
+        may_end = count >= sampling.min_tokens or sampling.WhichOneof("grammar") is not None
+        if count and self.output_ids[-1] in self.request.end_ids and may_end:
             return common_pb2.FINISH_REASON_STOP
         return common_pb2.FINISH_REASON_LENGTH if count >= sampling.max_tokens else UNFINISHED

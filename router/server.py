@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
 
 from kvstore.directory import Directory
 from kvstore.scrape import ScrapeDoor
@@ -21,8 +22,9 @@ from router.decider import Decider
 from router.dispatch import Dispatcher, Persistence
 from router.frontend import Frontend
 from router.grpc_door import SERVICE, InferenceService, max_calls, server_options
+from router.http_door import HttpDoor
 from router.limits import Turnstile
-from router.locks import open_locks
+from router.locks import Locks, open_locks
 from router.metrics import RouterCollector
 from router.registry import Registry
 from router.tokenizer import Tokenizer
@@ -48,11 +50,13 @@ class RouterServer:
         is taken.
         """
         async with AsyncExitStack() as stack:
-            address, metrics_address = await self._open(stack)
+            address, http_address, metrics_address = await self._open(stack)
             self._stack = stack.pop_all()
-        logger.info("event=router_up address=%s metrics=%s", address, metrics_address or "none")
+        words = address, http_address or "none", metrics_address or "none"
+        logger.info("event=router_up address=%s http=%s metrics=%s", *words)
         return {
             "address": address,
+            "http_address": http_address,
             "model": self._config.model,
             "cluster": self._config.cluster,
             "metrics_address": metrics_address,
@@ -68,10 +72,10 @@ class RouterServer:
         """Takes no new requests, lets those that run end within `drain_s`, closes. Idempotent."""
         await self._stack.aclose()
 
-    async def _open(self, stack: AsyncExitStack) -> tuple[str, str]:
+    async def _open(self, stack: AsyncExitStack) -> tuple[str, str, str]:
         """Opens the parts in the order in which they need each other; `stack` closes them in the opposite one.
 
-        Returns where the door is, and where the metrics are.
+        Returns where the doors for gRPC and HTTP are, and where the metrics are; "" for nowhere.
         """
         config = self._config
         tokenizer = await asyncio.to_thread(Tokenizer, Path(config.model_dir))
@@ -97,21 +101,39 @@ class RouterServer:
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         port = locks.add_port(server, f"{config.host}:{config.port}")
         await server.start()
-        stack.push_async_callback(server.stop, config.drain_s)
+        collector = RouterCollector(decider.accuracy)
+        http, http_address = await self._open_http(stack, frontend, collector, locks)
+        stack.push_async_callback(_drain, server, http, config.drain_s)
         self._admin_address = await open_admin(config, stack, registry, locks)
         reporting = asyncio.create_task(self._report_health(frontend))
         stack.callback(reporting.cancel)
         stack.push_async_callback(self._health.enter_graceful_shutdown)
-        return f"{config.advertise_host or config.host}:{port}", await self._open_metrics(stack, decider)
+        metrics_address = await self._open_metrics(stack, collector)
+        return f"{config.advertise_host or config.host}:{port}", http_address, metrics_address
 
-    async def _open_metrics(self, stack: AsyncExitStack, decider: Decider) -> str:
+    async def _open_http(
+        self, stack: AsyncExitStack, frontend: Frontend, collector: RouterCollector, locks: Locks
+    ) -> tuple[HttpDoor | None, str]:
+        """The door, and where it is; None and "" where there is none."""
+        config = self._config
+        if not config.http:
+            return None, ""
+        metrics = CollectorRegistry() if config.metrics else None
+        if metrics is not None:
+            metrics.register(collector)
+        door = HttpDoor(frontend, metrics)
+        port = await door.open(config.host, config.http_port, ssl_context=locks.ssl_context)
+        stack.push_async_callback(door.close, 0.0)
+        return door, f"{config.advertise_host or config.host}:{port}"
+
+    async def _open_metrics(self, stack: AsyncExitStack, collector: RouterCollector) -> str:
         """Where they are; "" for nowhere."""
         config = self._config
         if not config.metrics:
             return ""
         door = ScrapeDoor()
         stack.push_async_callback(door.close)
-        return await door.open(RouterCollector(decider.accuracy), config.host, config.advertise_host or config.host)
+        return await door.open(collector, config.host, config.advertise_host or config.host)
 
     async def _report_health(self, frontend: Frontend) -> None:
         """The process is well while it answers; its service is, while there is a node to serve it."""
@@ -119,3 +141,9 @@ class RouterServer:
         while True:
             await self._health.set(SERVICE, status.SERVING if frontend.is_ready else status.NOT_SERVING)
             await asyncio.sleep(self._config.poll_s)
+
+
+async def _drain(server: grpc.aio.Server, http: HttpDoor | None, drain_s: float) -> None:
+    """Both doors at once: whoever stops a router waits for its requests once."""
+    closing = [server.stop(drain_s)] + ([http.close(drain_s)] if http is not None else [])
+    await asyncio.gather(*closing)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,10 @@ from router.errors import InvalidRequest, UnusableTokenizer
 _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_OF = {chr(byte): byte for byte in _PLAIN}
 _BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PLAIN)))}
+
+MAX_ERROR_CHARS = 500  # of a template: it may repeat the prompt, and a call's metadata is bounded
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # a byte as a token, in vocabularies of characters
+_KNOWS_TOOLS = re.compile(r"\btools\b")  # what a template calls them
 
 
 class Decoder(Protocol):
@@ -42,12 +47,17 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UnusableTokenizer(f"{folder} has no tokenizer.json (a tokenizer of the `tokenizers` library)")
+        self.folder = folder
         self._backend = tokenizers.Tokenizer.from_file(str(path))
         self._backend.no_truncation()
         self._backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
         self._special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
-        self._template = _find_template(folder, config)
+        sources = _find_templates(folder, config)
+        self._template = compile_template(sources["default"]) if "default" in sources else None
+        # As `transformers` has it, a template of that name is the one for chats with tools.
+        with_tools = sources.get("tool_use") or sources.get("default", "")
+        self._tools_template = compile_template(with_tools) if _KNOWS_TOOLS.search(with_tools) else None
         self.eos_token_ids = _eos_token_ids(folder)
         self.bytes_of: Callable[[int], bytes] | None = self._bytes_of if _is_byte_level(path) else None
 
@@ -63,16 +73,32 @@ class Tokenizer:
         [encoding] = self._backend.encode_batch([text], add_special_tokens=not is_template)
         return list(encoding.ids)
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The text of a chat of (role, content), up to where the model goes on. Raises `InvalidRequest`."""
-        if self._template is None:
-            raise InvalidRequest("prompt.chat", "this model has no chat template")
-        chat = [{"role": role, "content": content} for role, content in messages]
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text of a chat up to where the model goes on; messages and tools are as `transformers` gives them.
+
+        Raises `InvalidRequest`.
+        """
+        template = self._choose(messages, tools)
         options = {**self._special_tokens, "add_generation_prompt": True}
         try:
-            return self._template.render(messages=chat, tools=None, documents=None, **options)
+            text = template.render(messages=list(messages), tools=list(tools) or None, documents=None, **options)
+            text.encode()
         except Exception as error:  # the template is foreign code: it may refuse a chat, or stumble over it
-            raise InvalidRequest("prompt.chat.messages", f"the model's chat template says: {error}") from error
+            said = str(error)[:MAX_ERROR_CHARS]
+            raise InvalidRequest("prompt.chat.messages", f"the model's chat template says: {said}") from error
+        return text
+
+    def _choose(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[object]) -> jinja2.Template:
+        """The template for such a chat: one that would pass over tools, or calls of them, is none for it."""
+        if self._template is None:
+            raise InvalidRequest("prompt.chat", "this model has no chat template")
+        has_calls = any("tool_calls" in message for message in messages)
+        if not tools and not has_calls:
+            return self._template
+        if self._tools_template is None:
+            field = "prompt.chat.tools" if tools else "prompt.chat.messages.tool_calls"
+            raise InvalidRequest(field, "this model's chat template knows no tools")
+        return self._tools_template if tools else self._template
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -92,6 +118,16 @@ class Tokenizer:
     def _special_ids(self) -> frozenset[int]:
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def piece(self, token_id: int) -> bytes:
+        """A token as it is written, special ones by their names: a list of tokens has a word for each."""
+        data = self.bytes_of(token_id) if self.bytes_of is not None else b""
+        if data:
+            return data
+        token = str(self._backend.id_to_token(token_id) or "")
+        if byte := _BYTE_FALLBACK.fullmatch(token):
+            return bytes.fromhex(byte[1])
+        return token.replace("\u2581", " ").encode()  # SentencePiece's space
 
     def _bytes_of(self, token_id: int) -> bytes:
         token = None if token_id in self._special_ids else self._backend.id_to_token(token_id)
@@ -113,13 +149,13 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in entries.items() if isinstance(value, str)}
 
 
-def _find_template(folder: Path, config: dict[str, Any]) -> jinja2.Template | None:
-    """A file of its own wins over the config's entry, which is a template or a list of named ones."""
+def _find_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """By name. A file of its own wins over the config's entry, which is a template or a list of named ones."""
     path = folder / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    return compile_template(source) if isinstance(source, str) else None
+        return {entry["name"]: entry["template"] for entry in source}
+    return {"default": source} if isinstance(source, str) else {}
 
 
 def _eos_token_ids(folder: Path) -> frozenset[int]:

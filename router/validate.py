@@ -9,21 +9,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
 from batonpb import common_pb2, inference_pb2
 from router.errors import InvalidRequest
+from router.validate_chat import Chat, check_chat
 
 MAX_REQUEST_ID_CHARS = 128
-MAX_ROLE_CHARS = 64
+MAX_ANSWERS = 16
+MAX_TOKEN_IDS = 1 << 20  # to make text of at once
 MAX_STOP_IDS = 16
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
+MAX_BIASES = 300
+MAX_BIAS = 100
+M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True)
@@ -36,40 +41,42 @@ class Limits:
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A request whose shape is sound. Exactly one of `text`, `token_ids` and `messages` is set."""
+    """A request whose shape is sound. Exactly one of `text`, `token_ids` and `chat` is set."""
 
     model: str  # empty: whatever is served
     request_id: str  # empty: the router makes one
     sampling: common_pb2.SamplingParams  # seed and max_tokens may still be unset
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
-    messages: tuple[tuple[str, str], ...] | None = None  # (role, content)
+    chat: Chat | None = None
+    num_answers: int = 1
+    echo: bool = False  # the prompt's text comes first
     priority: int = 0  # the smaller one is computed first
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
 
 
-def parse(body: bytes, limits: Limits) -> inference_pb2.GenerateRequest:
-    """The message in `body`. Raises `InvalidRequest` for one that is too large, no UTF-8 or no such message."""
+def parse(body: bytes, limits: Limits, kind: type[M]) -> M:
+    """The message of that kind in `body`. Raises `InvalidRequest` for one too large, no UTF-8 or no such message."""
     size, most = len(body), limits.max_message_bytes
     _check(size <= most, "message", f"{most} bytes at most, got {size}")
     try:
-        request: inference_pb2.GenerateRequest = inference_pb2.GenerateRequest.FromString(body)
+        return kind.FromString(body)
     except DecodeError:
-        for field in _invalid_texts(body):
+        name = kind.DESCRIPTOR.full_name
+        for field in _invalid_texts(body, name):
             raise InvalidRequest(field, "must be valid UTF-8") from None
-        raise InvalidRequest("message", "is no baton.v1.GenerateRequest") from None
-    return request
+        raise InvalidRequest("message", f"is no {name}") from None
 
 
 def check(request: inference_pb2.GenerateRequest, limits: Limits) -> CheckedRequest:
     """A sound request, or `InvalidRequest`."""
-    length = len(request.request_id)
-    _check(length <= MAX_REQUEST_ID_CHARS, "request_id", f"{MAX_REQUEST_ID_CHARS} characters at most, got {length}")
+    check_answers(request)
     check_sampling(request.sampling)
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)
-    prompt = _check_prompt(request, limits)
+    prompt = check_prompt(request, limits)
+    _check_served(prompt.get("chat"))
     in_range = abs(request.priority) <= MAX_PRIORITY
     _check(in_range, "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {request.priority}")
     for name in ("ttft_slo_ms", "tpot_slo_ms"):
@@ -79,11 +86,42 @@ def check(request: inference_pb2.GenerateRequest, limits: Limits) -> CheckedRequ
         request.model,
         request.request_id,
         sampling,
+        num_answers=request.n or 1,
+        echo=request.echo,
         priority=request.priority,
         ttft_slo_s=request.ttft_slo_ms / 1000 if request.HasField("ttft_slo_ms") else None,
         tpot_slo_s=request.tpot_slo_ms / 1000 if request.HasField("tpot_slo_ms") else None,
         **prompt,
     )
+
+
+def check_answers(request: inference_pb2.GenerateRequest) -> None:
+    """How many answers, by which name, with or without the prompt in front."""
+    _check(request.n <= MAX_ANSWERS, "n", f"must be in [1, {MAX_ANSWERS}], got {request.n}")
+    length = len(request.request_id)
+    longest = MAX_REQUEST_ID_CHARS if request.n <= 1 else MAX_REQUEST_ID_CHARS - len(f"-{MAX_ANSWERS - 1}")
+    _check(
+        length <= longest,
+        "request_id",
+        f"{longest} characters at most{' with n' if request.n > 1 else ''}, got {length}",
+    )
+    if request.echo:
+        _check(request.WhichOneof("prompt") != "chat", "echo", "goes with a text or token prompt only")
+        _check(not request.sampling.HasField("logprobs"), "echo", "goes without sampling.logprobs only")
+
+
+def check_detokenize(request: inference_pb2.DetokenizeRequest, vocab_size: int) -> list[int]:
+    """The tokens to make text of, or `InvalidRequest`."""
+    count = len(request.token_ids)
+    _check(count <= MAX_TOKEN_IDS, "token_ids", f"{MAX_TOKEN_IDS} at most, got {count}")
+    token_ids = list(request.token_ids)
+    _check_vocabulary("token_ids", token_ids, vocab_size)
+    return token_ids
+
+
+def _check_served(chat: Chat | None) -> None:
+    if chat is not None and chat.is_required:
+        raise InvalidRequest("prompt.chat.tool_choice", "required is not served yet")
 
 
 def check_model(asked: str, served: str) -> None:
@@ -92,7 +130,7 @@ def check_model(asked: str, served: str) -> None:
 
 
 def check_sampling(sampling: common_pb2.SamplingParams) -> None:
-    """Ranges of `SamplingParams`. A value that is not a number is in no range."""
+    """Ranges of `SamplingParams`. A value that is not a number is in no range. Grammars are `router.grammar`'s."""
 
     def check(name: str, ok: bool, limit: str) -> None:
         if sampling.HasField(name):
@@ -114,6 +152,12 @@ def check_sampling(sampling: common_pb2.SamplingParams) -> None:
     _check(len(sampling.stop) <= MAX_STOPS, "sampling.stop", f"{MAX_STOPS} strings at most, got {len(sampling.stop)}")
     for stop in sampling.stop:
         _check(1 <= len(stop) <= MAX_STOP_CHARS, "sampling.stop", f"1 to {MAX_STOP_CHARS} characters, got {len(stop)}")
+    count = len(sampling.logit_bias)
+    _check(count <= MAX_BIASES, "sampling.logit_bias", f"{MAX_BIASES} ids at most, got {count}")
+    for token_id, bias in sampling.logit_bias.items():
+        in_range = abs(bias) <= MAX_BIAS
+        limit = f"must be in [-{MAX_BIAS}, {MAX_BIAS}]"
+        _check(in_range, "sampling.logit_bias", f"{limit}, got {bias:.6g} for token {token_id}")
 
 
 def check_length(num_prompt_tokens: int, max_model_len: int, is_bound: bool = False) -> None:
@@ -132,6 +176,7 @@ def check_tokens(
     room = max_model_len - len(token_ids)
     _check_vocabulary("prompt", token_ids, vocab_size)
     _check_vocabulary("sampling.stop_token_ids", list(sampling.stop_token_ids), vocab_size)
+    _check_vocabulary("sampling.logit_bias", list(sampling.logit_bias), vocab_size)
     bounded = common_pb2.SamplingParams()
     bounded.CopyFrom(sampling)
     bounded.max_tokens = min(sampling.max_tokens, room) if sampling.HasField("max_tokens") else room
@@ -139,23 +184,22 @@ def check_tokens(
     return bounded
 
 
-def _check_prompt(request: inference_pb2.GenerateRequest, limits: Limits) -> dict[str, Any]:
+def check_prompt(
+    request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest, limits: Limits
+) -> dict[str, Any]:
+    """The field of `CheckedRequest` that holds the prompt, or `InvalidRequest`."""
     kind = request.WhichOneof("prompt")
     if kind == "text":
         _check(bool(request.text), "prompt.text", "must not be empty")
         _check_bytes("prompt.text", len(request.text.encode()), limits)
         return {"text": request.text}
-    if kind == "tokens":
+    if kind == "chat":
+        return {"chat": check_chat(request.chat, limits.max_prompt_bytes)}
+    if kind == "tokens" and isinstance(request, inference_pb2.GenerateRequest):
         _check(bool(request.tokens.token_ids), "prompt.tokens", "must not be empty")
         return {"token_ids": tuple(request.tokens.token_ids)}
-    if kind == "chat":
-        messages = tuple((message.role, message.content) for message in request.chat.messages)
-        _check(bool(messages), "prompt.chat.messages", "must not be empty")
-        roles_fit = all(1 <= len(role) <= MAX_ROLE_CHARS for role, _ in messages)
-        _check(roles_fit, "prompt.chat.messages.role", f"must have 1 to {MAX_ROLE_CHARS} characters")
-        _check_bytes("prompt.chat", sum(len(content.encode()) for _, content in messages), limits)
-        return {"messages": messages}
-    raise InvalidRequest("prompt", "one of text, tokens and chat must be set")
+    known = [field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields]
+    raise InvalidRequest("prompt", f"one of {', '.join(known[:-1])} and {known[-1]} must be set")
 
 
 def _check_bytes(field: str, size: int, limits: Limits) -> None:
@@ -177,10 +221,10 @@ def _check(ok: bool, field: str, problem: str) -> None:
         raise InvalidRequest(field, problem)
 
 
-def _invalid_texts(body: bytes) -> Iterator[str]:
-    """Paths of the fields of a GenerateRequest in `body` that hold no UTF-8."""
+def _invalid_texts(body: bytes, name: str) -> Iterator[str]:
+    """Paths of the fields of a message of that name in `body` that hold no UTF-8."""
     try:
-        message = _bytes_twin().FromString(body)
+        message = _bytes_twin(name).FromString(body)
     except DecodeError:
         return
     yield from _not_utf8(message)
@@ -206,8 +250,8 @@ def _is_utf8(data: bytes) -> bool:
 
 
 @functools.cache
-def _bytes_twin() -> type[Message]:
-    """GenerateRequest with `bytes` in the place of each `string`: the same on the wire, and never refused for UTF-8."""
+def _bytes_twin(name: str) -> type[Message]:
+    """A message with `bytes` in the place of each `string`: the same on the wire, and never refused for UTF-8."""
     pool = descriptor_pool.DescriptorPool()
     for module in (common_pb2, inference_pb2):
         file = descriptor_pb2.FileDescriptorProto()
@@ -216,5 +260,5 @@ def _bytes_twin() -> type[Message]:
             if field.type == field.TYPE_STRING:
                 field.type = field.TYPE_BYTES
         pool.Add(file)
-    twin: type[Message] = message_factory.GetMessageClass(pool.FindMessageTypeByName("baton.v1.GenerateRequest"))
+    twin: type[Message] = message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
     return twin

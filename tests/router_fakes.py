@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import grpc
 from conftest import POCKET
@@ -294,14 +295,15 @@ class FakeCluster:
         self.nodes[node_id] = await node.start()
         return node
 
-    async def open(self, **options: object) -> None:
-        """Starts the router, impatient by default."""
+    async def open(self, model: Path = POCKET, **options: object) -> None:
+        """Starts the router, impatient by default, with the tokenizer of `model`."""
         fast = {"poll_s": 0.05, "node_ttl_s": 1.0, "cool_down_s": 0.3, "stall_s": 0.4, "probe_timeout_s": 0.4}
-        config = RouterConfig(str(POCKET), self.redis_url, cluster=CLUSTER, **(fast | options))
+        config = RouterConfig(str(model), self.redis_url, cluster=CLUSTER, **(fast | options))
         self.router = RouterServer(config)
         record = await self.router.start()
         self.address, self.metrics_address = str(record["address"]), str(record["metrics_address"])
         self.admin_address = str(record["admin_address"])
+        self.http_url = f"http://{record['http_address']}"
         self.channel = grpc.aio.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceStub(self.channel)
 

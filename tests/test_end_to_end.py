@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,6 +19,7 @@ from conftest import POCKET, RedisProcess, eventually
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from harness import ProcessCluster, reference
+from openai import AsyncOpenAI
 
 from batonpb import common_pb2, inference_pb2
 
@@ -63,6 +65,23 @@ async def test_tokens_equal_one_engine_and_transformers(cluster: ProcessCluster)
     await cluster.assert_quiet()
 
 
+async def test_both_doors_give_the_same_text(cluster: ProcessCluster) -> None:
+    """OpenAI's client, streaming and not, and gRPC: one engine's tokens."""
+    prompt = encode(SYSTEM + QUESTIONS[0])
+    [expected_ids] = reference(POCKET, [prompt], 24)
+    ask: dict[str, Any] = {"model": "pocket", "prompt": SYSTEM + QUESTIONS[0], "max_tokens": 24, "temperature": 0}
+    url = f"http://{cluster.processes['router'].record['http_address']}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        answer = await client.completions.create(**ask, logprobs=1)
+        stream = await client.completions.create(**ask, stream=True)
+        text = "".join([chunk.choices[0].text async for chunk in stream])
+    assert answer.choices[0].text == text == (await cluster.generate(prompt, max_tokens=24)).text
+    assert answer.choices[0].logprobs is not None and answer.choices[0].logprobs.tokens is not None
+    assert "".join(answer.choices[0].logprobs.tokens).encode() == bytes(id for id in expected_ids if id < 256)
+    assert answer.usage is not None and answer.usage.completion_tokens == len(expected_ids)
+    await cluster.assert_quiet()
+
+
 async def test_a_long_prompt_takes_both_legs(cluster: ProcessCluster) -> None:
     prompt = encode("".join(f"Chapter {n} of the manual. " for n in range(40)))
     answer = await cluster.generate(prompt, max_tokens=8)
@@ -93,6 +112,28 @@ async def test_sampled_text_is_the_same_each_time(cluster: ProcessCluster) -> No
     assert first.token_ids == alone
     other = await cluster.generate(prompt, max_tokens=48, **(options | {"seed": 8}))
     assert other.token_ids != first.token_ids
+
+
+async def num_computed(cluster: ProcessCluster) -> int:
+    """Tokens that all engines have computed: prompts, their tails behind hits, and decode steps."""
+    loads = [await cluster.load(name) for name in cluster.baseline]
+    return sum(load.steps.num_prefill_tokens + load.steps.num_decode_tokens for load in loads)
+
+
+async def test_several_answers_compute_their_prompt_once(cluster: ProcessCluster) -> None:
+    prompt = encode("".join(f"Section {n} of the manual of answers. " for n in range(12)))
+    sampling = common_pb2.SamplingParams(temperature=0.9, max_tokens=8, seed=5, ignore_eos=True)
+    request = inference_pb2.GenerateRequest(n=4, sampling=sampling, tokens={"token_ids": prompt})
+    before = await num_computed(cluster)
+    token_ids: list[list[int]] = [[], [], [], []]
+    async for response in cluster.stub.Generate(request):
+        token_ids[response.index] += [token.token_id for token in response.tokens]
+    [one] = reference(POCKET, [prompt], 8, temperature=0.9, seed=5, ignore_eos=True)
+    [last] = reference(POCKET, [prompt], 8, temperature=0.9, seed=8, ignore_eos=True)
+    assert token_ids[0] == one and token_ids[3] == last
+    await cluster.assert_quiet()
+    # The prompt, and for each answer its output and, in each of two legs, the blocks that could not be a hit.
+    assert await num_computed(cluster) - before <= len(prompt) + 4 * (8 + 2 * 2 * 16)
 
 
 async def test_stop_strings_tokens_and_logprobs(cluster: ProcessCluster) -> None:

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-OURS = {"engine", "kvstore", "node", "prefill_node", "decode_node", "router", "deploy", "loadtest", "batonpb"}
+OURS = {
+    "engine",
+    "kvstore",
+    "grammar",
+    "node",
+    "prefill_node",
+    "decode_node",
+    "router",
+    "deploy",
+    "loadtest",
+    "batonpb",
+}
 
 PURE_ROUTER = (
     "backlog",
@@ -29,11 +40,12 @@ PURE_ROUTER = (
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "engine": ({"engine", "kvstore.blocks", "kvstore.copies"}, {"ray", "grpc", "redis", "zmq", "transformers"}),
     "kvstore": ({"kvstore"}, {"ray", "torch", "grpc", "transformers"}),
-    "node": ({"node", "batonpb", "engine", "kvstore"}, {"ray", "redis", "zmq", "transformers"}),
+    "grammar": ({"grammar", "batonpb"}, {"ray", "torch", "grpc", "redis", "zmq", "transformers"}),
+    "node": ({"node", "batonpb", "engine", "grammar", "kvstore"}, {"ray", "redis", "zmq", "transformers"}),
     "prefill_node": ({"prefill_node", "node", "batonpb", "engine", "kvstore"}, {"ray", "redis", "zmq", "transformers"}),
     "decode_node": ({"decode_node", "node", "batonpb", "engine", "kvstore"}, {"ray", "redis", "zmq", "transformers"}),
     "router": (
-        {"router", "batonpb", "kvstore.blocks", "kvstore.directory", "kvstore.errors", "kvstore.scrape"},
+        {"router", "batonpb", "grammar", "kvstore.blocks", "kvstore.directory", "kvstore.errors", "kvstore.scrape"},
         {"ray", "torch", "redis", "zmq", "transformers"},
     ),
     "loadtest": (

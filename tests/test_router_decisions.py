@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 from conftest import eventually
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 from router_fakes import BLOCK, FakeCluster, FakeNode, expected, request, running
 from scraping import scrape
 
@@ -65,6 +67,10 @@ async def test_what_would_be_late_is_refused_before_anything_is_spent(
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and words in error.details()
     metadata = dict(error.trailing_metadata() or ())
     assert int(metadata["retry-after-ms"]) >= 1
+    details, retry = rpc_status.from_call(error), error_details_pb2.RetryInfo()
+    assert (details.code, details.message) == (error.code().value[0], error.details())
+    assert details.details[0].Unpack(retry)
+    assert retry.retry_delay.ToMilliseconds() == int(metadata["retry-after-ms"])
     assert not any(node.seen.admits or node.seen.prefills for node in cluster.nodes.values())
     assert len(await generate(cluster, ttft_slo_ms=5000, tpot_slo_ms=1000)) > 1
 

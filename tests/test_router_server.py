@@ -10,8 +10,10 @@ from pathlib import Path
 import grpc
 import pytest
 from conftest import POCKET, eventually
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
 from router_fakes import CLUSTER, FakeCluster, expected, request, running, saying
 
 from batonpb import common_pb2, inference_pb2
@@ -116,6 +118,15 @@ async def test_bad_input_harms_nobody(
     assert error.code() == INVALID and names in error.details()
     assert not any(node.seen.admits for node in cluster.nodes.values())
     assert (await cluster.ask("x", max_tokens=2)).text == "Na"
+
+
+async def test_programs_can_read_which_field_is_wrong(cluster: FakeCluster) -> None:
+    error = await refusal(cluster, request("x", temperature=-1))
+    details, bad = rpc_status.from_call(error), error_details_pb2.BadRequest()
+    assert (details.code, details.message) == (INVALID.value[0], error.details())
+    assert details.details[0].Unpack(bad)
+    [violation] = bad.field_violations
+    assert (violation.field, violation.description) == ("sampling.temperature", "must be in [0, 2], got -1")
 
 
 async def test_beyond_the_transport_limit_grpc_itself_refuses(cluster: FakeCluster) -> None:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import grpc
 import pytest
 from conftest import POCKET, eventually
@@ -377,3 +378,26 @@ async def test_a_router_with_a_bad_file_does_not_start(redis_url: str, tmp_path:
     file.write_text(FILE + "kv_memory = 5\n")
     with pytest.raises(UnusableTenants, match=r"line 10: tenant\.kv_memory"):
         await RouterServer(RouterConfig(str(POCKET), redis_url, tenants_file=str(file))).start()
+
+
+async def test_over_http_the_same_limits_are_429_with_retry_after(redis_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(f"[[tenant]]\n{RED}requests_per_minute = 1\n")
+    async with running(FakeCluster(redis_url)) as cluster, aiohttp.ClientSession() as session:
+        await cluster.add("both0")
+        await cluster.open(tenants_file=str(file))
+        headers = {"Authorization": f"Bearer {KEYS['red']}"}
+        body = {"prompt": "x", "max_tokens": 1, "model": "pocket"}
+
+        async def post() -> aiohttp.ClientResponse:
+            async with session.post(f"{cluster.http_url}/v1/completions", json=body, headers=headers) as response:
+                await response.read()
+                return response
+
+        assert (await post()).status == 200
+        refused = await post()
+        assert refused.status == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
+        assert (await refused.json())["error"]["code"] == "rate_limit_exceeded"
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await ask(cluster, bearer(KEYS["red"]))
+        assert "requests_per_minute: 1 at most" in error.value.details(), "both doors count together"

@@ -14,6 +14,7 @@ from conftest import POCKET
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tools_support import model_folder
 from transformers import AutoTokenizer
 
 from router.errors import InvalidRequest, UnusableTokenizer
@@ -49,6 +50,10 @@ CHATS = [
     [("system", "  Be brief.\n"), ("user", "Hi <b> & 'you' 😀"), ("assistant", "Yes?"), ("user", "é" * 40)],
     [("user", "a<|eot_id|>b<|begin|>c")],
 ]
+
+
+def turns(chat: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in chat]
 
 
 def llama3_like(folder: Path) -> None:
@@ -112,11 +117,11 @@ def test_texts_encode_and_decode_as_transformers_does(ours: Tokenizer, theirs, t
 
 @pytest.mark.parametrize("chat", CHATS)
 def test_chats_are_set_as_transformers_sets_them(ours: Tokenizer, theirs, chat: list[tuple[str, str]]) -> None:
-    messages = [{"role": role, "content": content} for role, content in chat]
+    messages = turns(chat)
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert ours.render(chat) == text
+    assert ours.render(messages) == text
     token_ids = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
-    assert ours.encode(ours.render(chat), is_template=True) == token_ids
+    assert ours.encode(ours.render(messages), is_template=True) == token_ids
 
 
 @pytest.mark.parametrize("source", [NAMES, [{"name": "default", "template": NAMES}, {"name": "rag", "template": "x"}]])
@@ -127,17 +132,71 @@ def test_filters_globals_and_named_templates(tmp_path: Path, source: object) -> 
     expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         [{"role": "user", "content": "<é>"}], tokenize=False, add_generation_prompt=True
     )
-    assert Tokenizer(tmp_path).render([("user", "<é>")]) == expected
+    assert Tokenizer(tmp_path).render(turns([("user", "<é>")])) == expected
 
 
 def test_a_chat_that_the_template_refuses_is_invalid(tmp_path: Path) -> None:
     llama3_like(tmp_path)
     tokenizer = Tokenizer(tmp_path)
     with pytest.raises(InvalidRequest, match=r"prompt\.chat\.messages.*Only user and assistant"):
-        tokenizer.render([("user", "x"), ("robot", "y")])
+        tokenizer.render(turns([("user", "x"), ("robot", "y")]))
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content.__class__.__mro__ }}{{ messages[9].role }}")
     with pytest.raises(InvalidRequest, match="chat template"):
-        Tokenizer(tmp_path).render([("user", "x")])
+        Tokenizer(tmp_path).render(turns([("user", "x")]))
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds <two> é.", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "ü"}}}
+WITH_TOOLS = [
+    {"role": "user", "content": "1 + ü?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "1ü", "tool_call_id": "call_1", "name": "add"},
+]
+
+
+@pytest.mark.parametrize("tools", [[], [TOOL], [TOOL, TOOL]], ids=len)
+@pytest.mark.parametrize("num_messages", [1, 2, 3])
+def test_tools_and_their_calls_are_set_as_transformers_sets_them(
+    tmp_path: Path, tools: list[dict], num_messages: int
+) -> None:
+    folder = model_folder(tmp_path / "model")
+    messages = WITH_TOOLS[:num_messages]
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = theirs.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
+    assert Tokenizer(folder).render(messages, tools) == text
+    assert ("Adds <two> é." in text) == bool(tools)
+
+
+@pytest.mark.parametrize(
+    "other", [{"name": "tool_use", "template": "{{ tools | tojson }}"}, None], ids=["named", "none"]
+)
+def test_the_template_for_tools_has_a_name_of_its_own(tmp_path: Path, other: dict[str, str] | None) -> None:
+    folder = model_folder(tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {"name": "default", "template": "{{ messages[0].content }}"},
+        *([other] if other else []),
+    ]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.render(WITH_TOOLS[:1]) == "1 + ü?"
+    if other:
+        assert tokenizer.render(WITH_TOOLS[:1], [TOOL]) == json.dumps([TOOL], ensure_ascii=False)
+        return
+    with pytest.raises(InvalidRequest, match=r"^prompt\.chat\.tools: this model's chat template knows no tools"):
+        tokenizer.render(WITH_TOOLS[:1], [TOOL])
+    with pytest.raises(
+        InvalidRequest, match=r"^prompt\.chat\.messages\.tool_calls: this model's chat template knows no"
+    ):
+        tokenizer.render(WITH_TOOLS)
+
+
+def test_half_a_character_from_a_template_is_invalid() -> None:
+    with pytest.raises(InvalidRequest, match=r"^prompt\.chat\.messages"):
+        Tokenizer(POCKET).render([{"role": "user", "content": "\ud800"}])
 
 
 def test_a_folder_without_template_or_tokenizer(tmp_path: Path) -> None:
@@ -147,7 +206,7 @@ def test_a_folder_without_template_or_tokenizer(tmp_path: Path) -> None:
     tokenizer = Tokenizer(tmp_path)
     assert not tokenizer.has_chat_template and tokenizer.eos_token_ids == frozenset()
     with pytest.raises(InvalidRequest, match="no chat template"):
-        tokenizer.render([("user", "x")])
+        tokenizer.render(turns([("user", "x")]))
 
 
 def test_end_tokens_are_the_engines(tmp_path: Path) -> None:

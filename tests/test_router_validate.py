@@ -29,6 +29,7 @@ GOOD = [
     sampling(max_tokens=1, min_tokens=1, logprobs=20, seed=2**64 - 1),
     sampling(stop_token_ids=range(16), stop=["x" * 256] * 16, logprobs=0),
     sampling(min_tokens=5),
+    sampling(logit_bias={n: 100.0 if n % 2 else -100.0 for n in range(300)}),
 ]
 BAD = [
     ("temperature", sampling(temperature=-0.001), "[0, 2]"),
@@ -49,6 +50,9 @@ BAD = [
     ("stop", sampling(stop=[""]), "256"),
     ("stop", sampling(stop=["x" * 257]), "256"),
     ("logprobs", sampling(logprobs=21), "20"),
+    ("logit_bias", sampling(logit_bias=dict.fromkeys(range(301), 0.0)), "300 ids at most, got 301"),
+    ("logit_bias", sampling(logit_bias={7: 100.5}), "[-100, 100], got 100.5 for token 7"),
+    ("logit_bias", sampling(logit_bias={7: float("nan")}), "got nan for token 7"),
 ]
 
 
@@ -93,7 +97,8 @@ def test_each_kind_of_prompt() -> None:
     assert check(request(text="é" * 500), LIMITS).text == "é" * 500
     assert check(inference_pb2.GenerateRequest(tokens={"token_ids": [1, 2]}), LIMITS).token_ids == (1, 2)
     chat = check(inference_pb2.GenerateRequest(chat={"messages": [CHAT(role="user", content="")]}), LIMITS)
-    assert chat.messages == (("user", ""),) and chat.text is None
+    assert chat.chat is not None and chat.text is None
+    assert chat.chat.messages == ({"role": "user", "content": ""},)
 
 
 def test_only_the_served_model() -> None:
@@ -150,17 +155,17 @@ def test_what_the_model_does_not_take(token_ids: list[int], params: common_pb2.S
 )
 def test_bytes_that_are_no_request(body: bytes, problem: str) -> None:
     with pytest.raises(InvalidRequest, match=problem):
-        parse(body, LIMITS)
+        parse(body, LIMITS, inference_pb2.GenerateRequest)
 
 
 def test_bytes_that_are_one() -> None:
     message = request(text="é", sampling=sampling(stop=["x"]))
-    assert parse(message.SerializeToString(), LIMITS) == message
+    assert parse(message.SerializeToString(), LIMITS, inference_pb2.GenerateRequest) == message
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_request_or_refused(body: bytes) -> None:
     try:
-        check(parse(body, LIMITS), LIMITS)
+        check(parse(body, LIMITS, inference_pb2.GenerateRequest), LIMITS)
     except InvalidRequest as error:
         assert error.field

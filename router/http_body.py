@@ -1,0 +1,76 @@
+"""A call's body: read within bounds of size and time, and parsed as JSON that means one thing only.
+
+Errors of the body as a whole name no field (`BODY`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from aiohttp import web
+
+from router.errors import InvalidRequest
+from router.http_errors import BODY, RefusedCall
+
+READ_S = 60.0  # for a whole body, from a slow client
+INLINE_BYTES = 1 << 16  # bodies up to this size are parsed on the event loop
+
+
+async def read_body(request: web.BaseRequest, max_bytes: int, read_s: float = READ_S) -> bytes:
+    """All of it. Raises `RefusedCall` for one that is no JSON by its headers, too large, or too slow."""
+    if request.content_type != "application/json":
+        raise RefusedCall(415, "Content-Type: must be application/json", "unsupported_media_type")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise RefusedCall(415, "Content-Encoding: bodies must not be compressed", "unsupported_media_type")
+    too_large = RefusedCall(413, f"the body may have {max_bytes} bytes at most", "request_too_large")
+    if (request.content_length or 0) > max_bytes:
+        raise too_large
+    pieces, size = [], 0
+    try:
+        async with asyncio.timeout(read_s):
+            async for piece in request.content.iter_any():
+                size += len(piece)
+                if size > max_bytes:
+                    raise too_large
+                pieces.append(piece)
+    except (web.RequestPayloadError, ConnectionError) as error:
+        raise RefusedCall(400, f"the body broke off: {error}") from None
+    except TimeoutError:
+        raise RefusedCall(408, f"the body did not come within {read_s:g} s", "request_timeout") from None
+    return b"".join(pieces)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`. Raises `InvalidRequest` for anything else, and for what could be read in two ways."""
+    try:
+        value = json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError:
+        raise InvalidRequest(BODY, "must be valid UTF-8") from None
+    except RecursionError:
+        raise too_deep() from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(BODY, f"is no JSON: {error}") from None
+    except ValueError as error:  # a number with more digits than Python converts
+        raise InvalidRequest(BODY, f"is no JSON that is taken here: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(BODY, "must be a JSON object")
+    return value
+
+
+def too_deep() -> InvalidRequest:
+    return InvalidRequest(BODY, "is nested too deeply")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise InvalidRequest(twice[:64], "is there twice")
+    return value
+
+
+def _constant(name: str) -> float:
+    raise InvalidRequest(BODY, f"{name} is no JSON number")

@@ -1,0 +1,120 @@
+"""The HTTP door: OpenAI's API on aiohttp's server, on the router's event loop. Errors become statuses here, once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import ssl
+import time
+import uuid
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from router.errors import InvalidRequest, RouterError
+from router.frontend import Frontend
+from router.http_errors import Failure, failure_of
+from router.http_routes import REQUEST_ID, Call, Routes
+from router.http_stream import STALL_S
+from router.tenants import AUTHORIZATION
+from router.validate import MAX_REQUEST_ID_CHARS
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 1024  # connections that wait to be taken
+IDLE_S = 75.0  # how long a connection may wait between requests, or for its first one's headers
+# A client that vanished without a word is found out, and what it asked for is freed.
+KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+
+
+class HttpDoor:
+    """Answers from `open` to `close`. `metrics` None: there is no /metrics."""
+
+    def __init__(self, frontend: Frontend, metrics: CollectorRegistry | None = None, stall_s: float = STALL_S) -> None:
+        self._frontend = frontend
+        self._routes = Routes(frontend, metrics, stall_s)
+        self._calls: set[asyncio.Task[object]] = set()
+        self._runner: web.ServerRunner | None = None
+        self._site: web.SockSite | None = None
+
+    async def open(self, host: str, port: int, ssl_context: ssl.SSLContext | None = None) -> int:
+        """Listens; returns the port. Raises `RuntimeError` where it is taken."""
+        listener = _listen(host, port)
+        server = web.Server(
+            self._handle,
+            handler_cancellation=True,  # a client that hangs up cancels its request
+            access_log=None,
+            keepalive_timeout=IDLE_S,
+            auto_decompress=False,
+        )
+        self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
+        await self._runner.setup()
+        self._site = web.SockSite(self._runner, listener, ssl_context=ssl_context, backlog=BACKLOG)
+        await self._site.start()
+        return int(listener.getsockname()[1])
+
+    async def close(self, drain_s: float) -> None:
+        """Takes no new connections, lets calls end within `drain_s`, cuts off the others. Idempotent."""
+        runner, self._runner = self._runner, None
+        if runner is None or self._site is None:
+            return
+        await self._site.stop()
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=drain_s)
+        for task in self._calls:
+            task.cancel()
+        await runner.cleanup()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        try:
+            return await self._answer(request)
+        finally:
+            self._calls.discard(task)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        given = request.headers.get(REQUEST_ID, "")
+        is_id = 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
+        call = Call(request, given if is_id else uuid.uuid4().hex, time.monotonic())
+        try:
+            if given and not is_id:
+                limit = f"{MAX_REQUEST_ID_CHARS} printable ASCII characters at most"
+                raise InvalidRequest("request_id", f"{limit}, got {len(given)}")
+            route = self._routes.find(request.method, request.path)
+            if route.needs_key:
+                call.tenant = self._frontend.authenticate(request.headers.getall(AUTHORIZATION, []))
+            response = await route.endpoint(call)
+        except RouterError as error:
+            response = _refusal(call, failure_of(error, call.renamed))
+            logger.info("event=refused path=%s status=%d %s", request.path, response.status, error)
+        except Exception as error:
+            logger.exception("event=call_failed path=%s request_id=%s", request.path, call.request_id)
+            response = _refusal(call, failure_of(error, call.renamed))
+        if not response.prepared:
+            response.headers[REQUEST_ID] = call.request_id
+            response.headers["Server"] = "baton"
+        return response
+
+
+def _refusal(call: Call, failure: Failure) -> web.Response:
+    body = json.dumps(failure.body).encode()
+    return web.Response(
+        body=body, status=failure.status, headers=dict(failure.headers), content_type="application/json"
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket whose connections inherit its options. `host` as gRPC has it: a name, an address, or [::]."""
+    name = host.strip("[]")
+    family = socket.AF_INET6 if ":" in name else socket.AF_INET
+    try:
+        listener = socket.create_server((name, port), family=family, backlog=BACKLOG, dualstack_ipv6=name == "::")
+    except OSError as error:
+        raise RuntimeError(f"cannot listen for HTTP at {host}:{port}: {error}") from None
+    for option, value in KEEPALIVE.items():
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
+    return listener

@@ -1,0 +1,282 @@
+"""From a client's JSON to the messages that the core takes, the same ones as over gRPC. Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.message import Message
+
+from batonpb import common_pb2, inference_pb2
+from router.errors import InvalidRequest
+from router.http_body import too_deep
+from router.http_models import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    JsonSchema,
+    NamedTool,
+    ResponseFormat,
+    Sampled,
+    TextPart,
+    TokenizeRequest,
+    Tool,
+)
+from router.validate import MAX_REQUEST_ID_CHARS
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, of completions; a chat goes on as long as the model's length lets it
+MAX_CHOICES = 128  # prompts x n of one call
+TOOL_CHOICES = {
+    "auto": inference_pb2.TOOL_CHOICE_AUTO,
+    "none": inference_pb2.TOOL_CHOICE_NONE,
+    "required": inference_pb2.TOOL_CHOICE_REQUIRED,
+}
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_SAME = (  # fields that SamplingParams has under the same name
+    *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("min_tokens", "ignore_eos"),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One call: a message for each of its prompts, and how the answers are to be shown.
+
+    `renamed`: how the client calls what the core calls otherwise, for errors.
+    """
+
+    messages: Sequence[inference_pb2.GenerateRequest]
+    num_answers: int  # of each prompt
+    num_logprobs: int | None  # alternatives to show; None: no logprobs
+    is_stream: bool
+    includes_usage: bool
+    is_single_call: bool = False  # of tools
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+
+def ask_chat(request: ChatRequest, request_id: str) -> Asked:
+    """Raises `InvalidRequest`."""
+    renamed = {"prompt": "messages", "logprobs": "top_logprobs"}
+    message = inference_pb2.GenerateRequest(request_id=request_id)
+    sampling = _fill(message, request, renamed)
+    max_tokens = request.max_tokens
+    if request.max_completion_tokens is not None:
+        if max_tokens not in (None, request.max_completion_tokens):
+            raise InvalidRequest("max_completion_tokens", f"and max_tokens differ; got max_tokens {max_tokens}")
+        max_tokens, renamed["max_tokens"] = request.max_completion_tokens, "max_completion_tokens"
+    if max_tokens is not None:
+        sampling.max_tokens = max_tokens
+    if request.top_logprobs is not None and not request.logprobs:
+        raise InvalidRequest("top_logprobs", "needs logprobs to be true")
+    num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    if num_logprobs is not None:
+        sampling.logprobs = num_logprobs
+    message.chat.CopyFrom(_chat(request.messages, request.tools))
+    _choose_tool(message.chat, request)
+    return Asked(
+        [message],
+        request.n or 1,
+        num_logprobs,
+        is_stream=bool(request.stream),
+        includes_usage=_includes_usage(request),
+        is_single_call=request.parallel_tool_calls is False,
+        renamed=renamed,
+    )
+
+
+def ask_completion(request: CompletionRequest, request_id: str) -> Asked:
+    """Raises `InvalidRequest`."""
+    renamed: dict[str, str] = {}
+    shared = inference_pb2.GenerateRequest(request_id=request_id, echo=bool(request.echo))
+    sampling = _fill(shared, request, renamed)
+    sampling.max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    if request.logprobs is not None:
+        sampling.logprobs = request.logprobs
+    num_choices = len(request.prompt) * (request.n or 1)
+    if num_choices > MAX_CHOICES:
+        raise InvalidRequest("prompt", f"prompts times n may be {MAX_CHOICES} at most, got {num_choices}")
+    messages = [_with_prompt(shared, prompt) for prompt in request.prompt]
+    if len(messages) > 1:
+        for index, message in enumerate(messages):  # each is a request of its own, and `baton explain` finds it
+            message.request_id = f"{request_id[: MAX_REQUEST_ID_CHARS - 4]}-{index}"
+    return Asked(
+        messages,
+        request.n or 1,
+        request.logprobs,
+        is_stream=bool(request.stream),
+        includes_usage=_includes_usage(request),
+        renamed=renamed,
+    )
+
+
+def ask_tokens(request: TokenizeRequest) -> inference_pb2.TokenizeRequest:
+    """Raises `InvalidRequest`."""
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequest("prompt", "one of prompt and messages must be set")
+    is_text = request.messages is None
+    if request.add_special_tokens not in (None, is_text):
+        raise InvalidRequest("add_special_tokens", f"must be {str(is_text).lower()} here, as requests have it")
+    if request.messages is None:
+        return inference_pb2.TokenizeRequest(text=request.prompt or "")
+    return inference_pb2.TokenizeRequest(chat=_chat(request.messages, request.tools))
+
+
+def _fill(
+    message: inference_pb2.GenerateRequest, request: Sampled, renamed: dict[str, str]
+) -> common_pb2.SamplingParams:
+    """What all requests have in common, but for max_tokens and logprobs; returns the message's sampling."""
+    message.model = request.model or ""
+    message.n = request.n or 0
+    message.priority = request.priority or 0
+    for name in ("ttft_slo_ms", "tpot_slo_ms"):
+        _copy(message, name, getattr(request, name))
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise InvalidRequest("best_of", f"is not supported; only n, which is {request.n or 1}")
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("stream_options", "needs stream to be true")
+    sampling = message.sampling
+    for name in _SAME:
+        _copy(sampling, name, getattr(request, name))
+    _copy(sampling, "top_k", 0 if request.top_k == -1 else request.top_k)
+    _copy(sampling, "seed", None if request.seed is None else request.seed % 2**64)
+    sampling.stop_token_ids.extend(request.stop_token_ids or ())
+    sampling.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop or ())
+    for key, bias in (request.logit_bias or {}).items():
+        if not _TOKEN_ID.fullmatch(key) or int(key) >= 2**32:
+            raise InvalidRequest("logit_bias", f"its names must be token ids, got {key[:32]!r}")
+        sampling.logit_bias[int(key)] = bias
+    _hold_to_grammar(sampling, request, renamed)
+    return sampling
+
+
+def _copy(message: Message, name: str, value: object) -> None:
+    if value is not None:
+        setattr(message, name, value)
+
+
+def _includes_usage(request: Sampled) -> bool:
+    return bool(request.stream_options and request.stream_options.include_usage)
+
+
+def _with_prompt(shared: inference_pb2.GenerateRequest, prompt: str | list[int]) -> inference_pb2.GenerateRequest:
+    message = inference_pb2.GenerateRequest()
+    message.CopyFrom(shared)
+    if isinstance(prompt, str):
+        message.text = prompt
+    else:
+        message.tokens.token_ids.extend(prompt)
+        message.tokens.SetInParent()
+    return message
+
+
+# --- chats ---
+
+
+def _chat(turns: Sequence[ChatMessage], tools: Sequence[Tool] | None) -> inference_pb2.ChatPrompt:
+    chat = inference_pb2.ChatPrompt()
+    for index, turn in enumerate(turns):
+        _add_turn(chat, turn, f"messages[{index}]")
+    for tool in tools or ():
+        function = tool.function
+        parameters = "" if function.parameters is None else _json(function.parameters, "tools")
+        chat.tools.add(name=function.name, description=function.description or "", parameters=parameters)
+    return chat
+
+
+def _add_turn(chat: inference_pb2.ChatPrompt, turn: ChatMessage, name: str) -> None:
+    """Templates know no developer, whose word is the system's."""
+    if turn.content is None and not (turn.role == "assistant" and (turn.tool_calls or turn.refusal)):
+        raise InvalidRequest(f"{name}.content", "must be set")
+    if turn.role == "tool" and turn.tool_call_id is None:
+        raise InvalidRequest(f"{name}.tool_call_id", "must be set where the role is tool")
+    if turn.tool_calls and turn.role != "assistant":
+        raise InvalidRequest(f"{name}.tool_calls", "only an assistant calls tools")
+    message = chat.messages.add(
+        role="system" if turn.role == "developer" else turn.role,
+        content=_text(turn.content) or turn.refusal or "",
+        tool_call_id=turn.tool_call_id or "",
+        name=turn.name or "",
+    )
+    for call in turn.tool_calls or ():
+        message.tool_calls.add(id=call.id, name=call.function.name, arguments=call.function.arguments)
+
+
+def _text(content: str | list[TextPart] | None) -> str:
+    if isinstance(content, list):
+        return "\n".join(part.text for part in content)  # as vLLM joins them
+    return content or ""
+
+
+def _choose_tool(chat: inference_pb2.ChatPrompt, request: ChatRequest) -> None:
+    choice = request.tool_choice
+    if choice is None:
+        return
+    if not request.tools and choice not in ("none", "auto"):
+        raise InvalidRequest("tool_choice", "needs tools")
+    if isinstance(choice, NamedTool):
+        chat.tool_choice, chat.tool_name = inference_pb2.TOOL_CHOICE_REQUIRED, choice.function.name
+    else:
+        chat.tool_choice = TOOL_CHOICES[choice]
+
+
+# --- grammars ---
+
+
+def _hold_to_grammar(sampling: common_pb2.SamplingParams, request: Sampled, renamed: dict[str, str]) -> None:
+    """The one grammar that a request may name, in whichever of the three ways clients know."""
+    found = [*_formats(request.response_format), *_structures(request), *_guides(request)]
+    if len(found) > 1:
+        raise InvalidRequest(found[1][0], f"and {found[0][0]} cannot both be set: one grammar at most")
+    for name, kind, value in found:
+        renamed |= {"grammar": name, "json_schema": name, "regex": name, "choice": name, "json_object": name}
+        if kind == "choice":
+            sampling.choice.choices.extend(value)
+            sampling.choice.SetInParent()
+        elif kind == "json_schema":
+            sampling.json_schema = value if isinstance(value, str) else _json(value, name)
+        else:
+            setattr(sampling, kind, value)
+
+
+Grammar = tuple[str, str, Any]  # the client's field, SamplingParams' field, the value
+
+
+def _formats(form: ResponseFormat | None) -> list[Grammar]:
+    if form is None or form.type == "text":
+        return []
+    if form.type == "json_object":
+        return [("response_format", "json_object", True)]
+    if not isinstance(form.json_schema, JsonSchema):
+        raise InvalidRequest("response_format", "needs json_schema where its type is json_schema")
+    return [("response_format", "json_schema", form.json_schema.json_schema)]
+
+
+def _structures(request: Sampled) -> list[Grammar]:
+    given = request.structured_outputs
+    if given is None:
+        return []
+    kinds: dict[str, object] = {"json_schema": given.json_, "regex": given.regex, "choice": given.choice}
+    kinds["json_object"] = given.json_object or None
+    return [("structured_outputs", kind, value) for kind, value in kinds.items() if value is not None]
+
+
+def _guides(request: Sampled) -> list[Grammar]:
+    guides = {
+        "guided_json": ("json_schema", request.guided_json),
+        "guided_regex": ("regex", request.guided_regex),
+        "guided_choice": ("choice", request.guided_choice),
+    }
+    return [(name, kind, value) for name, (kind, value) in guides.items() if value is not None]
+
+
+def _json(value: object, name: str) -> str:
+    """JSON's text again, in the order in which it came."""
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except RecursionError:
+        raise too_deep() from None
+    except ValueError as error:
+        raise InvalidRequest(name, f"holds a number that JSON has not: {error}") from None
