@@ -278,7 +278,8 @@ def test_the_routers_http_door(cluster: Locked) -> None:
     context.load_cert_chain(cluster.client_tls.cert, cluster.client_tls.key)
 
     def status(method: str, path: str, key: str | None) -> int:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {"Content-Type": "application/json"}
+        headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
         body = b"{}" if method == "POST" else None
         request = urllib.request.Request(f"https://{address}{path}", body, headers, method=method)
         try:
