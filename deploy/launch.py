@@ -229,6 +229,7 @@ class Cluster:
                 num_cpus=0,  # actors ask for none, and Ray starts no workers ahead
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
+                _node_ip_address=LOOPBACK,  # on other addresses its servers listen to the network
                 logging_level=logging.ERROR,
                 _temp_dir=str(self.folders[0] / "ray"),
             )

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
@@ -27,6 +28,7 @@ from router.errors import Unauthenticated, UnusableTenants
 from router.hits import Hit
 from router.journey import Journey
 from router.limits import Allowance
+from router.locks import open_locks
 from router.server import RouterServer
 from router.tenants import EVERYBODY, Tenant, parse_tenants, read_tenants
 
@@ -362,6 +364,16 @@ async def test_a_router_bounds_all_requests(redis_url: str) -> None:
         let_go.set()
         assert all(await asyncio.gather(*running_calls))
         assert await ask(cluster, ())
+
+
+@pytest.mark.parametrize(("host", "is_told"), [("0.0.0.0", True), ("127.0.0.1", False), ("::1", False)])
+async def test_keys_in_the_clear_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str, is_told: bool
+) -> None:
+    (tmp_path / "tenants.toml").write_text(FILE)
+    async with AsyncExitStack() as stack:
+        await open_locks(RouterConfig("m", "r", host=host, tenants_file=str(tmp_path / "tenants.toml")), stack)
+    assert ("event=keys_in_the_clear" in caplog.text) is is_told
 
 
 async def test_without_a_file_everybody_may_and_keys_are_not_looked_at(redis_url: str) -> None:
