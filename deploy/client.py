@@ -74,7 +74,13 @@ class Client:
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads standard input")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end in place of the text")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON at the end in place of the text: an object, or a list of --n"
+    )
+    parser.add_argument(
+        "--n", type=int, default=1, metavar="INT", help="answers to make; more than one are printed whole"
+    )
+    parser.add_argument("--echo", action="store_true", help="print the prompt in front of each answer")
     _add_request_arguments(parser)
 
 
@@ -86,14 +92,23 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     request = request_from(args)
+    request.echo = args.echo
+    try:
+        request.n = args.n
+    except ValueError:
+        raise DeployError("--n must be from 1 to 16") from None
     try:
         request.text = prompt
     except ValueError:
         raise DeployError("the prompt is not valid UTF-8") from None
     with connect(args) as client:
-        responses = list(show(client.stream(request), silent=args.json))
+        responses = list(show(client.stream(request), silent=args.json or args.n > 1))
+    answers = [[response for response in responses if response.index == index] for index in range(max(1, args.n))]
     if args.json:
-        print(json.dumps(as_json(responses)))
+        print(json.dumps(as_json(answers[0]) if len(answers) == 1 else [as_json(answer) for answer in answers]))
+    elif len(answers) > 1:
+        for index, answer in enumerate(answers):
+            print(f"--- answer {index}", "".join(response.text for response in answer), sep="\n")
     return 0
 
 

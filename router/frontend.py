@@ -185,11 +185,12 @@ class Frontend:
     async def tokenize(self, message: inference_pb2.TokenizeRequest, caller: Caller) -> inference_pb2.TokenizeResponse:
         """The tokens that a prompt would be, also one that is too long for the model.
 
-        Raises `InvalidRequest`, and `ClusterUnavailable` before any node has been seen.
+        Raises `InvalidRequest`, `RateLimited`, and `ClusterUnavailable` before any node has been seen.
         """
         prompt = check_prompt(message, self.limits)
         pool = self._pool()
-        token_ids = await self._encode(self._text_of(**prompt), is_template="chat" in prompt)
+        with self._turnstile.admit(caller.tenant.name, caller.tenant.allowance):  # it counts as a request
+            token_ids = await self._encode(self._text_of(**prompt), is_template="chat" in prompt)
         return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=pool.max_model_len)
 
     async def detokenize(self, message: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeResponse:

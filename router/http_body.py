@@ -16,6 +16,10 @@ from router.http_errors import BODY, RefusedCall
 
 READ_S = 60.0  # for a whole body, from a slow client
 INLINE_BYTES = 1 << 16  # bodies up to this size are parsed on the event loop
+# Three bytes of JSON make an object of 64 bytes or more, so the size of a body does not bound what it takes.
+MAX_OBJECTS = 1 << 17
+MAX_LISTS = 1 << 20  # brackets in texts included
+MAX_NAMES = 1 << 12
 
 
 async def read_body(request: web.BaseRequest, max_bytes: int, read_s: float = READ_S) -> bytes:
@@ -44,8 +48,10 @@ async def read_body(request: web.BaseRequest, max_bytes: int, read_s: float = RE
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`. Raises `InvalidRequest` for anything else, and for what could be read in two ways."""
+    if body.count(b"[") > MAX_LISTS:
+        raise InvalidRequest(BODY, f"may have {MAX_LISTS} lists at most")
     try:
-        value = json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(body.decode(), object_pairs_hook=_Objects().take, parse_constant=_constant)
     except UnicodeDecodeError:
         raise InvalidRequest(BODY, "must be valid UTF-8") from None
     except RecursionError:
@@ -63,13 +69,25 @@ def too_deep() -> InvalidRequest:
     return InvalidRequest(BODY, "is nested too deeply")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise InvalidRequest(twice[:64], "is there twice")
-    return value
+class _Objects:
+    """Those of one body."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def take(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object of its names and values."""
+        self._count += 1
+        if self._count > MAX_OBJECTS:
+            raise InvalidRequest(BODY, f"may have {MAX_OBJECTS} objects at most")
+        if len(pairs) > MAX_NAMES:
+            raise InvalidRequest(BODY, f"may have {MAX_NAMES} names in an object at most, got {len(pairs)}")
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise InvalidRequest(twice[:64], "is there twice")
+        return value
 
 
 def _constant(name: str) -> float:

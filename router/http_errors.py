@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,7 +19,6 @@ from router.errors import (
     TryLater,
     Unauthenticated,
     UnknownRequest,
-    WouldBeLate,
 )
 
 INVALID = "invalid_request_error"
@@ -75,22 +75,22 @@ def failure_of(error: Exception, renamed: Mapping[str, str]) -> Failure:
         case Unauthenticated():
             headers = {"WWW-Authenticate": "Bearer"}
             return Failure(401, message, INVALID, code="invalid_api_key", headers=headers)
-        case WouldBeLate():
-            return Failure(429, message, "rate_limit_error", None, "would_be_late", retry_headers(error.retry_after_s))
         case TryLater():
-            return Failure(
-                429, message, "rate_limit_error", None, "rate_limit_exceeded", retry_headers(error.retry_after_s)
-            )
+            return _try_later(message, _snake(type(error).__name__), error.retry_after_s)
         case ClusterBusy():
-            return Failure(429, message, "rate_limit_error", None, "cluster_busy", retry_headers(BUSY_RETRY_S))
+            return _try_later(message, "cluster_busy", BUSY_RETRY_S)
         case UnknownRequest():
             return Failure(404, message, INVALID, code="request_not_found")
         case ClusterUnavailable():
             headers = retry_headers(UNAVAILABLE_RETRY_S)
-            return Failure(503, message, SERVER, None, "cluster_unavailable", headers)
+            return Failure(503, message, SERVER, code="cluster_unavailable", headers=headers)
         case DeadlinePassed():
             return Failure(504, message, SERVER, code="deadline_exceeded")
     return Failure(500, "the router failed; its log says more", SERVER, code="internal_error")
+
+
+def _try_later(message: str, code: str, retry_after_s: float) -> Failure:
+    return Failure(429, message, "rate_limit_error", code=code, headers=retry_headers(retry_after_s))
 
 
 def retry_headers(retry_after_s: float) -> dict[str, str]:
@@ -99,6 +99,11 @@ def retry_headers(retry_after_s: float) -> dict[str, str]:
         "Retry-After": str(max(1, math.ceil(retry_after_s))),
         "retry-after-ms": str(max(1, math.ceil(retry_after_s * 1000))),
     }
+
+
+def _snake(name: str) -> str:
+    """would_be_late of WouldBeLate."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 def _invalid(error: InvalidRequest, renamed: Mapping[str, str]) -> Failure:

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic.config import JsonDict
 
 from router.errors import InvalidRequest
@@ -34,7 +42,8 @@ Text = Annotated[str, AfterValidator(_unicode)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Uint32 = Annotated[int, Field(ge=0, lt=2**32)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-TokenIds = Annotated[list[Uint32], Field(max_length=MAX_PROMPT_TOKENS)]
+TokenIds = Annotated[list[Uint32], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+Texts = Annotated[list[Text], Field(max_length=MAX_PARTS, fail_fast=True)]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -71,12 +80,12 @@ class ChatMessage(Closed):
     """A turn. What clients send back of an answer is taken, too: refusal, annotations and so on."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     name: Text | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_call_id: Text | None = None
     refusal: Text | None = None
-    annotations: list[Any] | None = None
+    annotations: Annotated[list[Any], Field(max_length=MAX_PARTS)] | None = None
     reasoning_content: Text | None = None
     audio: None = None
     function_call: None = None
@@ -120,7 +129,7 @@ class StructuredOutputs(Closed):
 
     json_: Text | dict[str, Any] | None = Field(default=None, alias="json")
     regex: Text | None = None
-    choice: list[Text] | None = None
+    choice: Texts | None = None
     json_object: bool | None = None
 
 
@@ -140,7 +149,7 @@ class Sampled(Closed):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, lt=2**32)] | None = _in(1, 16)
     seed: Seed | None = None
-    stop: Text | list[Text] | None = None
+    stop: Text | Texts | None = None
     temperature: float | None = _in(0, 2)
     top_p: float | None = _in(None, 1)
     top_k: Int32 | None = _in(-1)
@@ -148,16 +157,16 @@ class Sampled(Closed):
     repetition_penalty: float | None = _in(None, 2)
     presence_penalty: float | None = _in(-2, 2)
     frequency_penalty: float | None = _in(-2, 2)
-    logit_bias: Annotated[dict[str, float], Field(max_length=300)] | None = None
+    logit_bias: dict[str, float] | None = None
     max_tokens: Uint32 | None = _in(1)
     min_tokens: Uint32 | None = None
-    stop_token_ids: Annotated[list[Uint32], Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[list[Uint32], Field(max_length=1024, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Text | dict[str, Any] | None = None
     guided_regex: Text | None = None
-    guided_choice: list[Text] | None = None
+    guided_choice: Texts | None = None
     priority: Int32 | None = _in(-100, 100)
     ttft_slo_ms: Uint32 | None = _in(1)
     tpot_slo_ms: Uint32 | None = _in(1)
@@ -165,11 +174,11 @@ class Sampled(Closed):
 
 
 class ChatRequest(Sampled):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Uint32 | None = _in(1)
     logprobs: bool | None = None
     top_logprobs: Uint32 | None = _in(0, 20)
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     echo: Literal[False] | None = None
@@ -224,8 +233,8 @@ class TokenizeRequest(Closed):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
 
 

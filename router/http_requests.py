@@ -25,7 +25,7 @@ from router.http_models import (
     TokenizeRequest,
     Tool,
 )
-from router.validate import MAX_REQUEST_ID_CHARS
+from router.validate import MAX_ANSWERS, MAX_REQUEST_ID_CHARS
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, of completions; a chat goes on as long as the model's length lets it
 MAX_CHOICES = 128  # prompts x n of one call
@@ -60,7 +60,7 @@ class Asked:
 def ask_chat(request: ChatRequest, request_id: str) -> Asked:
     """Raises `InvalidRequest`."""
     renamed = {"prompt": "messages", "logprobs": "top_logprobs"}
-    message = inference_pb2.GenerateRequest(request_id=request_id)
+    message = inference_pb2.GenerateRequest(request_id=_shortened(request_id, "", request.n))
     sampling = _fill(message, request, renamed)
     max_tokens = request.max_tokens
     if request.max_completion_tokens is not None:
@@ -90,7 +90,7 @@ def ask_chat(request: ChatRequest, request_id: str) -> Asked:
 def ask_completion(request: CompletionRequest, request_id: str) -> Asked:
     """Raises `InvalidRequest`."""
     renamed: dict[str, str] = {}
-    shared = inference_pb2.GenerateRequest(request_id=request_id, echo=bool(request.echo))
+    shared = inference_pb2.GenerateRequest(echo=bool(request.echo))
     sampling = _fill(shared, request, renamed)
     sampling.max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     if request.logprobs is not None:
@@ -99,9 +99,8 @@ def ask_completion(request: CompletionRequest, request_id: str) -> Asked:
     if num_choices > MAX_CHOICES:
         raise InvalidRequest("prompt", f"prompts times n may be {MAX_CHOICES} at most, got {num_choices}")
     messages = [_with_prompt(shared, prompt) for prompt in request.prompt]
-    if len(messages) > 1:
-        for index, message in enumerate(messages):  # each is a request of its own, and `baton explain` finds it
-            message.request_id = f"{request_id[: MAX_REQUEST_ID_CHARS - 4]}-{index}"
+    for index, message in enumerate(messages):  # each is a request of its own, and `baton explain` finds it
+        message.request_id = _shortened(request_id, f"-{index}" if len(messages) > 1 else "", request.n)
     return Asked(
         messages,
         request.n or 1,
@@ -150,6 +149,12 @@ def _fill(
         sampling.logit_bias[int(key)] = bias
     _hold_to_grammar(sampling, request, renamed)
     return sampling
+
+
+def _shortened(request_id: str, suffix: str, n: int | None) -> str:
+    """An id with a suffix, and with room for that which the core gives each of n answers."""
+    room = MAX_REQUEST_ID_CHARS - len(suffix) - (len(f"-{MAX_ANSWERS - 1}") if n and n > 1 else 0)
+    return request_id[:room] + suffix
 
 
 def _copy(message: Message, name: str, value: object) -> None:

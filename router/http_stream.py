@@ -15,10 +15,13 @@ from router.merge import merge
 
 STALL_S = 60.0  # how long a stream waits for its client to read
 HEADERS = {
+    "Server": "baton",
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # proxies that know it pass each event on at once
 }
+SMALL_BYTES = 1 << 14  # well below what a transport buffers before it makes its writer wait (64 KiB)
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 DONE = b"data: [DONE]\n\n"
 
 Answers = AsyncGenerator[tuple[int, inference_pb2.GenerateResponse], None]
@@ -56,7 +59,7 @@ class EventStream:
 
     async def send(self, event: object) -> None:
         """Raises `ClientGone`."""
-        await self._write(f"data: {json.dumps(event, separators=(',', ':'))}\n\n".encode())
+        await self._write(f"data: {_encode(event)}\n\n".encode())
 
     async def finish(self) -> web.StreamResponse:
         """The end of an answer that is whole. Raises `ClientGone`."""
@@ -80,7 +83,11 @@ class EventStream:
         return self._response
 
     async def _write(self, data: bytes) -> None:
+        transport = self._request.transport
         try:
+            if transport is not None and len(data) <= SMALL_BYTES and not transport.get_write_buffer_size():
+                await self._response.write(data)  # which cannot wait: a timer would cost more than it does
+                return
             async with asyncio.timeout(self._stall_s):
                 await self._response.write(data)
         except TimeoutError:

@@ -109,6 +109,11 @@ class Tokenizer:
         return num_bytes // self._longest_token_bytes
 
     @functools.cached_property
+    def added_tokens(self) -> frozenset[str]:
+        """Texts that are one token whatever surrounds them, special or not."""
+        return frozenset(token.content for token in self._backend.get_added_tokens_decoder().values())
+
+    @functools.cached_property
     def _longest_token_bytes(self) -> int:
         if self._backend.normalizer is not None:  # it may drop any amount of text
             return 1 << 62

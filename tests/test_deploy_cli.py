@@ -21,7 +21,7 @@ from rich.console import Console
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
 from deploy.cli import main
 from deploy.client import as_json
-from deploy.serve import add_serve_arguments, arena_table, changes, config_from, node_table
+from deploy.serve import add_serve_arguments, arena_table, changes, config_from, http_urls, node_table
 from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, start_ticks
 from kvstore.directory import ArenaRecord, NodeRecord
@@ -69,6 +69,9 @@ def test_every_option_arrives() -> None:
     assert config.tenants_file is None
     assert config.pin_cores and not config_from(parse("--no-pin-cores")).pin_cores
     assert config.metrics and not config_from(parse("--no-metrics")).metrics
+    assert config.http and not config_from(parse("--no-http")).http
+    assert (config.http_port, config_from(parse("--http-port", "8000")).http_port) == (0, 8000)
+    assert http_urls(["127.0.0.1:8000", ""]) == ["http://127.0.0.1:8000/v1"]
 
 
 # --- the bar of a start ---

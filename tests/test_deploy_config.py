@@ -17,7 +17,7 @@ from conftest import POCKET
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.actors import FREE_RESTARTS, MAX_BACKOFF_S, ServerActor, ServerSpec, StartLog, backoff_s
+from deploy.actors import FREE_RESTARTS, MAX_BACKOFF_S, ServerActor, ServerSpec, StartLog, backoff_s, port_file
 from deploy.config import ClusterConfig, ConfigError, DeployError, machine_dir, parse_bytes
 from deploy.placement import Machine, gpu_share, place
 from deploy.processes import command, end_all, is_running, processes_of
@@ -25,6 +25,7 @@ from deploy.specs import PlacedSpec, Specs
 from deploy.state import AlreadyServing, ServeState, StateDir, folders_of, start_ticks
 from kvstore.blocks import KVLayout
 from kvstore.server import StoreConfig
+from router.config import RouterConfig
 
 ID = "0123abcd"
 
@@ -69,6 +70,7 @@ def test_parse_bytes_refuses(text: str) -> None:
         ({"prefill": 2, "decode": 0}, "--decode must be 1 or more"),
         ({"routers": 0}, "--routers"),
         ({"port": 70000}, "between 0 and 65535, got 70000"),
+        ({"http_port": -1}, "between 0 and 65535, got -1"),
         ({"block_size": 0}, "--block-size"),
         ({"kv_bytes": 5}, "--kv-memory"),
         ({"store_bytes": 5}, "--store-memory"),
@@ -105,6 +107,13 @@ def specs_of(config: ClusterConfig) -> Iterator[PlacedSpec]:
     (machine,) = machines(1)
     layout = KVLayout("m", "float32", block_size=16, num_layers=1, num_kv_heads=1, head_dim=8)
     return Specs(config, ID, "redis://r", layout).all([machine], place(config, [machine]), machine)
+
+
+def test_each_router_has_ports_of_its_own() -> None:
+    given = [one.spec.config for one in specs_of(cluster_config(routers=2, port=8200, http_port=8000))]
+    assert [(c.port, c.http_port) for c in given if isinstance(c, RouterConfig)] == [(8200, 8000), (8201, 8001)]
+    chosen = [one.spec.config for one in specs_of(cluster_config(routers=2, http=False))]
+    assert [(c.port, c.http_port, c.http) for c in chosen if isinstance(c, RouterConfig)] == [(0, 0, False)] * 2
 
 
 def test_what_is_asked_of_the_disk_reaches_the_store(tmp_path: Path) -> None:
@@ -324,7 +333,7 @@ class Router:
     """Starts, whatever it is given."""
 
     async def start(self) -> dict[str, str]:
-        return {"address": "127.0.0.1:7"}
+        return {"address": "127.0.0.1:7", "http_address": "127.0.0.1:8"}
 
     async def stop(self) -> None: ...
 
@@ -335,6 +344,7 @@ async def test_a_full_disk_keeps_no_server_from_coming_back(tmp_path: Path, monk
     spec = ServerSpec("router", "router-0", config, tmp_path / "machine")
     monkeypatch.setattr("deploy.actors.build", lambda spec, report: Router())
     assert not (await ServerActor(spec).ready()).error
+    assert [(port_file(spec, name)).read_text() for name in ("port", "http-port")] == ["7", "8"]
 
     original = Path.open
 
@@ -344,4 +354,4 @@ async def test_a_full_disk_keeps_no_server_from_coming_back(tmp_path: Path, monk
         return original(path, mode, *args, **options)
 
     monkeypatch.setattr(Path, "open", open_full)
-    assert (await ServerActor(spec).ready()).record == {"address": "127.0.0.1:7"}
+    assert (await ServerActor(spec).ready()).record["address"] == "127.0.0.1:7"

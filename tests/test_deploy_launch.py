@@ -20,6 +20,7 @@ import pytest
 import redis
 import zmq.asyncio
 from conftest import REPOSITORY, eventually
+from scraping import http
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
 from deploy import oracle
@@ -217,7 +218,8 @@ async def test_node_that_fails_to_restart_tries_again_and_again(cluster: Cluster
     await eventually(is_back, 60, "a new prefill-0")
 
 
-async def test_killed_router_comes_back_on_its_port(cluster: Cluster, alone: list[int]) -> None:
+async def test_killed_router_comes_back_on_its_ports(cluster: Cluster, alone: list[int]) -> None:
+    (http_address,) = cluster.router_http
     os.kill(cluster.pids["router-0"], signal.SIGKILL)
 
     async def answers() -> bool:
@@ -227,6 +229,8 @@ async def test_killed_router_comes_back_on_its_port(cluster: Cluster, alone: lis
             return False
 
     await eventually(answers, 30, "the router at its old address")
+    status, _ = await http(http_address, b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert status == b"HTTP/1.1 200 OK"
 
 
 async def test_killed_store_comes_back_empty_and_is_used_again(cluster: Cluster) -> None:

@@ -82,7 +82,8 @@ def test_served_asked_and_taken_down(serve: Serve, tiny_model_dir: Path) -> None
     cluster_id = serve.cluster_id
 
     members = json.loads(serve.baton("status", "--json").stdout)
-    assert members["routers"][0] in ready
+    assert members["routers"][0] in ready and f"http://{members['router_http'][0]}/v1" in ready
+    assert members["router_http"][0] in serve.baton("status").stdout
     assert [(node["role"], node["node_id"]) for node in members["nodes"]] == [("both", "both-0")]
     assert members["nodes"][0]["arena_id"] == members["arenas"][0]["arena_id"]
     assert "both-0" in serve.baton("status").stdout

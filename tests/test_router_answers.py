@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from router_fakes import EOS, FakeCluster, expected, request, running, saying
 from tools_support import model_folder
 
 from batonpb import common_pb2, inference_pb2
+from deploy.cli import main
 from router.frontend import LEADING_TOKENS
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -202,6 +204,19 @@ async def test_the_prompt_comes_first(cluster: FakeCluster, prompt: str | list[i
         assert responses[0].text == "Naïve 😀 text, " + chr(output[0])
         assert text_of(responses) == "Naïve 😀 text, " + bytes(output).decode()
         assert responses[-1].usage.output_tokens == 5
+
+
+async def test_the_command_line_prints_several_answers(
+    cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "Hello", "--address", cluster.address, "--n", "2", "--echo", "--max-tokens", "4", "--seed", "1"]
+    texts = ["Hello" + bytes(expected([256, *b"Hello"], 4, seed)).decode() for seed in (1, 2)]
+    assert await asyncio.to_thread(main, argv) == 0
+    assert capsys.readouterr().out == f"--- answer 0\n{texts[0]}\n--- answer 1\n{texts[1]}\n"
+    assert await asyncio.to_thread(main, [*argv, "--json"]) == 0
+    assert [answer["text"] for answer in json.loads(capsys.readouterr().out)] == texts
+    assert await asyncio.to_thread(main, [*argv[:5], "17"]) == 1
+    assert "n: must be in [1, 16], got 17" in capsys.readouterr().err
 
 
 async def test_stop_strings_are_not_looked_for_in_the_prompt(cluster: FakeCluster) -> None:

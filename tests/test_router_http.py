@@ -20,7 +20,9 @@ from scraping import scrape
 
 from batonpb import inference_pb2
 from router.config import RouterConfig
+from router.errors import InvalidRequest
 from router.frontend import Frontend
+from router.http_body import MAX_LISTS, MAX_NAMES, MAX_OBJECTS, parse_object
 from router.http_door import HttpDoor
 from router.server import RouterServer
 
@@ -138,6 +140,16 @@ BROKEN: list[tuple[bytes, str]] = [
 ]
 
 
+def test_what_a_small_body_may_become() -> None:
+    for body, words in (
+        (b"[" + b"{}," * MAX_OBJECTS + b"{}]", "objects"),
+        (b"[" + b"[]," * MAX_LISTS + b"{}]", "lists"),
+        (b"{" + b",".join(b'"%d": 1' % n for n in range(MAX_NAMES + 1)) + b"}", "names"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            parse_object(body)
+
+
 async def test_json_that_means_nothing_or_two_things(cluster: FakeCluster) -> None:
     for body, words in BROKEN:
         status, headers, answer = await post(cluster.http_url + COMPLETIONS, body)
@@ -190,10 +202,12 @@ async def test_request_ids(cluster: FakeCluster) -> None:
     status, headers, answer = await post(url + COMPLETIONS, ONCE, {"X-Request-Id": "x" * 129})
     assert status == 400 and check_error(answer, headers)["param"] == "X-Request-Id"
     assert len(headers["X-Request-Id"]) == 32
+    status, headers, answer = await post(url + COMPLETIONS, ONCE | {"n": 2}, {"X-Request-Id": ident})
+    assert status == 200 and headers["X-Request-Id"] == ident and len(answer["choices"]) == 2
     many = {"prompt": ["a", "b"], "max_tokens": 1}
     await post(url + COMPLETIONS, many, {"X-Request-Id": ident})
     for index in (0, 1):
-        ask = inference_pb2.ExplainRequest(request_id=f"{'x' * 124}-{index}")
+        ask = inference_pb2.ExplainRequest(request_id=f"{'x' * 126}-{index}")
         assert (await cluster.stub.Explain(ask)).decisions
 
 

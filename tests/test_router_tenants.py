@@ -409,7 +409,7 @@ async def test_over_http_the_same_limits_are_429_with_retry_after(redis_url: str
         assert (await post()).status == 200
         refused = await post()
         assert refused.status == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
-        assert (await refused.json())["error"]["code"] == "rate_limit_exceeded"
+        assert (await refused.json())["error"]["code"] == "rate_limited"
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await ask(cluster, bearer(KEYS["red"]))
         assert "requests_per_minute: 1 at most" in error.value.details(), "both doors count together"

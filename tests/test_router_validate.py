@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from batonpb import common_pb2, inference_pb2
 from router.errors import InvalidRequest
-from router.validate import Limits, check, check_length, check_model, check_tokens, parse
+from router.validate import (
+    Limits,
+    check,
+    check_detokenize,
+    check_length,
+    check_model,
+    check_prompt,
+    check_tokens,
+    parse,
+)
 
 LIMITS = Limits(max_message_bytes=10_000, max_prompt_bytes=1_000)
 
@@ -165,7 +174,32 @@ def test_bytes_that_are_one() -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_request_or_refused(body: bytes) -> None:
-    try:
-        check(parse(body, LIMITS, inference_pb2.GenerateRequest), LIMITS)
-    except InvalidRequest as error:
-        assert error.field
+    for kind in (inference_pb2.GenerateRequest, inference_pb2.TokenizeRequest):
+        try:
+            message = parse(body, LIMITS, kind)
+            check_prompt(message, LIMITS)
+            if isinstance(message, inference_pb2.GenerateRequest):
+                check(message, LIMITS)
+        except InvalidRequest as error:
+            assert error.field
+
+
+def test_numbers_of_answers() -> None:
+    assert [check(request(n=n), LIMITS).num_answers for n in (0, 1, 16)] == [1, 1, 16]
+    assert check(request(n=16, request_id="i" * 125), LIMITS) and check(request(n=1, request_id="i" * 128), LIMITS)
+    with pytest.raises(InvalidRequest, match=r"^n: must be in \[1, 16\], got 17"):
+        check(request(n=17), LIMITS)
+
+
+def test_what_must_be_called_is_refused_but_can_be_counted() -> None:
+    chat = {"messages": [CHAT(role="user")], "tools": [{"name": "f"}], "tool_choice": "TOOL_CHOICE_REQUIRED"}
+    with pytest.raises(InvalidRequest, match=r"^prompt\.chat\.tool_choice: required is not served yet"):
+        check(inference_pb2.GenerateRequest(chat=chat), LIMITS)
+    assert check_prompt(inference_pb2.TokenizeRequest(chat=chat), LIMITS)["chat"].is_required
+
+
+def test_tokens_to_make_text_of() -> None:
+    message = inference_pb2.DetokenizeRequest(token_ids=[0, 49])
+    assert check_detokenize(message, 50) == [0, 49]
+    with pytest.raises(InvalidRequest, match=r"^token_ids: token ids must be below 49"):
+        check_detokenize(message, 49)
