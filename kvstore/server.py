@@ -61,7 +61,7 @@ class StoreConfig:
     """How to run a store. `dir` is its own, short (a unix socket lives in it), and best under /dev/shm."""
 
     dir: str
-    redis_url: str
+    redis_url: str = field(repr=False)  # may have a password in it
     slot_bytes: int  # block_bytes of the model
     memory_bytes: int  # of the arena, taken whole at the start
     eviction: str = "s3fifo"  # or "lru"

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from batonpb import node_pb2_grpc
+from batonpb import node_pb2, node_pb2_grpc
 from kvstore.directory import NodeRecord
 from router.backlog import Backlog
 from router.cluster import NodeView
 from router.legs import Burden, Callee, DecodeLeg, Leg, PrefillLeg, Work
 from router.speeds import GUESSED_PREFILL, GUESSED_STEP, NodeSpeeds, PrefillSpeed, StepSpeed
+from router.tenants import AUTHORIZATION
 
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 2**20),
@@ -32,7 +34,8 @@ LegT = TypeVar("LegT", bound=Leg)
 class Node:
     """One node process, as seen from here: its last record, its connection, and this router's legs on it."""
 
-    def __init__(self, record: NodeRecord, now_s: float) -> None:
+    def __init__(self, record: NodeRecord, now_s: float, token: str = "") -> None:
+        """`token` goes with each call but those about its health."""
         self.record = record
         self.seen_s = now_s
         self.busy_s = now_s
@@ -45,8 +48,13 @@ class Node:
         self.asking: asyncio.Task[None] | None = None
         self.legs: set[Leg] = set()
         self._channel = grpc.aio.insecure_channel(record.address, options=CHANNEL_OPTIONS)
-        self._prefill = node_pb2_grpc.PrefillStub(self._channel).Prefill  # type: ignore[no-untyped-call]
-        self._decode = node_pb2_grpc.DecodeStub(self._channel).Decode  # type: ignore[no-untyped-call]
+        prefill = node_pb2_grpc.PrefillStub(self._channel)  # type: ignore[no-untyped-call]
+        decode = node_pb2_grpc.DecodeStub(self._channel)  # type: ignore[no-untyped-call]
+        control = node_pb2_grpc.NodeControlStub(self._channel)  # type: ignore[no-untyped-call]
+        metadata = ((AUTHORIZATION, f"Bearer {token}"),) if token else None
+        self._prefill = partial(prefill.Prefill, metadata=metadata)
+        self._decode = partial(decode.Decode, metadata=metadata)
+        self._drain = partial(control.Drain, metadata=metadata)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     def update(self, record: NodeRecord, now_s: float, last_poll_s: float) -> None:
@@ -124,6 +132,11 @@ class Node:
                 return ""  # it answers, and that is what was asked
             return f"health: {error.code().name}: {error.details()}"
         return "" if answer.status == health_pb2.HealthCheckResponse.SERVING else "health: not serving"
+
+    async def drain(self, undo: bool, timeout_s: float) -> bool:
+        """Whether it takes nothing new from now on. Raises `grpc.aio.AioRpcError`."""
+        load = await self._drain(node_pb2.DrainRequest(undo=undo), timeout=timeout_s)
+        return bool(load.draining)
 
     def break_off(self, problem: str) -> None:
         for leg in list(self.legs):
