@@ -13,7 +13,7 @@ import uuid
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from router.errors import InvalidRequest, RouterError
+from router.errors import ClusterUnavailable, InvalidRequest, RouterError
 from router.frontend import Frontend
 from router.http_errors import Failure, RefusedCall, failure_of
 from router.http_routes import REQUEST_ID, Call, Routes
@@ -38,6 +38,7 @@ class HttpDoor:
         self._calls: set[asyncio.Task[object]] = set()
         self._runner: web.ServerRunner | None = None
         self._site: web.SockSite | None = None
+        self._is_closing = False
 
     async def open(self, host: str, port: int, ssl_context: ssl.SSLContext | None = None) -> int:
         """Listens; returns the port. Raises `RuntimeError` where it is taken."""
@@ -56,8 +57,9 @@ class HttpDoor:
         return int(listener.getsockname()[1])
 
     async def close(self, drain_s: float) -> None:
-        """Takes no new connections, lets calls end within `drain_s`, cuts off the others. Idempotent."""
+        """Takes no new calls, lets those that run end within `drain_s`, cuts off the others. Idempotent."""
         runner, self._runner = self._runner, None
+        self._is_closing = True
         if runner is None or self._site is None:
             return
         await self._site.stop()
@@ -81,6 +83,8 @@ class HttpDoor:
         is_id = 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
         call = Call(request, given if is_id else uuid.uuid4().hex, time.monotonic())
         try:
+            if self._is_closing:
+                raise ClusterUnavailable("this router is stopping")
             if given and not is_id:
                 limit = f"{MAX_REQUEST_ID_CHARS} printable ASCII characters at most"
                 raise InvalidRequest("request_id", f"{limit}, got {len(given)}")
@@ -96,6 +100,8 @@ class HttpDoor:
             response = _refusal(failure_of(error, call.renamed))
         if not response.prepared:
             _mark(response, call.request_id)
+            if self._is_closing:
+                response.force_close()
         return response
 
 

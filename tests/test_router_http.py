@@ -11,6 +11,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc
 import pytest
 from conftest import POCKET, eventually, free_port
@@ -435,7 +436,14 @@ async def test_stopping_waits_for_calls_then_cuts_them_off(redis_url: str) -> No
             node.step_s = 0.02
         asking = asyncio.create_task(post(cluster.http_url + CHAT, HELLO))
         await eventually(lambda: cluster.nodes["decode0"].seen.starts, 5, "it runs")
-        await cluster.router.stop()
+        async with aiohttp.ClientSession() as session:  # whose connection stays open
+            async with session.get(f"{cluster.http_url}/health") as health:
+                assert health.status == 200
+            stopping = asyncio.create_task(cluster.router.stop())
+            await asyncio.sleep(0.05)
+            async with session.get(f"{cluster.http_url}/health") as health:
+                assert health.status == 503 and "Retry-After" in health.headers
+        await stopping
         status, _, answer = await asking
         assert status == 200 and answer["choices"][0]["message"]["content"] == TALK
     async with talking(redis_url, drain_s=0.2) as cluster:
