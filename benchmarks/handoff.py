@@ -38,7 +38,7 @@ from benchmarks.engine_shapes import SHAPES
 from benchmarks.rows import Row, print_rows
 from deploy.redis import EmbeddedRedis
 from engine.config import EngineConfig, ModelConfig, kv_layout
-from loadtest.client import Clock
+from loadtest.exchange import Clock
 
 LENGTHS = (1024, 4096, 16384)  # tokens
 OUTPUT_TOKENS = 24

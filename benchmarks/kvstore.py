@@ -15,9 +15,10 @@ checksums, until they are committed; Redis is told behind that. Mooncake's evict
 copy of the same blocks out of the same arena. "two clients" are two processes at once, and their sum; Mooncake's
 `process` and LMCache then have two stores.
 
-Over TCP, loopback. Baton's client has no arena, checks what comes, and gets "as received" memory of its own;
-Mooncake and the bare socket receive straight into the engine's blocks in both rows. Peers encrypt nothing: they stand
-beside Baton's encrypted rows with the figures of the plain ones.
+Over TCP, loopback. Baton's client has no arena, checks what comes, and gets "as received" memory of its own; "into the
+engine" it receives there, as a node does, and marks it as come. "by ZeroMQ" is what stores are read over whose records
+name no plain port; it copies into the engine. Mooncake and the bare socket receive straight into the engine's blocks in
+both rows. Peers encrypt nothing: they stand beside Baton's other rows with the same figures.
 
 Look-up. "locate" is `Directory.locate` over Redis, all blocks found, "match" `KVClient.match_local`. Peers have one
 call for both: Mooncake's `batch_is_exist`, LMCache's look at its own memory.

@@ -24,6 +24,7 @@ from kvstore.blocks import BlockHash, KVLayout, Payload
 from kvstore.client import KVClient, Match
 from kvstore.curve import new_wire_key
 from kvstore.directory import Directory
+from kvstore.zmq_wire import ZmqWire
 
 START_LIMIT_S = 60.0
 LAYER_BYTES = 4096  # of the layout below, so a block has any multiple of this
@@ -78,7 +79,9 @@ class BatonClient:
         self._store = store
         self._directory = Directory(shared["redis_url"])
         self._here = KVClient(self._directory, setting.block_bytes, Path(shared["dir"]))
-        self._wire = KVClient(self._directory, setting.block_bytes, None, wire_key=shared["wire_key"])
+        # Over plain TCP where the store is not encrypted, unless the option says ZeroMQ.
+        wire = ZmqWire(setting.block_bytes) if setting.option == "zeromq" else None
+        self._wire = KVClient(self._directory, setting.block_bytes, None, wire_key=shared["wire_key"], wire=wire)
         self._cache = KVCache(layout(setting.block_bytes), setting.num_positions, torch.device("cpu"))
         self.operations = {
             "fetch": self._fetch,
@@ -147,7 +150,7 @@ class BatonClient:
     async def _copy(self, names: Sequence[int], positions: Sequence[int]) -> float:
         match = whole(await self._wire.match([block_hash(name) for name in names]), len(names))
         began_s = time.perf_counter()
-        self._take(await self._wire.fetch(match), positions)
+        self._take(await self._wire.fetch(match, into=self._cache.views(positions)), positions)
         return time.perf_counter() - began_s
 
     async def _locate(self, names: Sequence[int], positions: Sequence[int]) -> float:

@@ -13,6 +13,7 @@ POOL_BYTES = 256 << 20  # of a store's blocks, and of each client's own
 SIZES_KIB = (256, 1024, 4096)
 LOOKED_UP_BLOCKS, LOOKED_UP_BYTES = 8192, 4096
 ENCRYPTED = "baton, encrypted"
+ZEROMQ = "baton, ZeroMQ"
 NON_TEMPORAL = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x40000"}
 ENVIRONMENTS = ("mooncake", "lmcache")  # peers that install_peers.sh sets up
 PEERS = (*ENVIRONMENTS, "memcpy", "redis", "pyzmq", "tcp")
@@ -108,7 +109,11 @@ def wire_measurements(size: str) -> list[Measurement]:
     rows = []
     for operation, how in (("receive", "as received"), ("copy", "into the engine")):
         what = f"{size}: 16 blocks over TCP, {how}"
-        own = (Own(what, operation), Own(f"{what}, encrypted", operation, ENCRYPTED))
+        own = (
+            Own(what, operation),
+            Own(f"{what}, by ZeroMQ", operation, ZEROMQ),
+            Own(f"{what}, encrypted", operation, ENCRYPTED),
+        )
         rows.append(Measurement("GB/s", 16, operation, own))
     both = Own(f"{size}: 16 blocks over TCP, into the engine, two clients", "copy")
     return [*rows, Measurement("GB/s", 16, "copy", (both,), 2)]
@@ -160,7 +165,9 @@ def wire_contenders(wanted: Wanted) -> list[Contender]:
     peers = [mooncake(wanted, "tcp")] if "mooncake" in wanted.peers else []
     wires = [name for name in ("redis", "pyzmq", "tcp") if name in wanted.peers]
     peers += [Contender(name, "benchmarks.kvstore_wires", name) for name in wires]
-    return [baton(), Contender(ENCRYPTED, "benchmarks.kvstore_baton", "encrypted"), *both_ways(peers, wanted.is_quick)]
+    others = [Contender(ZEROMQ, "benchmarks.kvstore_baton", "zeromq", joins="baton")]
+    others.append(Contender(ENCRYPTED, "benchmarks.kvstore_baton", "encrypted"))
+    return [baton(), *others, *both_ways(peers, wanted.is_quick)]
 
 
 def look_up_contenders(wanted: Wanted) -> list[Contender]:

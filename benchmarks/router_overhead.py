@@ -31,7 +31,8 @@ from benchmarks.fake_node import fake_node
 from benchmarks.rows import Row, print_rows
 from deploy.redis import EmbeddedRedis
 from kvstore.directory import Directory
-from loadtest.client import Client, Clock, Shot
+from loadtest.exchange import Clock, Shot, Target, exchange
+from loadtest.grpc_client import GrpcClient
 from loadtest.report import percentile
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
@@ -56,14 +57,14 @@ def _sampling() -> common_pb2.SamplingParams:
     return common_pb2.SamplingParams(temperature=0.0, seed=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
 
 
-def through_router(client: Client, generator: random.Random, legs: int) -> Way:
+def through_router(client: GrpcClient, generator: random.Random, legs: int) -> Way:
     """One request as a user makes it; checks that it came back whole and took the `legs` that the direct way takes."""
     alphabet = string.ascii_letters + string.digits + " .,\n"
 
     async def way() -> Times:
         text = "".join(generator.choices(alphabet, k=PROMPT_CHARACTERS))
         shot = Shot(0, 0.0, inference_pb2.GenerateRequest(text=text, sampling=_sampling()))
-        record = await client.generate(shot, Clock())
+        record, _ = await exchange(client, shot, Clock())
         if record.error or record.output_tokens != OUTPUT_TOKENS:
             raise RuntimeError(f"the router's answer is not whole: {record}")
         if 1 + bool(record.prefill_node) != legs:
@@ -134,7 +135,7 @@ async def _router(redis_url: str, cluster: str) -> AsyncIterator[str]:
         await process.wait()
 
 
-async def _wait_for_nodes(client: Client, redis_url: str, cluster: str, count: int) -> None:
+async def _wait_for_nodes(client: GrpcClient, redis_url: str, cluster: str, count: int) -> None:
     directory = Directory(redis_url, cluster)
     while len(await directory.nodes()) < count:
         await asyncio.sleep(0.05)
@@ -149,7 +150,7 @@ async def _measure(layout: str, redis_url: str, num_requests: int, repeats: int)
     async with AsyncExitStack() as stack:
         node_address = await stack.enter_async_context(fake_node(redis_url, cluster, roles))
         router_address = await stack.enter_async_context(_router(redis_url, cluster))
-        client = await stack.enter_async_context(Client(router_address, timeout_s=30.0))
+        client = await stack.enter_async_context(GrpcClient(Target(router_address, timeout_s=30.0)))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(node_address))
         await _wait_for_nodes(client, redis_url, cluster, len(roles))
         generator = random.Random(0)

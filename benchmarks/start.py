@@ -28,7 +28,8 @@ from batonpb import common_pb2, inference_pb2
 from benchmarks.rows import Row, print_rows
 from deploy.state import ServeState, StateDir
 from kvstore.directory import Directory
-from loadtest.client import Client, Clock, Shot
+from loadtest.exchange import Clock, Shot, Target, exchange
+from loadtest.grpc_client import GrpcClient
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
 PROMPT = "The main function reads its arguments and "
@@ -77,10 +78,10 @@ def _wait_until_ready(process: subprocess.Popen[bytes], folder: StateDir) -> Ser
 
 async def _first_token(address: str, clock: Clock) -> float:
     sampling = common_pb2.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-    async with Client(address, timeout_s=60.0) as client:
+    async with GrpcClient(Target(address, timeout_s=60.0)) as client:
         await client.get_model()
         request = inference_pb2.GenerateRequest(text=PROMPT, sampling=sampling)
-        record = await client.generate(Shot(0, 0.0, request), clock)
+        record, _ = await exchange(client, Shot(0, 0.0, request), clock)
     if record.error:
         raise RuntimeError(f"the first request failed: {record.error}")
     return record.token_times_s[0]

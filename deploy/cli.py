@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from deploy import client, explain, kv, serve
 from deploy.config import DeployError
-from loadtest import bench, plan, simulate
+from loadtest import bench, compare, flags, plan, simulate
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -29,14 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    args.address = client.address_from(args)
+    if args.backend == "grpc":  # over HTTP the server may be anybody's: it must be named
+        args.address = client.address_from(args)
     args.api_key = client.api_key_from(args)
     return bench.run(args)
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    bench.add_arguments(parser)
+    flags.add_arguments(parser)
     serve.add_state_argument(parser)
+    further = parser.add_subparsers(metavar="report", title="results that are there")
+    words = "lay results of runs side by side, in one page"
+    report = further.add_parser("report", help=words, description=words[0].upper() + words[1:] + ".")
+    compare.add_arguments(report)
+    report.set_defaults(command=compare.run)
 
 
 def _parser() -> argparse.ArgumentParser:

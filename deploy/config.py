@@ -62,6 +62,7 @@ class ClusterConfig:
     store_bytes: int = 256 * 2**20
     store_base: Path = Path("/dev/shm")
     store_encryption: bool = True  # between machines, blocks go to holders of this cluster's key alone, encrypted
+    store_tcp: bool = True  # where nothing is encrypted, blocks go over plain TCP, not ZeroMQ
     store_eviction: str = "s3fifo"
     store_disk_bytes: int = 0  # of each machine; 0: no disk
     store_disk_admission: str = "all"

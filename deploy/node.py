@@ -104,7 +104,7 @@ class NodeServer:
         load = await loop.call(Engine.load)
         publisher = Publisher(loop, store, load.total_blocks)
         stack.push_async_callback(publisher.flush)
-        replicator = Replicator(store, publisher, engine.layout.block_bytes)
+        replicator = Replicator(store, publisher, engine.layout.block_bytes, load.total_blocks // 4)
         stack.push_async_callback(replicator.close)
         self.admission = Admission(loop, config.max_queued_requests, config.room_wait_s)
         self.publisher = publisher

@@ -51,6 +51,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="stores answer this cluster's nodes alone, and blocks go encrypted between machines (default); without,"
         " whoever reaches a store's port reads blocks",
     )
+    add(
+        "--store-tcp",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --no-store-encryption, blocks go over plain TCP (default), which is faster than ZeroMQ",
+    )
     add("--store-eviction", choices=sorted(POLICIES), default="s3fifo", help="of arenas (default %(default)s)")
     add(
         "--store-disk-bytes", type=_bytes, default="0", metavar="BYTES", help="disk behind each arena (default 0: none)"
@@ -156,6 +162,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         store_bytes=args.store_memory,
         store_base=args.store_dir,
         store_encryption=args.store_encryption,
+        store_tcp=args.store_tcp,
         store_eviction=args.store_eviction,
         store_disk_bytes=args.store_disk_bytes,
         store_disk_admission=args.store_disk_admission,

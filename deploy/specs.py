@@ -69,6 +69,7 @@ class Specs:
             host=machine.label,
             wire_key=self.wire_key,
             trusts_network=not self.config.store_encryption,
+            tcp=self.config.store_tcp,
             metrics=self.config.metrics,
         )
         return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)

@@ -1,6 +1,6 @@
 """The engine: requests in, one step at a time, tokens and full blocks out. Knows no network, no clock but for speed.
 
-Not thread safe, but for `export_blocks` and `timing`: one thread owns an engine (see `engine.loop`).
+Not thread safe, but for `export_blocks`, `lend_blocks` and `timing`: one thread owns an engine (see `engine.loop`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from engine.config import EngineConfig, ModelConfig, kv_layout
 from engine.cuda_graphs import GraphedModel, on_device
 from engine.errors import InvalidRequest, NoRoom, UnknownRequest
 from engine.kv_cache import TORCH_DTYPES, KVCache
+from engine.loans import Loan, Loans
 from engine.model import Model
 from engine.native_model import fastest
 from engine.request import (
@@ -66,6 +67,7 @@ class Engine:
         self._model = on_device(model, self._cache)
         self._runner = Runner(self._model, self._cache.tensor, model_config.eos_token_ids)
         self._pins: Counter[int] = Counter()
+        self._loans = Loans(self._pin, self.unpin)
         self._speed = self._new_meter()
         self.timing = StepTiming()  # of all steps so far, added up; a new value for each step, so any thread may look
 
@@ -156,6 +158,20 @@ class Engine:
         else:
             self._scheduler.add(request)
 
+    def lend_blocks(self, request: Request, num_blocks: int) -> Loan | None:
+        """Where blocks that are to be imported will lie, for a wire to write them there. Any thread may call this.
+
+        They are the `num_blocks` right behind what a held request has, and nobody else's until `end_loan`, whatever
+        becomes of the request. What was written counts once `import_blocks` is given it. None: it has to be copied.
+        """
+        first = request.num_computed_tokens // self.layout.block_size
+        end = min(first + num_blocks, (request.num_tokens - 1) // self.layout.block_size)
+        return self._loans.lend(request, first, end, self._cache.views)
+
+    def end_loan(self, loan: Loan, kept_ids: Sequence[int] = ()) -> None:
+        """To be called once nothing is written any more. Of the blocks, `kept_ids` stay pinned until `unpin`."""
+        self._loans.end(loan, kept_ids)
+
     def import_blocks(self, request_id: str, payloads: Sequence[Payload]) -> int:
         """Adopts blocks that were computed elsewhere, right behind what a held request has; returns how many.
 
@@ -174,19 +190,22 @@ class Engine:
         return adopted
 
     def release(self, request_id: str, tokens: Sequence[int] = ()) -> None:
-        """Lets a held request run, behind `tokens` that were sampled elsewhere. Raises `InvalidRequest` for those."""
+        """Lets a held request run, behind `tokens` that were sampled elsewhere. Raises `InvalidRequest` for those.
+
+        Not while a wire writes into blocks that it has lent.
+        """
         request = self._held(request_id)
         self._check_tokens("tokens", tokens)
         self._check_length("tokens", request.num_tokens + len(tokens))
         for token_id in tokens:
             request.append(token_id)
-        self._scheduler.release(request)
+        self._loans.part(request_id, lambda: self._scheduler.release(request))
 
     def abort(self, request_id: str) -> None:
         """Ends a request in any status and frees its blocks; full computed ones stay cached. Unknown: nothing to do."""
         request = self._scheduler.requests.get(request_id)
         if request is not None:
-            self._scheduler.remove(request, FinishReason.ABORT)
+            self._loans.part(request_id, lambda: self._scheduler.remove(request, FinishReason.ABORT))
 
     def request(self, request_id: str) -> Request:
         """A live request. Raises `UnknownRequest`."""

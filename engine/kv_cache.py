@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.cuda_copies import BlockCopies
 from kvstore.blocks import KVLayout
@@ -39,17 +40,23 @@ class KVCache:
         self._copies = None if device.type == "cpu" else BlockCopies(blocks)
 
     def write(self, block_id: int, source: memoryview) -> bool:
-        """Copies a payload into a block. False: not a block's length, nothing was copied.
+        """Copies a payload into a block, unless it lies there already. False: not a block's length, nothing was copied.
 
         Nothing reads `source` after this. Steps that run from now on see the block; the thread that runs them calls.
         """
         if source.nbytes != self.block_bytes:
             return False
         if self._host is not None:
-            copy(self._host[block_id], source)
+            block = self._host[block_id]
+            if _address(block) != _address(np.frombuffer(source, np.uint8)):
+                copy(block, source)
         elif self._copies is not None:
             self._copies.write(block_id, np.frombuffer(source, np.uint8))
         return True
+
+    def views(self, block_ids: Sequence[int]) -> list[memoryview]:
+        """The bytes of blocks, writable; [] where they are not in the host's memory."""
+        return [] if self._host is None else [self._host[block_id].data for block_id in block_ids]
 
     def read(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
         """Copies blocks out, each to its destination of `block_bytes` bytes; returns xxh3_64 of each.
@@ -64,6 +71,10 @@ class KVCache:
             return [copy_and_sum(target, self._host[block_id]) for target, block_id in pairs]
         assert self._copies is not None
         return self._copies.read(block_ids, targets)
+
+
+def _address(array: NDArray[np.uint8]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _host_memory(num_bytes: int) -> torch.Tensor:

@@ -98,7 +98,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None]) -> None:
         """`on_failure` is called on the engine's thread when a step raised; the engine is of no use then."""
-        self.engine = engine  # from outside its thread only immutable attributes, `timing` and `export_blocks`
+        self.engine = engine  # from outside its thread only what is immutable, and what its module names
         self.last_progress_s = time.monotonic()
         self._on_failure = on_failure
         self._is_busy = False

@@ -34,41 +34,48 @@ class TokenMask(Protocol):
 
 
 class Masks:
-    """Of the requests in a step that have one; `words` is `[len(row_of), ceil(vocab / 32)]`."""
+    """Of the requests in a step that have one, by the rows of their logits; `words` is `[masks, ceil(vocab / 32)]`."""
 
-    def __init__(self, words: Words, row_of: dict[int, int], errors: dict[int, InvalidRequest]) -> None:
-        """`row_of` and `errors` go by a request's place in the step."""
-        self._words = words
-        self._row_of = row_of
+    def __init__(
+        self, words: Words, vocab_size: int, index_of: dict[int, int], errors: dict[int, InvalidRequest]
+    ) -> None:
+        """`index_of` has the index in `words` for each row; `errors` is what came instead."""
         self.errors = errors
+        self._words = words
+        self._vocab_size = vocab_size
+        self._index_of = index_of
 
-    def __contains__(self, place: int) -> bool:
-        return place in self._row_of
+    @property
+    def rows(self) -> Sequence[int]:
+        """Those whose mask is known."""
+        return list(self._index_of)
 
-    def allowed_ids(self, place: int, logits: Tensor) -> Tensor:
-        """The ids that a request may take, ascending, on the device of its `logits`, `[vocab]`."""
-        row = self._words[self._row_of[place]].view(np.uint8)
-        if logits.device.type == "cpu":  # numpy's is several times as fast
-            return torch.from_numpy(np.unpackbits(row, bitorder="little").nonzero()[0])
-        bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
-        return (torch.from_numpy(row).to(logits.device)[:, None] >> bits & 1).flatten().nonzero()[:, 0]
+    def allowed(self, rows: Sequence[int], device: torch.device) -> Tensor:
+        """Which tokens these requests may take, `[len(rows), vocab]`, on `device`; at least one in each row."""
+        packed = self._words[[self._index_of[row] for row in rows]].view(np.uint8)
+        if device.type == "cpu":  # numpy's is several times as fast
+            bits = np.unpackbits(packed, axis=-1, count=self._vocab_size, bitorder="little")
+            return torch.from_numpy(bits.view(np.bool_))
+        shifts = torch.arange(8, dtype=torch.uint8, device=device)  # the bits travel, and become bytes there
+        spread = torch.from_numpy(packed).to(device)[:, :, None] >> shifts & 1
+        return spread.flatten(1)[:, : self._vocab_size].bool()
 
 
 def fill_masks(requests: Sequence[Request], vocab_size: int) -> Masks | None:
-    """The masks of all requests that have one, each in a row of the same memory; None where no request has one."""
-    places = [place for place, request in enumerate(requests) if request.mask is not None]
-    if not places:
+    """The masks of all requests that have one, in one piece of memory; None where no request has one."""
+    rows = [row for row, request in enumerate(requests) if request.mask is not None]
+    if not rows:
         return None
-    words = np.zeros((len(places), -(-vocab_size // WORD_BITS)), dtype=np.uint32)
-    row_of: dict[int, int] = {}
+    words = np.zeros((len(rows), -(-vocab_size // WORD_BITS)), dtype=np.uint32)
+    index_of: dict[int, int] = {}
     errors: dict[int, InvalidRequest] = {}
-    for row, place in enumerate(places):
+    for index, row in enumerate(rows):
         try:
-            _fill(requests[place], words[row], vocab_size)
-            row_of[place] = row
+            _fill(requests[row], words[index], vocab_size)
+            index_of[row] = index
         except InvalidRequest as error:
-            errors[place] = error
-    return Masks(words, row_of, errors)
+            errors[row] = error
+    return Masks(words, vocab_size, index_of, errors)
 
 
 def _fill(request: Request, words: Words, vocab_size: int) -> None:

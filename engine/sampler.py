@@ -30,36 +30,55 @@ def sample_all(
 ) -> list[OutputToken | InvalidRequest]:
     """The next token of each request, as `sample` has it; `logits` is float32 `[len(requests), vocab]`, on any device.
 
-    The logits stay on their device, and plain greedy requests share one search for the largest. Where a request's mask
-    has failed, its error stands for a token.
+    The logits stay on their device, and plain greedy requests share one search for the largest; those with a mask share
+    another one. Where a mask has failed, its error stands for a token.
     """
-    is_plain = [_is_plain_greedy(request) for request in requests]
+    is_plain = [request.mask is None and _is_greedy(request.params, request.num_output_tokens) for request in requests]
     largest = _argmax(logits) if any(is_plain) else []
+    masked = {} if masks is None else _sample_masked(logits, requests, eos_token_ids, masks)
     return [
-        OutputToken(largest[row]) if is_plain[row] else _sample_one(logits[row], request, eos_token_ids, masks, row)
+        OutputToken(largest[row])
+        if is_plain[row]
+        else masked.get(row) or _sample_one(logits[row], request, eos_token_ids)
         for row, request in enumerate(requests)
     ]
 
 
+def _sample_masked(
+    logits: Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int], masks: Masks
+) -> dict[int, OutputToken | InvalidRequest]:
+    """By row, of all requests that have a mask."""
+    sampled: dict[int, OutputToken | InvalidRequest] = dict(masks.errors)
+    greedy = [row for row in masks.rows if _is_masked_greedy(requests[row])]
+    if greedy:
+        allowed = masks.allowed(greedy, logits.device)
+        token_ids = _argmax_of(logits[greedy].masked_fill(~allowed, -math.inf), allowed)
+        sampled |= {row: OutputToken(token_id) for row, token_id in zip(greedy, token_ids, strict=True)}
+    for row in masks.rows:
+        if row not in sampled:
+            [allowed] = masks.allowed([row], logits.device)
+            sampled[row] = _sample_one(logits[row], requests[row], eos_token_ids, allowed)
+    return sampled
+
+
 def _sample_one(
-    logits: Tensor, request: Request, eos_token_ids: Sequence[int], masks: Masks | None, place: int
-) -> OutputToken | InvalidRequest:
-    allowed_ids = None
-    if masks is not None and request.mask is not None:
-        if place in masks.errors:
-            return masks.errors[place]
-        allowed_ids = masks.allowed_ids(place, logits)
+    logits: Tensor, request: Request, eos_token_ids: Sequence[int], allowed: Tensor | None = None
+) -> OutputToken:
     prompt = request.token_ids[: request.num_prompt_tokens]
     output = request.token_ids[request.num_prompt_tokens :]
-    return sample(logits, prompt, output, request.params, eos_token_ids, allowed_ids)
+    return sample(logits, prompt, output, request.params, eos_token_ids, allowed)
 
 
-def _is_plain_greedy(request: Request) -> bool:
-    """Whether nothing but the largest logit matters."""
-    params = request.params
-    if params.temperature != 0.0 or params.logprobs is not None or request.mask is not None or params.logit_bias:
+def _is_greedy(params: SamplingParams, num_output_tokens: int) -> bool:
+    """Whether nothing but the largest logit matters, or the largest allowed one."""
+    if params.temperature != 0.0 or params.logprobs is not None or params.logit_bias:
         return False
-    return not _has_penalties(params) and request.num_output_tokens >= params.min_tokens
+    return not _has_penalties(params) and num_output_tokens >= params.min_tokens
+
+
+def _is_masked_greedy(request: Request) -> bool:
+    """With `ignore_eos` not all of what is allowed may be taken."""
+    return not request.params.ignore_eos and _is_greedy(request.params, request.num_output_tokens)
 
 
 def _argmax(logits: Tensor) -> list[int]:
@@ -69,29 +88,41 @@ def _argmax(logits: Tensor) -> list[int]:
     return token_ids
 
 
+def _argmax_of(scores: Tensor, allowed: Tensor) -> list[int]:
+    """Of each row, among what is allowed: also where its logits are all minus infinity."""
+    ids = _argmax(scores)
+    is_allowed = allowed[range(len(ids)), ids].tolist()
+    return [
+        token_id if fits else int(row.int().argmax())
+        for token_id, fits, row in zip(ids, is_allowed, allowed, strict=True)
+    ]
+
+
 def sample(  # noqa: PLR0913
     logits: Tensor,
     prompt_ids: Sequence[int],
     output_ids: Sequence[int],
     params: SamplingParams,
     eos_token_ids: Sequence[int],
-    allowed_ids: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> OutputToken:
     """The next token of one request. `logits` is float32 `[vocab]` and is left as it is.
 
     In this order: logit_bias, penalties, the mask, min_tokens, temperature, top_k, top_p, min_p. Temperature 0 is
     greedy; of equal logits the lowest id wins. Log probabilities are of the raw logits.
 
-    `allowed_ids` are those that a mask leaves, ascending and one at least, on the device of `logits`; None: all. No
-    other one is ever taken. min_tokens and ignore_eos put the end off only as long as the mask leaves anything else.
+    `allowed`, bool `[vocab]`, is what a mask leaves, one token at least; None: all. No other one is ever taken.
+    min_tokens and ignore_eos put the end off only as long as the mask leaves anything else.
     """
     scores = logits
     if params.logit_bias:
         scores = _biased(scores, params.logit_bias)
     if _has_penalties(params):
         scores = _penalised(scores, prompt_ids, output_ids, params)
-    if allowed_ids is not None:
-        allowed_ids = _without_ends(allowed_ids, len(output_ids), params, eos_token_ids)
+    allowed_ids = None
+    if allowed is not None:
+        # What is not allowed is left out, so that not even rounding can find it.
+        allowed_ids = _without_ends(allowed, len(output_ids), params, eos_token_ids).nonzero()[:, 0]
         scores = scores[allowed_ids]
     elif len(output_ids) < params.min_tokens:
         scores = _without(scores, (*eos_token_ids, *params.stop_token_ids))
@@ -127,15 +158,16 @@ def _biased(scores: Tensor, logit_bias: Sequence[tuple[int, float]]) -> Tensor:
 
 
 def _without_ends(
-    allowed_ids: Tensor, num_output_tokens: int, params: SamplingParams, eos_token_ids: Sequence[int]
+    allowed: Tensor, num_output_tokens: int, params: SamplingParams, eos_token_ids: Sequence[int]
 ) -> Tensor:
-    """The allowed ids that do not end the output while it is to go on; all of them where no other is left."""
+    """The allowed tokens that do not end the output while it is to go on; all of them where no other is left."""
     is_early = num_output_tokens < params.min_tokens
     if not is_early and not params.ignore_eos:
-        return allowed_ids
+        return allowed
     ends = [*eos_token_ids, *(params.stop_token_ids if is_early else ())]
-    others = allowed_ids[~torch.isin(allowed_ids, torch.tensor(ends, dtype=torch.int64, device=allowed_ids.device))]
-    return others if len(others) else allowed_ids
+    others = allowed.clone()
+    others[[token_id for token_id in ends if token_id < allowed.shape[0]]] = False
+    return others if bool(others.any()) else allowed
 
 
 def _has_penalties(params: SamplingParams) -> bool:

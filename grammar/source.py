@@ -19,6 +19,7 @@ MAX_CHOICE_CHARS = 1024
 # A multiple of m is told by an automaton of m states for each digit's place, and no limit of the library's holds for
 # making it: 10,000 take 20 ms and 13 MB, 1,000,000 take 5 s and 400 MB.
 MAX_MULTIPLES = 10_000
+MAX_DECIMALS = 32
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,13 @@ def _multiples(schema: Any) -> Iterator[int | float]:
 
 
 def _states(number: int | float) -> float:
-    """How many units of its last decimal a number is; 0.25 is 25."""
-    exact = Decimal(str(number)) if math.isfinite(number) else Decimal("inf")
-    if not exact.is_finite() or abs(exact.adjusted()) > 32:
+    """How many units of its last decimal a number is; 0.25 is 25. Infinite beyond what anybody could mean."""
+    if isinstance(number, int):
+        return abs(number) if abs(number) <= MAX_MULTIPLES else math.inf
+    exact = Decimal(repr(number))
+    if not exact.is_finite() or abs(exact.adjusted()) > MAX_DECIMALS:
         return math.inf
-    return abs(float(exact.scaleb(max(0, -int(exact.normalize().as_tuple().exponent)))))
+    return float(abs(exact).scaleb(max(0, -int(exact.normalize().as_tuple().exponent))))
 
 
 def _check(ok: bool, kind: str, problem: str) -> None:

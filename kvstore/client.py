@@ -26,7 +26,7 @@ from kvstore.links import Links, link_of
 from kvstore.local import LocalArena, StorePaths, to_end
 from kvstore.quotas import SHARED, Owner
 from kvstore.wire import Outcome, State, Wire
-from kvstore.zmq_wire import ZmqWire
+from kvstore.wires import default_wire
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Match:
 class KVClient:
     """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; with None all
     goes over the wire and nothing is published. `timeout_s` bounds each wait for a store, plus what the bytes take.
-    Where no `wire` is given it is ZeroMQ, and stores with the same `wire_key` are read, "" being a key like others.
+    Where no `wire` is given, stores with the same `wire_key` are read, "" being a key like others (`kvstore/wires.py`).
     """
 
     def __init__(  # noqa: PLR0913
@@ -75,7 +75,7 @@ class KVClient:
         self._slot_bytes = slot_bytes
         self._paths = None if local_dir is None else StorePaths(local_dir)
         self._timeout_s = timeout_s
-        self._wire = wire or ZmqWire(slot_bytes, wire_key)
+        self._wire = wire or default_wire(slot_bytes, wire_key)
         self.links = Links(slot_bytes, time.monotonic)
         self._copier = ThreadPoolExecutor(max_workers=_NUM_COPIERS, thread_name_prefix="kv-copy")
         self._local: LocalArena | None = None
@@ -125,11 +125,16 @@ class KVClient:
         places = here.places + cover.places
         return Match(tuple(hashes[: len(places)]), places, cover.arenas)
 
-    async def fetch(self, match: Match, limit_s: float = math.inf) -> list[Payload]:
+    async def fetch(
+        self, match: Match, limit_s: float = math.inf, into: Sequence[memoryview] | None = None
+    ) -> list[Payload]:
         """The leading run of `match` that could be had, in order. Never raises; failures shorten the run.
 
         What other machines have not sent within `limit_s` is a miss, and who was too slow is left alone for a while:
         whoever can compute the blocks by then need not find out whether a wire that hangs will ever move again.
+
+        `into` has for each block where it is to lie in the end. What comes over a wire that can is received there, and
+        the payload's view is that one; nothing is written any more when `fetch` ends, also by a cancellation.
         """
         deadline_s = time.monotonic() + limit_s
         found: dict[int, Payload] = {}
@@ -145,9 +150,16 @@ class KVClient:
             if payload is None:
                 break  # the run ends here, whatever others hold of the rest
             found[index] = payload
-        runs = [self._fetch_from(match.arenas[name], match, part, deadline_s) for (name, _), part in remote.items()]
-        for got in await asyncio.gather(*runs) if len(runs) > 1 else [await run for run in runs]:
-            found.update(got)
+        runs = [
+            self._fetch_from(match.arenas[name], match, part, deadline_s, into) for (name, _), part in remote.items()
+        ]
+        if len(runs) == 1:
+            found.update(await runs[0])
+        elif runs:
+            async with asyncio.TaskGroup() as group:  # which ends behind the last of them: `into` is written by all
+                tasks = [group.create_task(run) for run in runs]
+            for task in tasks:
+                found.update(task.result())
         payloads: list[Payload] = []
         while len(payloads) in found:
             payloads.append(found[len(payloads)])
@@ -268,7 +280,12 @@ class KVClient:
             self._local = None
 
     async def _fetch_from(
-        self, record: ArenaRecord, match: Match, indices: Sequence[int], deadline_s: float
+        self,
+        record: ArenaRecord,
+        match: Match,
+        indices: Sequence[int],
+        deadline_s: float,
+        into: Sequence[memoryview] | None,
     ) -> dict[int, Payload]:
         """Blocks that come over one link, by index; the leading run of `indices` that could be had."""
         found: dict[int, Payload] = {}
@@ -276,21 +293,27 @@ class KVClient:
         for start in range(0, len(indices), step):
             part = indices[start : start + step]
             hashes = [match.hashes[index] for index in part]
-            outcome = await self._transfer(record, link_of(match.places[part[0]]), hashes, deadline_s)
+            views = None if into is None else [into[index] for index in part]
+            outcome = await self._transfer(record, link_of(match.places[part[0]]), hashes, deadline_s, views)
             found.update(zip(part, outcome.payloads, strict=False))
             if outcome.state is not State.COMPLETED or len(outcome.payloads) < len(part):
                 break
         return found
 
     async def _transfer(
-        self, record: ArenaRecord, link: str, hashes: Sequence[BlockHash], deadline_s: float
+        self,
+        record: ArenaRecord,
+        link: str,
+        hashes: Sequence[BlockHash],
+        deadline_s: float,
+        into: Sequence[memoryview] | None,
     ) -> Outcome:
         """Brings the leading run of `hashes`. An arena that failed is left alone for a while."""
         began_s, outcome = time.monotonic(), Outcome(State.PENDING)
         patience_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
         timeout_s = max(0.0, min(patience_s, deadline_s - began_s))
         transfer = self.links.begin(link, len(hashes))
-        ticket = self._wire.submit(record, hashes, timeout_s)
+        ticket = self._wire.submit(record, hashes, timeout_s, into)
         try:
             outcome = await self._wire.poll(ticket, timeout_s)
         finally:

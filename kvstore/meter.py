@@ -33,5 +33,9 @@ class Meter:
             raise OSError("the kernel does not count received bytes")
         return int(_BYTES_RECEIVED.unpack_from(info, _BYTES_RECEIVED_AT)[0])
 
+    def cut_off(self) -> None:
+        """Ends the connection, for both sides. OSError when it has ended."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._socket.close()

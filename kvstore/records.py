@@ -22,6 +22,7 @@ class ArenaRecord:
     free_slots: int = 0
     draining: bool = False  # takes no new blocks
     metrics_address: str = ""  # "ip:port" of its /metrics; "" is none
+    tcp_address: str = ""  # "tcp://ip:port" that blocks are read from in the clear; "": over ZeroMQ alone
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The store: one process on each machine that owns an arena in shared memory and the two sockets in front of it.
 
 Writers of this machine reserve and commit over a unix stream (`kvstore/control.py`); readers of other machines get
-blocks over TCP, sent from the slots without a copy. It knows nothing of what the bytes mean, and no message can make it
-fail.
+blocks over ZeroMQ or plain TCP, sent from the slots without a copy. It knows nothing of what the bytes mean, and no
+message can make it fail.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from kvstore.curve import CURVE_BYTES, Curve, Doorkeeper, is_loopback
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.errors import BadFrame, DirectoryUnavailable
 from kvstore.eviction import ADMISSIONS, POLICIES, AdmitAll
+from kvstore.flood import FloodGuard
 from kvstore.folder import StoreFolder
-from kvstore.frames import MAX_FRAME_BYTES, MAX_QUESTIONS, Ask, Commit, Get, Message, Reserve, Told
+from kvstore.frames import MAX_FRAME_BYTES, MAX_QUESTIONS, Ask, Commit, Get, Got, Message, Reserve, Told
 from kvstore.frames import decode as decode_frame
 from kvstore.inbox import Inbox, plain_socket
 from kvstore.local import MAX_SOCKET_PATH, Description, StorePaths
@@ -45,6 +46,7 @@ from kvstore.service import StoreService
 from kvstore.ssd import BlockFile
 from kvstore.stream import pack
 from kvstore.tally import CONTROL, DATA, StoreTally
+from kvstore.tcp_door import TcpDoor
 from kvstore.tiers import DiskTier
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class StoreConfig:
     host: str = ""  # label of the machine; "": its host name
     wire_key: str = field(default="", repr=False)  # see kvstore/curve.py; "": readers are not asked who they are
     trusts_network: bool = False  # without a wire_key, only this allows an address that other machines reach
+    tcp: bool = True  # without a wire_key, blocks can also be read over plain TCP, which is faster
     metrics: bool = True  # for Prometheus, over HTTP, at a port of their own where blocks are read from
     heartbeat_s: float = 1.0
     ttl_s: float = 5.0
@@ -91,10 +94,13 @@ class StoreServer:
         self._directory = Directory(config.redis_url, config.cluster)
         self._disk: DiskTier | None = None
         self._readers: Inbox | None = None
+        self._flood_guard: FloodGuard | None = None
         self._frames: dict[int, zmq.Frame] = {}  # by slot
         self._tally = StoreTally(time.monotonic)  # the clock that readers of the mapping stamp slots by
         self._control_door = ControlDoor(self._answer_writer, partial(self._refuse, CONTROL))
         self._scrape_door, self._metrics_address = ScrapeDoor(), ""
+        self._tcp_door: TcpDoor | None = None
+        self._tcp_address = ""
         self._curve = Curve(config.wire_key) if config.wire_key else None
 
     async def start(self) -> ArenaRecord:
@@ -107,6 +113,7 @@ class StoreServer:
         self._check()
         predecessor = self._folder.take()
         self._context = zmq.asyncio.Context()
+        self._context.linger = 0  # of all its sockets: nothing waits for a peer that went away
         try:
             memory = await asyncio.to_thread(create_memory, self._paths.memory(self._arena_id), self._arena_bytes)
             self._service = await self._make_service(memory)
@@ -125,7 +132,8 @@ class StoreServer:
             await self._close_doors()
             self._leave()
             raise
-        for loop in (self._announcer.run(), self._reap()):
+        assert self._flood_guard is not None
+        for loop in (self._announcer.run(), self._reap(), self._flood_guard.run()):
             self._spawn(loop)
         self._readers = Inbox(self._data, self._serve_reader)
         if self._curve is not None:
@@ -176,6 +184,7 @@ class StoreServer:
             free_slots=self.arena.num_free,
             draining=self._service.is_draining,
             metrics_address=self._metrics_address,
+            tcp_address=self._tcp_address,
         )
 
     @property
@@ -211,10 +220,14 @@ class StoreServer:
     async def _close_doors(self) -> None:
         await self._control_door.close()
         await self._scrape_door.close()
+        if self._tcp_door is not None:
+            await self._tcp_door.close()
 
     def _leave(self) -> None:
         if self._readers is not None:
             self._readers.close()
+        if self._flood_guard is not None:
+            self._flood_guard.close()
         self._context.destroy(linger=0)
         self._frames.clear()
         self._folder.leave()
@@ -226,9 +239,13 @@ class StoreServer:
             self._doorkeeper = Doorkeeper(self._context, self._curve)
             self._curve.guard(self._data)
         self._data.setsockopt(zmq.SNDHWM, 2 * MAX_QUESTIONS)  # what a reader does not read is dropped beyond that
+        self._flood_guard = FloodGuard(self._context, self._data)
         self._bind(self._data, f"tcp://{self._bind_host}:*")
         port = str(self._data.getsockopt_string(zmq.LAST_ENDPOINT)).rsplit(":", 1)[1]
         self._address = f"tcp://{self.config.advertise_host}:{port}"
+        if self.config.tcp and self._curve is None:  # with a key nobody gets a block in the clear
+            self._tcp_door = TcpDoor(self._find, self._map.view, self.config.slot_bytes, partial(self._refuse, DATA))
+            self._tcp_address = await self._tcp_door.open(self._bind_host, self.config.advertise_host)
 
     def _bind(self, router: zmq.Socket[Any], address: str) -> None:
         router.setsockopt(zmq.LINGER, 0)
@@ -255,6 +272,8 @@ class StoreServer:
         raise BadFrame(f"{type(question).__name__} is no question to this socket")
 
     def _serve_reader(self, frames: list[zmq.Frame]) -> None:
+        if self._flood_guard is not None:
+            self._flood_guard.took(frames)
         try:
             sender, question = decode_question([frame.bytes for frame in frames])
             if isinstance(question, Get) and self._service.needs_disk(question):
@@ -276,6 +295,10 @@ class StoreServer:
     def _answer(self, sender: bytes, question: Get, promoted: frozenset[BlockHash] = frozenset()) -> None:
         answer, slots = self._service.get(question, promoted)
         self._send([sender, answer.encode(), *map(self._frame, slots)])
+
+    async def _find(self, question: Get) -> tuple[Got, list[int]]:
+        needs_disk = self._service.needs_disk(question)
+        return self._service.get(question, await self._service.promote(question) if needs_disk else frozenset())
 
     def _send(self, frames: list[bytes | zmq.Frame]) -> None:
         self._data.send_multipart(frames, zmq.NOBLOCK, copy=False)

@@ -11,12 +11,19 @@ from kvstore.errors import BadFrame
 from kvstore.frames import MAX_FRAME_BYTES, Message, decode
 
 _LENGTHS = struct.Struct("<II")  # of the frame, and of what follows it, in bytes
+HEAD_BYTES = _LENGTHS.size
 
 
 def pack(message: Message, tail: bytes = b"") -> bytes:
     """What is sent. ValueError when the message is over a limit."""
     frame = message.encode()
     return b"".join((_LENGTHS.pack(len(frame), len(tail)), frame, tail))
+
+
+def parse_head(head: bytes | bytearray) -> tuple[int, int]:
+    """The lengths of a frame and of what follows it, of the `HEAD_BYTES` before them. Nobody has checked them."""
+    frame_bytes, tail_bytes = _LENGTHS.unpack(head)
+    return frame_bytes, tail_bytes
 
 
 class Unpacker:

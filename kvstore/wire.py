@@ -1,7 +1,8 @@
 """What brings blocks from another machine's arena to this one, whatever it is made of: capabilities, submit, poll.
 
 A wire moves bytes and checks them; whom to ask for which block, how long to wait, and whom to leave alone for a while
-is its caller's affair. `kvstore/zmq_wire.py` is the one that ships. RDMA would be another class with these methods.
+is its caller's affair. Two ship, `kvstore/zmq_wire.py` and `kvstore/tcp_wire.py`; `kvstore/wires.py` says which is used
+when. RDMA would be another class with these methods.
 """
 
 from __future__ import annotations
@@ -55,8 +56,19 @@ class Wire(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
 
-    def submit(self, record: ArenaRecord, hashes: Sequence[BlockHash], timeout_s: float) -> Ticket:
-        """Begins to bring these blocks from that arena, and returns at once. FAILED once it took `timeout_s`."""
+    def submit(
+        self,
+        record: ArenaRecord,
+        hashes: Sequence[BlockHash],
+        timeout_s: float,
+        into: Sequence[memoryview] | None = None,
+    ) -> Ticket:
+        """Begins to bring these blocks from that arena, and returns at once. FAILED once it took `timeout_s`.
+
+        `into` has for each block where its reader wants it in the end: writable, of the block's size. A wire that can
+        receives there and nowhere else, until `cancel`; others bring blocks in memory of their own. Whatever lies in
+        such a view counts only as an outcome's payload.
+        """
         ...
 
     async def poll(self, ticket: Ticket, wait_s: float) -> Outcome:
@@ -64,7 +76,10 @@ class Wire(Protocol):
         ...
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nobody will ask for this transfer again, done or not: what it holds is let go. Each ticket needs it, once."""
+        """Nobody will ask for this transfer again, done or not: what it holds is let go. Each ticket needs it, once.
+
+        When it returns, nothing is written any more `into` what `submit` was given.
+        """
         ...
 
     async def close(self) -> None:
@@ -74,7 +89,7 @@ class Wire(Protocol):
 
 @dataclass(frozen=True)
 class ReceivedPayload:
-    """A block that came over a wire, checked, in memory of its own."""
+    """A block that came over a wire, checked, in memory of its own, or of its reader's where that was given."""
 
     view: memoryview
 

@@ -40,6 +40,7 @@ class ZmqWire:
         self._slot_bytes = slot_bytes
         self._curve = Curve(wire_key) if wire_key else None
         self._context = zmq.asyncio.Context()
+        self._context.linger = 0
         reuse_freed_memory(_KEPT_BYTES)
         self._connections: dict[str, _Connection] = {}  # by arena id
         self._tickets = itertools.count(1)
@@ -49,7 +50,13 @@ class ZmqWire:
     def capabilities(self) -> Capabilities:
         return Capabilities(max_blocks=MAX_BLOCKS, max_bytes=_TRANSFER_BYTES, is_encrypted=self._curve is not None)
 
-    def submit(self, record: ArenaRecord, hashes: Sequence[BlockHash], timeout_s: float) -> Ticket:
+    def submit(
+        self,
+        record: ArenaRecord,
+        hashes: Sequence[BlockHash],
+        timeout_s: float,
+        into: Sequence[memoryview] | None = None,  # ZeroMQ brings messages in memory of its own
+    ) -> Ticket:
         ticket, transfer = Ticket(next(self._tickets)), _Transfer(hashes, self._slot_bytes)
         self._transfers[ticket] = transfer
         try:

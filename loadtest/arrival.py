@@ -1,7 +1,8 @@
-"""When requests are sent: Poisson arrivals, a closed loop, or both. Pure state; the caller passes the time in.
+"""When requests are sent: an open loop, a closed loop, or both. Pure state; the caller passes the time in.
 
-An open loop (Poisson) does not care how the server fares; a closed loop keeps a fixed number in flight. Together they
-are an open loop with a lid, as with `--request-rate` and `--max-concurrency` of `vllm bench serve`.
+An open loop (Poisson, bursts, a constant rate, a ramp) does not care how the server fares; a closed loop keeps a fixed
+number in flight. Together they are an open loop with a lid, as with `--request-rate` and `--max-concurrency` of
+`vllm bench serve`.
 """
 
 from __future__ import annotations
@@ -9,16 +10,45 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+RAMPS = ("linear", "exponential")
 
 
-def poisson_times_s(num_requests: int, rate_per_s: float, rng: random.Random) -> list[float]:
-    """Ascending send times of a Poisson process. The first is 0; an infinite rate means all of them at once."""
-    if rate_per_s <= 0:
-        raise ValueError(f"the request rate must be positive, got {rate_per_s}")
+@dataclass(frozen=True)
+class Ramp:
+    """A rate that goes from `start_per_s` to `end_per_s`, both positive, as requests go out."""
+
+    start_per_s: float
+    end_per_s: float
+    kind: str = "linear"  # of `RAMPS`
+
+    def rate_per_s(self, share: float) -> float:
+        """The rate when `share` (0 to 1) of the requests are out."""
+        if self.kind == "exponential":
+            return float(self.start_per_s * (self.end_per_s / self.start_per_s) ** share)
+        return self.start_per_s + (self.end_per_s - self.start_per_s) * share
+
+
+def open_times_s(
+    num_requests: int, rate: float | Ramp, rng: random.Random, burstiness: float = 1.0, constant: bool = False
+) -> list[float]:
+    """Ascending send times. The first is 0; an infinite rate means all of them at once.
+
+    Gaps follow a gamma distribution with shape `burstiness` and the rate's mean: 1 is a Poisson process, less comes in
+    bursts, more comes more evenly; `constant` has no chance in it at all.
+    """
+    ramp = rate if isinstance(rate, Ramp) else Ramp(rate, rate)
+    if not (ramp.start_per_s > 0 and ramp.end_per_s > 0):
+        raise ValueError(f"the request rate must be positive, got {min(ramp.start_per_s, ramp.end_per_s)}")
+    if not burstiness > 0:
+        raise ValueError(f"burstiness must be positive, got {burstiness}")
     times_s = [0.0] * num_requests
+    if math.isinf(ramp.start_per_s):
+        return times_s
     for i in range(1, num_requests):
-        gap_s = 0.0 if math.isinf(rate_per_s) else rng.expovariate(rate_per_s)
-        times_s[i] = times_s[i - 1] + gap_s
+        mean_s = 1.0 / ramp.rate_per_s(i / num_requests)
+        times_s[i] = times_s[i - 1] + (mean_s if constant else rng.gammavariate(burstiness, mean_s / burstiness))
     return times_s
 
 

@@ -1,273 +1,232 @@
-"""`baton bench`: sends a stream of prompts to a router and prints what `vllm bench serve` would print.
+"""`baton bench`: sends load to a server and prints what `vllm bench serve` would print.
 
-The shell around the pure parts: arguments, the event loop, the progress bar, files. Knows no node and no store.
+The shell around the pure parts: the event loop, the progress bar, files. Knows no node and no store.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import math
-import random
-import secrets
 import sys
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from batonpb import common_pb2, inference_pb2
-from loadtest.arrival import Arrivals, poisson_times_s
-from loadtest.client import Client, Clock, Shot, measure_loop_lag
-from loadtest.prompts import PrefixShape, Prompt, random_prompts, shared_prefix_prompts
+from loadtest.arrival import open_times_s
+from loadtest.behaviour import Kind, draw_kinds
+from loadtest.config import BenchConfig, BenchError, SweepConfig
+from loadtest.connect import client_maker
+from loadtest.datasets import Material, material_for
+from loadtest.exchange import Client, ModelInfo, SendError
 from loadtest.record import RequestRecord
-from loadtest.report import Report, as_json, render, summarise
+from loadtest.report import Report, lag_of, summarise
+from loadtest.report_html import page
+from loadtest.report_json import result_of, sweep_result_of, write_json
+from loadtest.report_text import render, render_sweep
+from loadtest.runner import Phase, Plan, Runner
+from loadtest.sweep import Search, Step
+from loadtest.workers import run_in_processes
+from loadtest.workload import Dice
 
-_CLOSED_LOOP_DEFAULT = 8
 _ERRORS_SHOWN = 10
-_OK, _SOME_FAILED, _NOT_RUN, _INTERRUPTED = 0, 1, 2, 130
+_OK, _SOME_FAILED, _NOT_RUN, _LATE, _INTERRUPTED = 0, 1, 2, 3, 130
+_LATE_ADVICE = "use --client-processes, a machine with less to do, a lower load, or raise --max-client-lag-ms"
 
 
-class BenchError(Exception):
-    """The run cannot be made; the message says why."""
+class ClientLate(Exception):
+    """The client was too slow for its figures to be trusted; the message says how slow."""
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """What to send. Lengths in tokens; `max_concurrency` None is no lid; `request_rate` per second, may be infinite."""
+class Run:
+    """One run that is over."""
 
-    address: str
-    num_prompts: int
-    request_rate: float
-    max_concurrency: int | None
-    dataset: str
-    input_len: int
-    output_len: int
-    prefix_len: int
-    num_prefixes: int
-    seed: int
-    warmup: int
-    temperature: float
-    ignore_eos: bool
-    timeout_s: float
-    ttft_slo_ms: int | None = None  # the router refuses what it predicts to be later
-    tpot_slo_ms: int | None = None
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> BenchConfig:
-        """Draws a seed where none is given: then a second run finds none of the first run's prompts in a cache."""
-        if not args.address:
-            raise BenchError("--address HOST:PORT of the router is needed")
-        lid: int | None = args.max_concurrency
-        if lid is None and math.isinf(args.request_rate):
-            lid = _CLOSED_LOOP_DEFAULT
-        return cls(
-            address=args.address,
-            num_prompts=args.num_prompts,
-            request_rate=args.request_rate,
-            max_concurrency=lid or None,
-            dataset=args.dataset,
-            input_len=args.input_len,
-            output_len=args.output_len,
-            prefix_len=args.input_len // 2 if args.prefix_len is None else args.prefix_len,
-            num_prefixes=args.num_prefixes,
-            seed=secrets.randbits(32) if args.seed is None else args.seed,
-            warmup=args.warmup,
-            temperature=args.temperature,
-            ignore_eos=args.ignore_eos,
-            timeout_s=args.timeout,
-            ttft_slo_ms=args.ttft_slo_ms,
-            tpot_slo_ms=args.tpot_slo_ms,
-        )
-
-
-def _number(kind: type[int] | type[float], low: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return parse
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be positive or inf, got {text}")
-    return value
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `baton bench`."""
-    count, natural, seconds = _number(int, 1), _number(int, 0), _number(float, 0)
-    add = parser.add_argument
-    add("--address", metavar="HOST:PORT", help="of the router")
-    add("--api-key", default="", metavar="KEY", help="of a tenant; default: the variable BATON_API_KEY")
-    add("--num-prompts", type=count, default=100, metavar="N", help="requests to send (default 100)")
-    add("--request-rate", type=_rate, default=math.inf, metavar="R", help="Poisson arrivals per second (default inf)")
-    lid = f"most requests in flight; 0 = no limit (default {_CLOSED_LOOP_DEFAULT} with an infinite rate, else no limit)"
-    add("--max-concurrency", type=natural, metavar="N", help=lid)
-    add("--dataset", choices=("random", "shared-prefix"), default="random", help="kind of prompts (default random)")
-    add("--input-len", type=count, default=256, metavar="TOKENS", help="of each prompt, in all (default 256)")
-    add("--output-len", type=count, default=64, metavar="TOKENS", help="of each answer (default 64)")
-    add("--prefix-len", type=count, metavar="TOKENS", help="shared-prefix: of the input (default: half of it)")
-    add("--num-prefixes", type=count, default=4, metavar="N", help="shared-prefix: different prefixes (default 4)")
-    add("--seed", type=natural, metavar="S", help="repeat a run's prompts, arrivals and samples (default: fresh ones)")
-    add("--warmup", type=natural, default=0, metavar="N", help="requests before the run, not counted (default 0)")
-    add("--temperature", type=seconds, default=0.0, metavar="T", help="of sampling (default 0 = greedy)")
-    end = "go on behind an end token, so that each answer has --output-len tokens (default on)"
-    add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help=end)
-    add("--timeout", type=seconds, default=600.0, metavar="S", help="deadline of each request (default 600)")
-    add(
-        "--ttft-slo-ms", type=count, metavar="MS", help="the router refuses what it predicts to be later (default none)"
-    )
-    add("--tpot-slo-ms", type=count, metavar="MS", help="likewise, of each token behind the first")
-    add("--json", metavar="FILE", help="also write figures and requests there")
+    records: list[RequestRecord]
+    report: Report
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the benchmark. 0: all requests succeeded; 1: some failed; 2: it could not be run; 130: interrupted."""
+    """0: all requests succeeded; 1: some failed, or no rate met the objectives; 2: it could not be run; 3: the client
+    itself was too slow, no figures; 130: interrupted."""
     try:
         config = BenchConfig.from_args(args)
-        records, report = asyncio.run(_measure(config, args.api_key))
+        for file in (args.result_json, args.json, args.report):
+            _check_writable(file)
+        return asyncio.run(_sweep(config, args) if config.sweep else _measure(config, args))
     except BenchError as exc:
-        print(f"baton bench: {exc}", file=sys.stderr)
-        return _NOT_RUN
+        return _fail(str(exc), _NOT_RUN)
+    except ClientLate as exc:
+        return _fail(f"no figures: {exc}; {_LATE_ADVICE}", _LATE)
     except KeyboardInterrupt:
-        print("baton bench: interrupted, no figures", file=sys.stderr)
-        return _INTERRUPTED
-    print(render(report, config.request_rate, config.max_concurrency))
+        return _fail("interrupted, no figures", _INTERRUPTED)
+
+
+def _fail(words: str, status: int) -> int:
+    print(f"baton bench: {words}", file=sys.stderr)
+    return status
+
+
+def _check_writable(file: Path | None) -> None:
+    """Before the run, not after it."""
+    if file is not None and not file.parent.is_dir():
+        raise BenchError(f"there is no folder {file.parent}")
+
+
+async def _measure(config: BenchConfig, args: argparse.Namespace) -> int:
+    """One run."""
+    async with _Session(config) as session:
+        done = await session.run(config, session.dice)
+    report, lid = done.report, config.load.max_in_flight
+    rate = config.load.rate if isinstance(config.load.rate, float | int) else float("inf")
+    print(render(report, rate, lid, config.percentiles))
     for error, count in list(report.errors.items())[:_ERRORS_SHOWN]:  # the most frequent first
         print(f"baton bench: {count} x {error}", file=sys.stderr)
-    if args.json:
-        content = {"config": asdict(config) | {"request_rate": str(config.request_rate)}} | as_json(report, records)
-        Path(args.json).write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+    result = result_of(config, session.model.name, report, done.records)
+    _write(result, args)
     return _SOME_FAILED if report.failed else _OK
 
 
-async def _measure(config: BenchConfig, api_key: str) -> tuple[list[RequestRecord], Report]:
-    """The key is no part of the config, which is written to files."""
-    console = Console(stderr=True)
-    async with Client(config.address, config.timeout_s, api_key) as client:
-        model = await _get_model(client, config)
-        console.print(f"{model.model} at {config.address}, seed {config.seed}", highlight=False)
-        warmup, shots = _warmup_shots(config, model.vocab_size), _shots(config, model.vocab_size)
-        with _progress(console) as progress:
-            if warmup:
-                await _run_phase("warm-up", client, warmup, config.max_concurrency, progress)
-            lags_s: list[float] = []
-            meter = asyncio.create_task(measure_loop_lag(lags_s))
-            records, duration_s = await _run_phase("bench", client, shots, config.max_concurrency, progress)
-            meter.cancel()
-    return records, summarise(records, duration_s, lags_s)
-
-
-async def _get_model(client: Client, config: BenchConfig) -> inference_pb2.GetModelResponse:
-    try:
-        model = await client.get_model()
-    except grpc.aio.AioRpcError as exc:
-        raise BenchError(f"{config.address} does not serve: {exc.code().name}: {exc.details()}") from exc
-    if config.input_len + config.output_len > model.max_model_len:
-        wanted = f"--input-len {config.input_len} + --output-len {config.output_len}"
-        raise BenchError(f"{wanted} is more than the {model.max_model_len} tokens of {model.model}")
-    return model
-
-
-def _generator(config: BenchConfig, purpose: str) -> random.Random:
-    """One generator for each purpose, so that, say, another rate leaves the prompts as they are."""
-    return random.Random(f"baton-bench/{config.seed}/{purpose}")
-
-
-def _shots(config: BenchConfig, vocab_size: int) -> list[Shot]:
-    times_s = poisson_times_s(config.num_prompts, config.request_rate, _generator(config, "arrivals"))
-    prompts = _prompts(config, vocab_size, _generator(config, "prompts"))
-    seeds = _generator(config, "samples")
-    return [Shot(i, times_s[i], _request(config, prompt, seeds.getrandbits(63))) for i, prompt in enumerate(prompts)]
-
-
-def _warmup_shots(config: BenchConfig, vocab_size: int) -> list[Shot]:
-    """Random prompts of their own, so that the run finds nothing of them in a cache."""
-    generator = _generator(config, "warmup")
-    prompts = random_prompts(config.warmup, config.input_len, vocab_size, generator)
-    return [Shot(i, 0.0, _request(config, prompt, generator.getrandbits(63))) for i, prompt in enumerate(prompts)]
-
-
-def _prompts(config: BenchConfig, vocab_size: int, generator: random.Random) -> list[Prompt]:
-    if config.dataset == "random":
-        return random_prompts(config.num_prompts, config.input_len, vocab_size, generator)
-    shape = PrefixShape(config.prefix_len, config.num_prefixes)
-    try:
-        return shared_prefix_prompts(config.num_prompts, config.input_len, shape, vocab_size, generator)
-    except ValueError as exc:
-        raise BenchError(str(exc)) from exc
-
-
-def _request(config: BenchConfig, prompt: Prompt, seed: int) -> inference_pb2.GenerateRequest:
-    return inference_pb2.GenerateRequest(
-        tokens=inference_pb2.TokenPrompt(token_ids=prompt),
-        sampling=common_pb2.SamplingParams(
-            temperature=config.temperature, seed=seed, max_tokens=config.output_len, ignore_eos=config.ignore_eos
-        ),
-        ttft_slo_ms=config.ttft_slo_ms,
-        tpot_slo_ms=config.tpot_slo_ms,
-    )
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description:<8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    return Progress(*columns, console=console, refresh_per_second=4)
-
-
-async def _run_phase(
-    name: str, client: Client, shots: list[Shot], max_in_flight: int | None, progress: Progress
-) -> tuple[list[RequestRecord], float]:
-    """Sends all shots and waits for all answers; the records in the order of the shots, and the seconds it took."""
-    task_id = progress.add_task(name, total=len(shots), note="")
-    records: list[RequestRecord] = []
-    num_failed = 0
-    clock = Clock()
-
-    async def shoot(index: int) -> None:
-        nonlocal num_failed
-        records.append(await client.generate(shots[index], clock))
-        num_failed += not records[-1].succeeded
-        progress.update(task_id, advance=1, note=f"{num_failed} failed" if num_failed else "")
-
-    await drive(Arrivals([shot.scheduled_s for shot in shots], max_in_flight), shoot, clock)
-    return sorted(records, key=lambda record: record.index), clock()
-
-
-async def drive(arrivals: Arrivals, shoot: Callable[[int], Awaitable[None]], clock: Callable[[], float]) -> None:
-    """Starts `shoot(index)` for each arrival when it is due, and returns when all have ended."""
-    freed = asyncio.Event()
-
-    async def one(index: int) -> None:
-        await shoot(index)
-        arrivals.finished()
-        freed.set()
-
-    async with asyncio.TaskGroup() as group:
-        while True:
-            freed.clear()
-            for index in arrivals.due(clock()):
-                group.create_task(one(index))
-            if arrivals.all_sent:
+async def _sweep(config: BenchConfig, args: argparse.Namespace) -> int:
+    """Runs at one rate after another until the highest that meets the objectives is known."""
+    assert config.sweep is not None
+    wanted = config.sweep
+    search = Search(wanted.start_per_s, wanted.max_per_s, wanted.precision)
+    steps: list[Step] = []
+    late = ""
+    async with _Session(config) as session:
+        while (rate_per_s := search.next_per_s()) is not None:
+            step_config = _at_rate(config, wanted, rate_per_s)
+            try:
+                done = await session.run(step_config, session.dice.step(len(steps)), f"{rate_per_s:.2f}/s")
+            except ClientLate as exc:  # what was measured before was measured in time
+                late = f"no figures from {rate_per_s:.2f} req/s on: {exc}; {_LATE_ADVICE}"
                 break
-            next_s = arrivals.next_s()
-            if next_s is None:  # every place is taken
-                await freed.wait()
-            else:
-                await asyncio.sleep(next_s - clock())
+            steps.append(Step(rate_per_s, done.report))
+            search.tell(rate_per_s, steps[-1].good_share >= wanted.share)
+    print(render_sweep(steps, search.best_per_s, wanted.share))
+    _write(sweep_result_of(config, session.model.name, steps, search.best_per_s), args)
+    if late:
+        return _fail(late, _LATE)
+    return _OK if search.best_per_s else _SOME_FAILED
+
+
+def _at_rate(config: BenchConfig, sweep: SweepConfig, rate_per_s: float) -> BenchConfig:
+    """With requests for `sweep.seconds`, so that a fast step is not over before the server is full."""
+    count = max(config.data.num_prompts, round(rate_per_s * sweep.seconds))
+    return replace(config, load=replace(config.load, rate=rate_per_s), data=replace(config.data, num_prompts=count))
+
+
+def _write(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """The files that were asked for."""
+    if args.result_json:
+        write_json(result, args.result_json, with_requests=args.save_detailed)
+    if args.json:
+        write_json(result, args.json, with_requests=True)
+    if args.report:
+        args.report.write_text(page([("this run", result)]), encoding="utf-8")
+
+
+class _Session:
+    """A connection to the server, with its model known, and a progress bar: `async with`."""
+
+    def __init__(self, config: BenchConfig) -> None:
+        self._config = config
+        self.dice = Dice(config.seed, config.nonce)
+        self._console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(*columns, console=self._console, refresh_per_second=4)
+
+    async def __aenter__(self) -> _Session:
+        config = self._config
+        self._client = await _connected(config)
+        try:
+            self.model = await self._client.get_model()
+            self._warmup = _warmup_plan(config, self.model, self.dice)
+        except SendError as exc:
+            await self._client.__aexit__()
+            words = config.target.redact(str(exc))
+            raise BenchError(f"{config.target.address} does not serve: {words}") from exc
+        except BaseException:
+            await self._client.__aexit__()
+            raise
+        words = f"{self.model.name} at {config.target.address}, seed {config.seed}"
+        self._console.print(words, highlight=False, markup=False)
+        self._progress.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._progress.stop()
+        await self._client.__aexit__()
+
+    async def run(self, config: BenchConfig, dice: Dice, name: str = "bench") -> Run:
+        """One run, warmed up before the first. Raises `BenchError`, `ClientLate`."""
+        material = material_for(config, self.model, dice)
+        plan = _plan(config, material, dice)
+        if material.left_out:
+            words = f"{material.left_out} requests are longer than the model takes and are left out"
+            self._console.print(words, highlight=False)
+        if self._warmup is not None:
+            await self._phase("warm-up", self._warmup)
+            self._warmup = None
+        phase = await self._phase(name, plan)
+        report = summarise(phase.records, phase.duration_s, phase.loop_lags_s, config.slo, phase.num_unsent)
+        if lag := lag_of(report, config.max_client_lag_ms):
+            raise ClientLate(lag)
+        return Run(phase.records, report)
+
+    async def _phase(self, name: str, plan: Plan) -> Phase:
+        task_id = self._progress.add_task(name, total=plan.num_requests, note="")
+        num_failed = 0
+
+        def tell(record: RequestRecord) -> None:
+            nonlocal num_failed
+            num_failed += not record.succeeded and not record.kind
+            self._progress.update(task_id, advance=1, note=f"{num_failed} failed" if num_failed else "")
+
+        if self._config.client_processes > 1:
+            return await run_in_processes(self._config, plan, tell)
+        return await Runner(self._client, client_maker(self._config)).run(plan, tell)
+
+
+async def _connected(config: BenchConfig) -> Client:
+    try:
+        return await client_maker(config)().__aenter__()
+    except (ValueError, OSError) as exc:
+        raise BenchError(f"--address {config.target.address}: {exc}") from exc
+
+
+def _plan(config: BenchConfig, material: Material, dice: Dice) -> Plan:
+    count = len(material.sessions)
+    load = config.load
+    times_s = material.times_s
+    if times_s is None:
+        times_s = open_times_s(count, load.rate, dice.of("arrivals"), load.burstiness, load.constant)
+    kinds = draw_kinds(count, config.cancel_rate, config.bad_clients, dice.of("kinds"))
+    return Plan(material.sessions, times_s, kinds, _seeds(count, dice, "samples"), load.max_in_flight, config.traits)
+
+
+def _seeds(count: int, dice: Dice, purpose: str) -> list[int]:
+    """Of samples: below 2^62, so that the further turns of a session can count on from there."""
+    rng = dice.of(purpose)
+    return [rng.getrandbits(62) for _ in range(count)]
+
+
+def _warmup_plan(config: BenchConfig, model: ModelInfo, dice: Dice) -> Plan | None:
+    """Random prompts of their own, so that the run finds nothing of them in a cache."""
+    if not config.warmup:
+        return None
+    data = replace(config.data, kind="random", num_prompts=config.warmup)
+    material = material_for(replace(config, data=data), model, dice.step(-1))
+    lid = config.load.max_in_flight
+    count = config.warmup
+    return Plan(material.sessions, [0.0] * count, [Kind.GOOD] * count, _seeds(count, dice, "warm-up samples"), lid)

@@ -17,7 +17,7 @@ class RequestRecord:
     """
 
     index: int
-    scheduled_s: float  # when the arrival process wanted it sent
+    scheduled_s: float  # when the arrival process wanted it sent, or its turn of a conversation was due
     sent_s: float
     finished_s: float  # the end of the stream, or the error
     token_times_s: tuple[float, ...] = ()
@@ -30,6 +30,10 @@ class RequestRecord:
     decode_node: str = ""
     migrations: int = 0
     error: str = ""
+    refused: bool = False  # the error says that the request was at fault, or that there was no room for it
+    kind: str = ""  # of a client that misbehaves or leaves (`behaviour.Kind`); such requests are counted apart
+    ready_s: float | None = None  # when the client could first have sent it; None: `scheduled_s`
+    turn: int = 0  # of its conversation, from 0
 
     @property
     def succeeded(self) -> bool:
@@ -58,3 +62,8 @@ class RequestRecord:
     def send_delay_s(self) -> float:
         """How late it was sent: the client's own slowness, and the wait for a place in flight."""
         return self.sent_s - self.scheduled_s
+
+    @property
+    def lateness_s(self) -> float:
+        """How late it was sent through the client's own fault: since it was due and had a place."""
+        return self.sent_s - (self.scheduled_s if self.ready_s is None else self.ready_s)

@@ -21,6 +21,7 @@ from kvstore.blocks import Payload
 from kvstore.client import Match
 from kvstore.quotas import SHARED, Owner
 from node.intake import Intake
+from node.landing import landing
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +144,12 @@ class Fetcher:
         chosen = self._intake.choose(match)
         self._is_declined = chosen.num_blocks < match.num_blocks
         limit_s = self._intake.wire_limit_s(chosen.num_blocks)
-        payloads = await self._store.fetch(chosen, limit_s)
-        num_imported_blocks = await self._import(payloads)
-        self._intake.keep(chosen, payloads, self._owner)
+        if not chosen.arenas:  # all of it is mapped
+            return await self._import(await self._store.fetch(chosen, limit_s))
+        with landing(self._loop, self._request, chosen.num_blocks) as strip:
+            payloads = await self._store.fetch(chosen, limit_s, strip.views)
+            num_imported_blocks = await self._import(payloads)
+            strip.keep(self._intake, chosen, payloads[:num_imported_blocks], self._owner)
         return num_imported_blocks
 
     async def _match(self) -> Match:

@@ -6,7 +6,7 @@ One for each node, shared by its fetchers, on the event loop.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from batonpb import node_pb2
@@ -16,7 +16,7 @@ from kvstore.links import Traffic
 from kvstore.quotas import Owner
 from kvstore.wire import ReceivedPayload
 from node.choice import Choice, choose
-from node.replicator import Replicator
+from node.replicator import Replica, Replicator, nothing
 
 PATIENCE_S = 0.5  # for blocks on their way, while it is not known how long computing them takes
 MIN_WIRE_LIMIT_S = 0.25  # a busy store answers late, and who is cut off is left alone for seconds
@@ -62,21 +62,24 @@ class Intake:
         self.choices.count(choice, match.num_blocks)
         return match.head(choice.num_blocks)
 
-    def keep(self, match: Match, payloads: Sequence[Payload], owner: Owner) -> None:
+    def keep(
+        self, match: Match, payloads: Sequence[Payload], owner: Owner, let_go: Mapping[int, Callable[[], object]]
+    ) -> list[int]:
         """Has what came from other machines of `match`, whose leading run `payloads` is, published on this one too.
 
-        The blocks are `owner`'s.
+        The blocks are `owner`'s. `let_go` has, by index, what will be called once when a payload in memory that is
+        needed elsewhere has been copied; returns the indices for which it will.
         """
         if self.replicator is None:
-            return
+            return []
         here = self.store.local_arena_id
-        found = zip(match.places, match.hashes, payloads, strict=False)
-        blocks = [
-            (block_hash, payload)
-            for (arena_id, _), block_hash, payload in found
-            if arena_id != here and isinstance(payload, ReceivedPayload)
-        ]
-        self.replicator.replicate(blocks, owner)
+        replicas = {
+            index: Replica(match.hashes[index], payload, owner, let_go.get(index, nothing))
+            for index, payload in enumerate(payloads)
+            if match.places[index][0] != here and isinstance(payload, ReceivedPayload)
+        }
+        taken = {replica.block_hash for replica in self.replicator.replicate(replicas.values())}
+        return [index for index in let_go if index in replicas and match.hashes[index] in taken]
 
     def patience_s(self, num_blocks: int) -> float:
         """How long to wait for that many blocks that are said to come: not longer than it takes to compute them."""

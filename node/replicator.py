@@ -1,7 +1,8 @@
 """Publishes what came from other machines into this machine's arena: hot blocks spread by being fetched.
 
 The next reader here finds them mapped, and the wire and the other machine's store are spared. It costs a slot here, for
-which eviction chooses. Knows no request and no engine: the blocks lie in memory, checked, as they came off the wire.
+which eviction chooses. Knows no request: the blocks lie in memory, checked, as they came off the wire. That may be the
+engine's, which keeps them for as long as they wait.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from kvstore.blocks import BlockHash, Payload
 from kvstore.client import KVClient
@@ -23,34 +26,51 @@ MAX_WAITING_BYTES = 64 * 2**20  # as much as one round of a fetch; what comes be
 MAX_BATCH_BYTES = 4 * 2**20  # of one write: the engine's own blocks may have to wait for it
 
 
+def nothing() -> None:
+    """What is to be done for memory of a payload's own."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A block to be published. `let_go` is called, once, when its payload is not needed any more."""
+
+    block_hash: BlockHash
+    payload: Payload
+    owner: Owner = SHARED
+    let_go: Callable[[], object] = nothing
+
+
 class Replicator:
     """One for each node: the blocks that wait, and the task that writes them behind all that the engine has made."""
 
-    def __init__(self, store: KVClient, publisher: Publisher, block_bytes: int) -> None:
+    def __init__(self, store: KVClient, publisher: Publisher, block_bytes: int, max_blocks: int = sys.maxsize) -> None:
+        """At most `max_blocks` wait, beside the limit in bytes."""
         self._store = store
         self._publisher = publisher
-        self._max_waiting_blocks = max(1, MAX_WAITING_BYTES // block_bytes)
+        self._max_waiting_blocks = max(1, min(max_blocks, MAX_WAITING_BYTES // block_bytes))
         self._max_batch_blocks = max(1, MAX_BATCH_BYTES // block_bytes)
-        self._waiting: dict[BlockHash, tuple[Payload, Owner]] = {}  # oldest first
+        self._waiting: dict[BlockHash, Replica] = {}  # oldest first
         self._writing: asyncio.Task[None] | None = None
 
-    def replicate(self, blocks: Iterable[tuple[BlockHash, Payload]], owner: Owner = SHARED) -> None:
-        """Takes an owner's blocks, in the order of their chain, as far as there is room, and returns at once.
+    def replicate(self, replicas: Iterable[Replica]) -> list[Replica]:
+        """Takes blocks, in the order of their chain, as far as there is room, and returns at once, with those.
 
         The store refuses what does not fit into the owner's quota, which holds here as it does elsewhere.
         """
-        if not self._store.can_publish or owner.quota_blocks == 0:
-            return
-        for block_hash, payload in blocks:
+        taken: list[Replica] = []
+        for replica in replicas if self._store.can_publish else ():
             if len(self._waiting) == self._max_waiting_blocks:
                 break
-            self._waiting[block_hash] = payload, owner
+            if replica.owner.quota_blocks != 0 and replica.block_hash not in self._waiting:
+                self._waiting[replica.block_hash] = replica
+                taken.append(replica)
         if self._waiting and self._writing is None:
             self._writing = asyncio.create_task(self._write_all())
+        return taken
 
     async def close(self) -> None:
         """Lets go of what waits; what is being written is written to its end."""
-        self._waiting.clear()
+        self._drop_waiting()
         if self._writing is not None:
             await self._writing
 
@@ -59,24 +79,31 @@ class Replicator:
             while self._waiting:
                 await self._publisher.flush()
                 if self._waiting:  # else it was closed meanwhile
-                    await self._write(*self._take_batch())
+                    await self._write(self._take_batch())
         except Exception:  # nobody waits for these blocks
             logger.exception("event=replicate_failed")
-            self._waiting.clear()
         finally:
+            self._drop_waiting()
             self._writing = None
 
-    def _take_batch(self) -> tuple[list[BlockHash], list[Payload], Owner]:
+    def _take_batch(self) -> list[Replica]:
         """The next blocks, as many as are one owner's and go into one write."""
-        head = list(itertools.islice(self._waiting.items(), self._max_batch_blocks))
-        owner = head[0][1][1]
-        batch = list(itertools.takewhile(lambda item: item[1][1] == owner, head))
-        for block_hash, _ in batch:
-            del self._waiting[block_hash]
-        return [block_hash for block_hash, _ in batch], [payload for _, (payload, _) in batch], owner
+        head = list(itertools.islice(self._waiting.values(), self._max_batch_blocks))
+        batch = list(itertools.takewhile(lambda replica: replica.owner == head[0].owner, head))
+        for replica in batch:
+            del self._waiting[replica.block_hash]
+        return batch
 
-    async def _write(self, hashes: Sequence[BlockHash], payloads: Sequence[Payload], owner: Owner) -> None:
+    async def _write(self, batch: Sequence[Replica]) -> None:
         def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
-            return [copy_and_sum(view, payloads[index].view) for index, view in zip(indices, views, strict=True)]
+            return [copy_and_sum(view, batch[index].payload.view) for index, view in zip(indices, views, strict=True)]
 
-        await self._store.publish(hashes, write, owner)
+        try:
+            await self._store.publish([replica.block_hash for replica in batch], write, batch[0].owner)
+        finally:
+            for replica in batch:
+                replica.let_go()
+
+    def _drop_waiting(self) -> None:
+        while self._waiting:
+            self._waiting.pop(next(iter(self._waiting))).let_go()

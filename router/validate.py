@@ -28,6 +28,7 @@ MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 MAX_BIASES = 300
 MAX_BIAS = 100
+
 M = TypeVar("M", bound=Message)
 
 

@@ -40,7 +40,13 @@ class MemoryWire:
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
-    def submit(self, record: ArenaRecord, hashes: Sequence[BlockHash], timeout_s: float) -> Ticket:
+    def submit(
+        self,
+        record: ArenaRecord,
+        hashes: Sequence[BlockHash],
+        timeout_s: float,
+        into: Sequence[memoryview] | None = None,
+    ) -> Ticket:
         assert 0 < len(hashes) <= self._capabilities.max_blocks and timeout_s >= 0.0
         self.submitted.append((record.arena_id, len(hashes)))
         ticket = Ticket(next(self._tickets))
@@ -125,10 +131,16 @@ class FaultyWire:
     def capabilities(self) -> Capabilities:
         return self.inner.capabilities
 
-    def submit(self, record: ArenaRecord, hashes: Sequence[BlockHash], timeout_s: float) -> Ticket:
+    def submit(
+        self,
+        record: ArenaRecord,
+        hashes: Sequence[BlockHash],
+        timeout_s: float,
+        into: Sequence[memoryview] | None = None,
+    ) -> Ticket:
         fault = self.faults.get(self.num_submitted, Fault())
         self.num_submitted += 1
-        ticket = Ticket(next(self._refused)) if fault.is_refused else self.inner.submit(record, hashes, timeout_s)
+        ticket = Ticket(next(self._refused)) if fault.is_refused else self.inner.submit(record, hashes, timeout_s, into)
         self._faults[ticket] = (fault, time.monotonic())
         return ticket
 

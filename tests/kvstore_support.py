@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+import zmq.asyncio
+
 from kvstore.blocks import BlockHash, Payload, hash_blocks
 from kvstore.copies import copy_and_sum
 from kvstore.frames import MAX_TOLD_BYTES, Message
@@ -115,6 +117,13 @@ def writer_of(hashes: Sequence[BlockHash]) -> Callable[[Sequence[int], Sequence[
         ]
 
     return write
+
+
+def lingerless_context() -> zmq.asyncio.Context:
+    """A test that fails leaves sockets open: what they have not sent must not keep the process from ending."""
+    context = zmq.asyncio.Context()
+    context.linger = 0
+    return context
 
 
 async def announced(*stores: StoreServer) -> None:

@@ -47,6 +47,12 @@ def test_without_encryption_stores_are_told_to_trust_the_network() -> None:
     assert all(one.spec.config.trusts_network for one in placed if one.spec.kind == "store")
 
 
+@pytest.mark.parametrize("tcp", [True, False])
+def test_stores_are_told_whether_blocks_may_go_over_plain_tcp(tcp: bool) -> None:
+    placed = specs_of("", store_encryption=False, store_tcp=tcp)
+    assert [one.spec.config.tcp for one in placed if one.spec.kind == "store"] == [tcp] * 2
+
+
 @pytest.mark.parametrize("kind", ["store", "node"])
 def test_a_process_takes_it_from_its_environment_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config: dict[str, object] = {"dir": "/x", "slot_bytes": 1, "memory_bytes": 1}

@@ -62,7 +62,9 @@ def test_only_allowed_tokens_come(
 ) -> None:
     params = replace(params, ignore_eos=endless)
     tensor = torch.tensor(logits)
-    taken = sample(tensor, prompt, output, params, EOS, torch.tensor(allowed))
+    mask = torch.zeros(SMALL_VOCAB, dtype=torch.bool)
+    mask[allowed] = True
+    taken = sample(tensor, prompt, output, params, EOS, mask)
     assert taken.token_id in allowed
     ends = {*EOS, *params.stop_token_ids} if len(output) < params.min_tokens else set(EOS) if endless else set()
     others = [token_id for token_id in allowed if token_id not in ends]
@@ -74,7 +76,7 @@ def test_only_allowed_tokens_come(
     masked[kept] = tensor[kept]
     if not params.min_tokens or len(output) >= params.min_tokens:
         assert sample(masked, prompt, output, params, EOS).token_id == taken.token_id
-    with_logprobs = sample(tensor, prompt, output, replace(params, logprobs=3), EOS, torch.tensor(allowed))
+    with_logprobs = sample(tensor, prompt, output, replace(params, logprobs=3), EOS, mask)
     assert with_logprobs.token_id == taken.token_id
     assert with_logprobs.logprob == pytest.approx(float(tensor.log_softmax(0)[taken.token_id]), abs=1e-5)
 
@@ -83,7 +85,9 @@ def test_logits_that_are_no_numbers_take_an_allowed_token() -> None:
     for value in (math.nan, math.inf, -math.inf):
         for temperature in (0.0, 1.0):
             params = SamplingParams(temperature=temperature, top_p=0.9, seed=4)
-            assert sample(torch.full((9,), value), [], [], params, (), torch.tensor([4, 7])).token_id in (4, 7)
+            request = Request("r", [1], 1, params, BlockHash(b"root"), 16, mask=RuleMask(lambda _: [4, 7]))
+            [taken] = sample_all(torch.full((1, 9), value), [request], (), fill_masks([request], 9))
+            assert taken.token_id in (4, 7)
 
 
 def test_a_bias_comes_before_all_else() -> None:
@@ -115,7 +119,7 @@ def test_biases_have_limits(bias: tuple[tuple[int, float], ...]) -> None:
 
 
 @pytest.mark.parametrize("vocab", [31, 32, 33, 258, 1024])
-def test_rows_of_bits_become_ids(device: str, vocab: int) -> None:
+def test_rows_of_bits_become_bytes(device: str, vocab: int) -> None:
     generator = np.random.default_rng(vocab)
     rules = [sorted(generator.choice(vocab, size, replace=False).tolist()) for size in (1, vocab // 2, vocab)]
     requests = [
@@ -125,8 +129,9 @@ def test_rows_of_bits_become_ids(device: str, vocab: int) -> None:
     requests.insert(1, Request("plain", [1], 1, SamplingParams(), BlockHash(b"root"), 16))
     found = fill_masks(requests, vocab)
     assert found is not None and not found.errors
-    logits = torch.zeros(vocab, device=device)
-    assert [found.allowed_ids(place, logits).tolist() for place in (0, 2, 3)] == rules
+    allowed = found.allowed([3, 0, 2], torch.device(device))
+    assert allowed.shape == (3, vocab) and allowed.device.type == device
+    assert [row.nonzero()[:, 0].tolist() for row in allowed] == [rules[2], rules[0], rules[1]]
 
 
 def test_bits_beyond_the_vocabulary_are_no_tokens() -> None:
@@ -135,7 +140,7 @@ def test_bits_beyond_the_vocabulary_are_no_tokens() -> None:
             words[:] = 0xFFFFFFFF
 
     found = fill_masks([Request("r", [1], 1, SamplingParams(), BlockHash(b"root"), 16, mask=Full())], 33)
-    assert found is not None and found.allowed_ids(0, torch.zeros(33)).tolist() == list(range(33))
+    assert found is not None and found.allowed([0], torch.device("cpu")).tolist() == [33 * [True]]
 
 
 def test_no_masks_no_work() -> None:

@@ -90,6 +90,12 @@ def test_json_has_white_space_within_a_bound_and_none_around_it() -> None:
     assert allowed('{"a": ', json_schema={"type": "object", "x-guidance": {"whitespace_pattern": " *"}}) is not None
 
 
+def test_properties_come_in_the_order_of_the_schema() -> None:
+    schema = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}}, "required": ["a"]}
+    assert accepts('{"b": 1, "a": 2}', json_schema=schema) and accepts('{"a": 2}', json_schema=schema)
+    assert not accepts('{"a": 2, "b": 1}', json_schema=schema)
+
+
 def test_special_tokens_are_not_text() -> None:
     inside = allowed('"', json_schema={"type": "string"})
     assert inside is not None and not inside & {256, EOS}
@@ -132,9 +138,11 @@ REFUSED = {
         (sampling(json_schema={"type": "string", "format": "nope"}), "nope"),
         (sampling(json_schema={"type": "string", "pattern": "("}), "unclosed"),
         (sampling(json_schema={"type": "what"}), "what"),
-        (sampling(json_schema={"multipleOf": 10_001}), "10000"),
+        (sampling(json_schema={"multipleOf": 10_001}), "10000 steps at most"),
         (sampling(json_schema={"items": [{"multipleOf": 0.9}, {"multipleOf": 99.99}]}), "10008"),
         (sampling(json_schema={"multipleOf": 1e-300}), "inf"),
+        (sampling(json_schema={"multipleOf": 10**400}), "inf"),
+        (sampling(json_schema={"multipleOf": -(10**400)}), "inf"),
         (sampling(json_schema='{"multipleOf": 1e999}'), "inf"),
     ],
 }

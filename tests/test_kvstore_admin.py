@@ -18,7 +18,7 @@ import zmq.asyncio
 from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
-from kvstore_support import SLOT_BYTES, announced, chain, content, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, announced, chain, content, lingerless_context, store_config, take, writer_of
 
 from kvstore import told
 from kvstore.channel import Channel
@@ -49,7 +49,7 @@ async def directory(redis_url: str) -> AsyncIterator[Directory]:
 
 @pytest.fixture
 async def context() -> AsyncIterator[zmq.asyncio.Context]:
-    context = zmq.asyncio.Context()
+    context = lingerless_context()
     yield context
     context.destroy(linger=0)
 
@@ -345,14 +345,15 @@ async def test_with_the_wire_key_operators_of_other_machines_are_heard(
 
 
 async def test_messages_for_the_other_socket_are_refused(store: StoreServer, context: zmq.asyncio.Context) -> None:
+    sockets: list[zmq.asyncio.Socket] = []  # what a closed one has not sent is dropped
     for message in (
         Reserve(1, "ab" * 16, "cd" * 16, HASHES),
         Commit(1, "ab" * 16, "cd" * 16, []),
         Told(1, 5),
     ):
-        socket = context.socket(zmq.DEALER)
-        socket.connect(store.record().address)
-        await socket.send(message.encode())
+        sockets.append(context.socket(zmq.DEALER))
+        sockets[-1].connect(store.record().address)
+        await sockets[-1].send(message.encode())
     await eventually(lambda: store._tally.refused_frames == {"control": 0, "data": 3})
 
 

@@ -20,7 +20,18 @@ import xxhash
 import zmq
 import zmq.asyncio
 from conftest import RedisProcess, eventually
-from kvstore_support import SLOT_BYTES, Process, announced, chain, content, start_store, store_config, take, writer_of
+from kvstore_support import (
+    SLOT_BYTES,
+    Process,
+    announced,
+    chain,
+    content,
+    lingerless_context,
+    start_store,
+    store_config,
+    take,
+    writer_of,
+)
 
 from kvstore.arena_map import MappedPayload
 from kvstore.blocks import BlockHash
@@ -340,7 +351,7 @@ class FakeStore:
     """A store that is in the directory and answers as it likes."""
 
     def __init__(self, answer: Answer) -> None:
-        self.context = zmq.asyncio.Context()
+        self.context = lingerless_context()
         self.socket = self.context.socket(zmq.ROUTER)
         port = self.socket.bind_to_random_port("tcp://127.0.0.1")
         self.record = ArenaRecord(
@@ -404,7 +415,7 @@ async def test_address_of_nobody(directory: Directory, make_client: MakeClient, 
 async def test_late_and_reordered_answers_find_their_question_or_nobody() -> None:
     kept: list[Get] = []
     fake = FakeStore(lambda question: kept.append(question))
-    context = zmq.asyncio.Context()
+    context = lingerless_context()
     channel = Channel(context, fake.record.address, SLOT_BYTES)
     with pytest.raises(ArenaUnavailable):
         await channel.request(lambda request_id: Get(request_id, chain(0, 1)), 0.2)

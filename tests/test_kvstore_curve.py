@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 import zmq.asyncio
-from kvstore_support import SLOT_BYTES, announced, chain, content, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, announced, chain, content, lingerless_context, store_config, take, writer_of
 from zmq.utils import z85
 
 from kvstore.channel import Channel
@@ -81,7 +81,7 @@ async def test_a_store_without_the_key_is_no_store(redis_url: str, short_dir: Pa
 
 async def test_the_stores_public_key_is_not_enough(store: StoreServer) -> None:
     """A peer that knows whom it speaks to, but is none of the readers, is sent away by the doorkeeper."""
-    context = zmq.asyncio.Context()
+    context = lingerless_context()
     socket = context.socket(zmq.DEALER)
     socket.curve_serverkey = Curve(KEY)._store[0]
     socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
@@ -96,7 +96,7 @@ async def test_the_stores_public_key_is_not_enough(store: StoreServer) -> None:
 async def test_nobody_at_the_door_means_nobody_in(store: StoreServer) -> None:
     """A store whose doorkeeper is gone refuses everybody, rather than nobody."""
     store._doorkeeper._socket.close(linger=0)
-    context = zmq.asyncio.Context()
+    context = lingerless_context()
     channel = Channel(context, store.record().address, SLOT_BYTES, Curve(KEY))
     with pytest.raises(ArenaUnavailable):
         await channel.request(lambda request_id: Get(request_id, HASHES), 3.0)
@@ -121,7 +121,7 @@ async def test_frames_of_the_greatest_size_pass_encrypted(redis_url: str, short_
     assert await writer.publish(HASHES[:3], write) == 3
     await announced(store)
     assert take(await reader.fetch(await reader.match(HASHES[:3]))) == data
-    context = zmq.asyncio.Context()
+    context = lingerless_context()
     channel = Channel(context, store.record().address, slot_bytes, Curve(KEY))
     answer = await channel.request(lambda request_id: Get(request_id, chain(9, 4096)), 10.0)
     assert answer.message.blocks == []

@@ -23,7 +23,7 @@ import zmq.asyncio
 from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
-from kvstore_support import REPOSITORY, ControlPeer, chain, store_config
+from kvstore_support import REPOSITORY, ControlPeer, chain, lingerless_context, store_config
 
 from kvstore.arena import Reservation, Written
 from kvstore.channel import Answer
@@ -260,7 +260,7 @@ class FuzzedStore:
         if place == "control":
             await self._send_to_control(messages)
             return
-        context = zmq.asyncio.Context()
+        context = lingerless_context()
         peer = context.socket(zmq.DEALER)
         peer.setsockopt(zmq.SNDHWM, 0)
         if self.wire_key:

@@ -11,7 +11,7 @@ import pytest
 import zmq
 import zmq.asyncio
 from conftest import eventually
-from kvstore_support import SLOT_BYTES, ControlPeer, announced, chain, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, ControlPeer, announced, chain, lingerless_context, store_config, take, writer_of
 from prometheus_client.core import GaugeMetricFamily
 from scraping import http, scrape
 
@@ -94,7 +94,7 @@ async def test_figures_are_those_of_what_was_done(store: StoreServer, clients: t
 
 
 async def test_what_was_refused(store: StoreServer) -> None:
-    context = zmq.asyncio.Context()
+    context = lingerless_context()
     socket = context.socket(zmq.DEALER)
     socket.connect(store.record().address)
     for _ in range(5):

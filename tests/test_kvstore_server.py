@@ -22,6 +22,7 @@ from kvstore_support import (
     announced,
     chain,
     content,
+    lingerless_context,
     start_store,
     store_config,
     take,
@@ -62,7 +63,7 @@ class Peer:
     """A raw ZeroMQ socket that says what it likes to a store."""
 
     def __init__(self, address: str) -> None:
-        self.context = zmq.asyncio.Context()
+        self.context = lingerless_context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.connect(address)
 

@@ -1,13 +1,13 @@
 """The client over any wire: whatever it does, a fetch is a run of right blocks in bounded time, and the books balance.
 
-The same client that ships drives a wire inside the process, and the one over ZeroMQ, each with faults put upon it.
+The same client that ships drives a wire inside the process and those that ship, each with faults put upon it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ from kvstore.blocks import BlockHash
 from kvstore.client import KVClient, Match
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.server import StoreServer
+from kvstore.tcp_wire import TcpWire
 from kvstore.wire import State, Wire
 from kvstore.zmq_wire import ZmqWire
 
@@ -85,17 +86,22 @@ async def memory(directory: Directory) -> AsyncIterator[Setup]:
     assert inner.is_closed
 
 
-@pytest.fixture
-async def zeromq(
-    directory: Directory, redis_url: str, short_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Setup]:
-    monkeypatch.setattr("kvstore.zmq_wire._TRANSFER_BYTES", STEP * SLOT_BYTES)
+async def filled_store(directory: Directory, redis_url: str, short_dir: Path) -> tuple[StoreServer, ArenaRecord]:
     store = StoreServer(store_config(short_dir / "a", redis_url))
     record = await store.start()
     writer = KVClient(directory, SLOT_BYTES, Path(store.config.dir))
     assert await writer.publish(HASHES, writer_of(HASHES)) == len(HASHES)
     await writer.close()
     await announced(store)
+    return store, record
+
+
+@pytest.fixture
+async def zeromq(
+    directory: Directory, redis_url: str, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Setup]:
+    monkeypatch.setattr("kvstore.zmq_wire._TRANSFER_BYTES", STEP * SLOT_BYTES)
+    store, record = await filled_store(directory, redis_url, short_dir)
     inner = ZmqWire(SLOT_BYTES)
     reader, wire = reader_over(directory, inner)
     setup = Setup(reader, wire, record, store)
@@ -107,7 +113,23 @@ async def zeromq(
     await store.stop()
 
 
-@pytest.fixture(params=["memory", "zeromq"])
+@pytest.fixture
+async def tcp(
+    directory: Directory, redis_url: str, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Setup]:
+    monkeypatch.setattr("kvstore.tcp_wire._TRANSFER_BYTES", STEP * SLOT_BYTES)
+    store, record = await filled_store(directory, redis_url, short_dir)
+    inner = TcpWire(SLOT_BYTES)
+    reader, wire = reader_over(directory, inner)
+    setup = Setup(reader, wire, record, store)
+    yield setup
+    assert setup.in_flight_bytes == 0 and not inner._transfers
+    await eventually(lambda: not inner._running)
+    await reader.close()
+    await store.stop()
+
+
+@pytest.fixture(params=["memory", "zeromq", "tcp"])
 def setup(request: pytest.FixtureRequest) -> Setup:
     return request.getfixturevalue(request.param)
 
@@ -179,7 +201,8 @@ async def test_a_cancelled_fetch_leaves_nothing_behind(setup: Setup) -> None:
 
 async def test_a_fetch_over_two_arenas_ends_with_the_first_gap(setup: Setup) -> None:
     """What comes behind a gap is of no use, and one arena's fault is not the other's."""
-    other = ArenaRecord(arena_id="b" * 32, address="tcp://127.0.0.1:1", host="x", slot_bytes=SLOT_BYTES, num_slots=9)
+    nowhere = "tcp://127.0.0.1:1"
+    other = replace(setup.record, arena_id="b" * 32, address=nowhere, tcp_address=nowhere)
     match = setup.match()
     places = (*match.places[:2], *((other.arena_id, 0) for _ in range(2)), *match.places[4:])
     both = Match(match.hashes, places, {**match.arenas, other.arena_id: other})

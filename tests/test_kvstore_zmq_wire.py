@@ -14,11 +14,13 @@ import xxhash
 import zmq
 import zmq.asyncio
 from conftest import eventually
-from kvstore_support import SLOT_BYTES, chain, content, store_config, take, writer_of
+from kvstore_support import SLOT_BYTES, chain, content, lingerless_context, store_config, take, writer_of
 
 from kvstore.client import KVClient
+from kvstore.curve import Curve, new_wire_key
 from kvstore.directory import ArenaRecord, Directory
 from kvstore.frames import MAX_QUESTIONS, BlockInfo, Get, Got, decode, part_blocks
+from kvstore.inbox import plain_socket
 from kvstore.server import StoreServer
 from kvstore.wire import Outcome, State
 from kvstore.zmq_wire import ZmqWire
@@ -40,7 +42,7 @@ class ScriptedStore:
     """Keeps the questions that it gets, and answers when it is told to."""
 
     def __init__(self) -> None:
-        self.context = zmq.asyncio.Context()
+        self.context = lingerless_context()
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.LINGER, 0)  # from the start: what is queued for a peer that went away is kept else
@@ -308,13 +310,69 @@ async def test_damaged_answers_are_misses(wire: ZmqWire, store: ScriptedStore) -
 # --- the store's side ---
 
 
+@pytest.mark.parametrize("is_keyed", [True, False])
+async def test_a_store_cuts_off_who_sends_a_message_without_an_end(
+    redis_url: str, short_dir: Path, is_keyed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frame after frame, each of a good size: ZeroMQ would keep them all. Others are served behind it.
+
+    A peer made of ZeroMQ only sends what has an end, so this one has; it is cut off long before that.
+    """
+    monkeypatch.setattr("kvstore.flood._LOOK_S", 0.001)
+    key = new_wire_key() if is_keyed else ""
+    store = StoreServer(store_config(short_dir / "a", redis_url, num_slots=10, wire_key=key, tcp=False))
+    record = await store.start()
+    context = lingerless_context()
+    flooder, monitor = (plain_socket(context, kind) for kind in (zmq.DEALER, zmq.PAIR))
+    if is_keyed:
+        Curve(key).identify(flooder)
+    flooder.setsockopt(zmq.SNDHWM, 0)
+    flooder.setsockopt(zmq.RECONNECT_IVL, -1)
+    flooder.monitor("inproc://flooder", zmq.EVENT_DISCONNECTED)
+    monitor.connect("inproc://flooder")
+    flooder.connect(record.address)
+    for _ in range(20):  # good questions are handed out, and count as such
+        flooder.send(Get(1, HASHES).encode())
+    part = zmq.Frame(bytes(1 << 16))
+    for _ in range(1000):
+        flooder.send(part, zmq.SNDMORE, copy=False)  # 65 MB
+    flooder.send(part, copy=False)
+    await eventually(lambda: monitor.poll(0), what="it is cut off")
+    wire = ZmqWire(SLOT_BYTES, key)
+    ticket = wire.submit(record, HASHES[:10], 20.0)
+    assert (await wire.poll(ticket, 20.0)).state is State.COMPLETED
+    wire.cancel(ticket)
+    await wire.close()
+    monitor.close()
+    context.destroy(linger=0)
+    await store.stop()
+
+
+async def test_a_store_watches_its_readers_for_as_long_as_they_are_there(redis_url: str, short_dir: Path) -> None:
+    store = StoreServer(store_config(short_dir / "a", redis_url, num_slots=10, tcp=False))
+    record = await store.start()
+    guard = store._flood_guard
+    assert guard is not None
+    for _ in range(3):
+        wire = ZmqWire(SLOT_BYTES)
+        for _ in range(200):
+            ticket = wire.submit(record, HASHES, 20.0)
+            assert (await wire.poll(ticket, 20.0)).state is State.COMPLETED
+            wire.cancel(ticket)
+        (taken_bytes,) = guard._taken_bytes.values()
+        assert taken_bytes > 200 * 16 * part_blocks(SLOT_BYTES)
+        await wire.close()
+        await eventually(lambda: not guard._meters and not guard._taken_bytes)
+    await store.stop()
+
+
 async def test_a_store_queues_little_for_a_reader_that_does_not_read(redis_url: str, short_dir: Path) -> None:
     store = StoreServer(store_config(short_dir / "a", redis_url, num_slots=10))
     record = await store.start()
     directory = Directory(redis_url)
     writer = KVClient(directory, SLOT_BYTES, Path(store.config.dir))
     assert await writer.publish(HASHES[:10], writer_of(HASHES)) == 10
-    context = zmq.asyncio.Context()
+    context = lingerless_context()
     greedy = context.socket(zmq.DEALER)
     greedy.setsockopt(zmq.RCVHWM, 1)
     greedy.connect(record.address)

@@ -12,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtest.record import RequestRecord
-from loadtest.report import Distribution, as_json, percentile, render, summarise
+from loadtest.report import Distribution, lag_of, percentile, summarise
+from loadtest.report_json import as_json
+from loadtest.report_text import render
+from loadtest.slo import Slo
 
 # Sent at 1 s; tokens at 1.5, 1.6 (two of them) and 1.9; the end at 2.0.
 FIRST = RequestRecord(
@@ -89,7 +92,7 @@ def test_what_holds_for_any_run(run: list[RequestRecord], duration_s: float) -> 
         assert 0 <= times.median_ms <= times.max_ms
         assert times.p99_ms <= times.max_ms + 1e-9
         assert times.mean_ms <= times.max_ms * (1 + 1e-9)
-    json.dumps(as_json(report, run), allow_nan=False)
+    json.dumps(as_json(report), allow_nan=False)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40), st.floats(0, 100))
@@ -123,7 +126,7 @@ def test_the_block_is_that_of_vllm() -> None:
         "Output token throughput (tok/s):         2.50      ",
         "Peak output token throughput (tok/s):    4.00      ",
         "Peak concurrent requests:                2.00      ",
-        "Total Token throughput (tok/s):          82.50     ",
+        "Total token throughput (tok/s):          82.50     ",
         "---------------Time to First Token----------------",
         "Mean TTFT (ms):                          350.00    ",
         "Median TTFT (ms):                        350.00    ",
@@ -147,6 +150,7 @@ def test_the_block_is_that_of_vllm() -> None:
         "----------------------Client----------------------",
         "P99 event loop lag (ms):                 1.00      ",
         "Max event loop lag (ms):                 1.00      ",
+        "P99 lateness of requests (ms):           99.00     ",
         "P99 send delay (ms):                     99.00     ",
         "==================================================",
     ]
@@ -159,10 +163,46 @@ def test_a_closed_loop_names_no_rate() -> None:
     assert "send delay" not in text
 
 
-def test_json_keeps_figures_and_requests() -> None:
-    content = as_json(summarise([FIRST, FAILED], 2.0), [FIRST, FAILED])
+def test_percentiles_and_goodput_as_of_vllm() -> None:
+    report = summarise([FIRST, SECOND, FAILED], 2.0, slo=Slo.parse(["ttft:300", "e2el:1000"]))
+    assert (report.request_goodput, report.good_share) == (0.5, pytest.approx(1 / 3))
+    lines = render(report, percentiles=(50.0, 90.0, 99.9)).splitlines()
+    at = lines.index("Request throughput (req/s):              1.00      ")
+    assert lines[at + 1] == "Request goodput (req/s):                 0.50      "
+    at = lines.index("Median TTFT (ms):                        350.00    ")
+    assert [line.split()[0] for line in lines[at + 1 : at + 4]] == ["P50", "P90", "P99.9"]
+    assert lines[at + 2] == "P90 TTFT (ms):                           470.00    "
+
+
+def test_who_left_or_misbehaved_is_counted_apart() -> None:
+    left = replace(FIRST, kind="cancel")
+    refused = replace(FAILED, kind="malformed", refused=True)
+    report = summarise([FIRST, left, left, refused, replace(refused, refused=False)], 2.0, num_unsent=3)
+    assert (report.completed, report.failed, report.errors, report.unsent) == (1, 0, {}, 3)
+    assert report.total_output_tokens == FIRST.output_tokens
+    expected = {"cancel": {"left": 2}, "malformed": {"refused": 1, "failed: UNAVAILABLE: no node": 1}}
+    assert report.misbehaved == expected
+    cut = replace(refused, kind="oversized", refused=False, error="connection lost: Broken pipe")
+    assert summarise([cut], 1.0).misbehaved == {"oversized": {"cut off": 1}}
+    text = render(report)
+    assert "cancel, left:                            2         \n" in text
+    assert "malformed, failed:                       1         \n" in text
+    assert "Turns not sent after a failure:          3         \n" in text
+
+
+def test_a_client_that_was_late_is_found_out() -> None:
+    report = summarise([FIRST], 1.0, loop_lags_s=[0.001])  # sent 100 ms late
+    assert "its requests 100 ms; limit 50 ms" in lag_of(report, 50.0)
+    assert lag_of(report, 200.0) == lag_of(report, 0.0) == ""
+    waited = replace(FIRST, ready_s=1.0)  # for a place in flight, which is no fault of its own
+    assert lag_of(summarise([waited], 1.0), 50.0) == ""
+    assert "event loop 80 ms" in lag_of(summarise([waited], 1.0, loop_lags_s=[0.08]), 50.0)
+
+
+def test_json_has_figures_by_vllms_names() -> None:
+    content = as_json(summarise([FIRST, FAILED], 2.0), percentiles=(90.0,))
     assert content["completed"] == 1
     assert content["num_ttft"] == 1
-    assert content["mean_ttft_ms"] == content["p99_ttft_ms"] == 500.0
-    assert isinstance(content["requests"], list)
-    assert content["requests"][1]["error"] == "UNAVAILABLE: no node"
+    assert content["mean_ttft_ms"] == content["p99_ttft_ms"] == content["p90_ttft_ms"] == 500.0
+    assert content["std_ttft_ms"] == 0.0
+    assert len(content["ttft_quantiles_ms"]) == 101

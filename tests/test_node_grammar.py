@@ -224,3 +224,18 @@ async def test_what_a_grammar_cannot_do_is_a_status(machine: Machine) -> None:
             await call
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     await eventually(node.is_clean)
+
+
+async def test_a_grammar_that_costs_too_much_ends_behind_its_tokens(machine: Machine) -> None:
+    """Its first state is cheap and the next ones are not, so no check in advance could tell."""
+    node = await machine.node(store_dir="")
+    request = node_request(prompt_of(20), sampling=sampling(regex="((a{1000}){1000}){1000}", max_tokens=100))
+    call = await node.admit(request)
+    await start(call)
+    streamed: list[int] = []
+    with pytest.raises(grpc.aio.AioRpcError, match=r"sampling\.grammar\.regex: .*too many") as error:
+        while True:
+            streamed += ids((await call.read()).tokens.tokens)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert streamed and set(streamed) == {ord("a")}
+    await eventually(node.is_clean)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import xxhash
 
-from kvstore.blocks import BlockHash, Payload
+from kvstore.blocks import BlockHash
 from kvstore.quotas import SHARED, Owner
 from kvstore.wire import ReceivedPayload
 from node import replicator as module
-from node.replicator import Replicator
+from node.replicator import Replica, Replicator
 
 BLOCK_BYTES = module.MAX_BATCH_BYTES // 2  # two blocks a write
 MAX_WAITING = module.MAX_WAITING_BYTES // BLOCK_BYTES
@@ -53,13 +55,17 @@ class Store:
         return len(indices)
 
 
-def block(number: int) -> tuple[BlockHash, Payload]:
+def block(number: int, owner: Owner = SHARED) -> Replica:
     name = number.to_bytes(8, "little")
-    return BlockHash(name * 2), ReceivedPayload(memoryview(name))
+    return Replica(BlockHash(name * 2), ReceivedPayload(memoryview(name)), owner)
 
 
-def blocks(count: int) -> list[tuple[BlockHash, Payload]]:
+def blocks(count: int) -> list[Replica]:
     return [block(number) for number in range(count)]
+
+
+def names_of(replicas: Sequence[Replica]) -> list[BlockHash]:
+    return [replica.block_hash for replica in replicas]
 
 
 @pytest.fixture
@@ -86,16 +92,17 @@ async def test_writes_behind_the_engines_own_blocks_in_the_order_of_the_chain(
     replicator: Replicator, store: Store, publisher: Publisher
 ) -> None:
     given = blocks(5)
-    store.present = {given[1][0]}
+    store.present = {given[1].block_hash}
     replicator.replicate(given[:3])
     replicator.replicate([*given[2:], given[0]])
     await settle()
     assert store.batches == []
     publisher.is_done.set()
     await settle()
-    assert [name for batch in store.batches for name in batch] == [name for name, _ in given], "each once"
+    assert [name for batch in store.batches for name in batch] == names_of(given), "each once"
     assert max(map(len, store.batches)) == 2
-    assert store.blocks == {name: bytes(payload.view) for name, payload in given if name not in store.present}
+    del given[1]
+    assert store.blocks == {replica.block_hash: bytes(replica.payload.view) for replica in given}
 
 
 async def test_what_waits_is_bounded_and_the_head_of_the_chain_is_kept(
@@ -105,7 +112,7 @@ async def test_what_waits_is_bounded_and_the_head_of_the_chain_is_kept(
     replicator.replicate(given)
     publisher.is_done.set()
     await settle()
-    assert list(store.blocks) == [name for name, _ in given[:MAX_WAITING]]
+    assert list(store.blocks) == names_of(given[:MAX_WAITING])
     replicator.replicate(given[MAX_WAITING:])
     await settle()
     assert len(store.blocks) == len(given), "there is room again"
@@ -114,12 +121,12 @@ async def test_what_waits_is_bounded_and_the_head_of_the_chain_is_kept(
 async def test_a_write_is_of_one_owner_and_counts_for_him(
     replicator: Replicator, store: Store, publisher: Publisher
 ) -> None:
-    one, none, given = Owner(b"1" * 16, 7), Owner(b"2" * 16, 0), blocks(6)
+    one, none = Owner(b"1" * 16, 7), Owner(b"2" * 16, 0)
     for number, owner in enumerate((SHARED, one, one, one, SHARED, none)):
-        replicator.replicate([given[number]], owner)
+        replicator.replicate([block(number, owner)])
     publisher.is_done.set()
     await settle()
-    names = [name for name, _ in given]
+    names = names_of(blocks(6))
     assert store.batches == [names[:1], names[1:3], names[3:4], names[4:5]]
     assert store.owners == [SHARED, one, one, SHARED]
 
@@ -145,7 +152,7 @@ async def test_a_write_that_fails_is_forgotten(
     store.error = None
     replicator.replicate([block(9)])
     await settle()
-    assert list(store.blocks) == [block(9)[0]]
+    assert list(store.blocks) == names_of([block(9)])
 
 
 async def test_close_waits_for_what_is_being_written_alone(
@@ -156,5 +163,31 @@ async def test_close_waits_for_what_is_being_written_alone(
     while not store.batches:
         await asyncio.sleep(0)
     await replicator.close()
-    assert list(store.blocks) == [name for name, _ in blocks(2)]
+    assert list(store.blocks) == names_of(blocks(2))
     await replicator.close()
+
+
+async def test_each_block_that_is_taken_is_let_go_of_once(
+    replicator: Replicator, store: Store, publisher: Publisher
+) -> None:
+    """Written, refused by a failing store, or dropped: the memory may be another's from then on."""
+    let_go: list[int] = []
+    given = [replace(block(number), let_go=partial(let_go.append, number)) for number in range(8)]
+    assert replicator.replicate([given[0], *given[:3]]) == given[:3], "one of a name"
+    assert let_go == []
+    publisher.is_done.set()
+    await settle()
+    assert let_go == [0, 1, 2]
+    store.error = ZeroDivisionError()
+    assert replicator.replicate(given[3:6]) == given[3:6]
+    await settle()
+    assert sorted(let_go) == [0, 1, 2, 3, 4, 5]
+    publisher.is_done.clear()
+    assert replicator.replicate(given[6:]) == given[6:]
+    closing = asyncio.create_task(replicator.close())
+    await settle()
+    assert sorted(let_go) == list(range(8))
+    publisher.is_done.set()
+    await closing
+    store.can_publish = False
+    assert replicator.replicate(given) == [] and len(let_go) == 8

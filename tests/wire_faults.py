@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kvstore.client import Match
+from kvstore.records import ArenaRecord
 
 Fault = Callable[[int, bytes], bytes | None]
 """Gets the bytes that come next and how many came before them on this connection; returns what goes on, or None to
@@ -110,6 +111,14 @@ class Wire:
 
 
 def through(match: Match, address: str) -> Match:
-    """The match, with all its arenas at another address."""
-    arenas = {arena_id: replace(record, address=address) for arena_id, record in match.arenas.items()}
+    """The match, with all its arenas at another address: the one that blocks are read from."""
+    arenas = {
+        arena_id: replace(record, **{"tcp_address" if record.tcp_address else "address": address})
+        for arena_id, record in match.arenas.items()
+    }
     return replace(match, arenas=arenas)
+
+
+def block_address(record: ArenaRecord) -> str:
+    """Where a client without a key reads blocks from, and one with a key where the store has one too."""
+    return record.tcp_address or record.address

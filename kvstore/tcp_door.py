@@ -1,0 +1,226 @@
+"""Where other machines read blocks over plain TCP: questions in, blocks out of the slots, without a copy of our own.
+
+A question is a `Get` of any number of blocks, with its lengths before it; the answer is described in
+`kvstore/tcp_receiver.py`. A slot may be used again while it is sent: the reader's checksum tells. Whoever sends
+anything else, or does not read, is cut off. What a reader costs is bounded: one question at a time is looked up, a
+window of it ahead, and the kernel keeps one send buffer of bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from kvstore.errors import BadFrame
+from kvstore.frames import Get, Got, part_blocks
+from kvstore.local import to_end
+from kvstore.stream import Unpacker, pack
+from kvstore.tcp_sockets import lingering, tune, writable
+
+logger = logging.getLogger(__name__)
+
+Find = Callable[[Get], Awaitable[tuple[Got, Sequence[int]]]]
+"""What there is of a question's first `part_blocks`, and in which slots. Must not raise."""
+
+_MAX_READERS = 128  # connections at a time; each may make the kernel keep `SEND_BUFFER_BYTES`
+_THREADS = 2  # that send
+_WINDOW_BYTES = 16 << 20  # looked up ahead: what is looked up late was evicted less likely while it was sent
+_FIRST_QUESTION_S = 5.0  # who connects and asks nothing holds a descriptor for so long
+_NEXT_QUESTION_S = 120.0
+_STALL_S = 5.0  # for so long a reader may take nothing of its answer
+_READ_BYTES = 1 << 16
+_MAX_BUFFERS = 512  # of one call; the kernel takes 1024
+_ACCEPT_PAUSE_S = 0.1  # when no descriptor is left
+
+
+class TcpDoor:
+    """A listening socket and its connections. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        find: Find,
+        view: Callable[[int], memoryview],
+        slot_bytes: int,
+        refuse: Callable[[BadFrame], None],
+    ) -> None:
+        """`view` gives a slot's bytes; `refuse` hears of what was no question."""
+        self._find = find
+        self._view = view
+        self._part_blocks = part_blocks(slot_bytes)
+        self._window_parts = max(1, _WINDOW_BYTES // (self._part_blocks * slot_bytes))
+        self._refuse = refuse
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-tcp")
+        self._readers: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+
+    @property
+    def num_readers(self) -> int:
+        """Connections that are open."""
+        return len(self._readers)
+
+    async def open(self, bind_host: str, advertise_host: str) -> str:
+        """Listens at a port that the kernel chooses; returns the address for others. OSError when it cannot."""
+        self._listener = await asyncio.to_thread(_listen, bind_host)
+        self._accepting = asyncio.create_task(self._accept(self._listener))
+        return f"tcp://{advertise_host}:{self._listener.getsockname()[1]}"
+
+    async def close(self) -> None:
+        """Ends all connections. Idempotent."""
+        tasks = [task for task in (self._accepting, *self._readers) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+        self._threads.shutdown()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                stream, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                logger.warning("event=accept_failed socket=tcp error=%r", error)
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            if len(self._readers) >= _MAX_READERS:
+                stream.close()
+                continue
+            task = asyncio.create_task(self._serve(stream))
+            self._readers.add(task)
+            task.add_done_callback(self._readers.discard)
+
+    async def _serve(self, stream: socket.socket) -> None:
+        try:
+            tune(stream)
+            unpacker, patience_s = Unpacker(), _FIRST_QUESTION_S
+            while True:
+                async with asyncio.timeout(patience_s):
+                    question = await _question(stream, unpacker)
+                await self._answer(stream, question)
+                patience_s = _NEXT_QUESTION_S
+        except BadFrame as error:
+            self._refuse(error)
+        except TimeoutError:
+            logger.info("event=reader_given_up socket=tcp")
+        except OSError:
+            pass  # it went away
+        except Exception:
+            logger.exception("event=message_failed socket=tcp")
+        finally:
+            stream.close()
+
+    async def _answer(self, stream: socket.socket, question: Get) -> None:
+        """The first part is on its way while the next ones are looked up."""
+        outbox = _Outbox(stream, self._threads)
+        try:
+            for number, first in enumerate(range(0, len(question.hashes), self._part_blocks), 1):
+                part = question.hashes[first : first + self._part_blocks]
+                got, slots = await self._find(Get(question.request_id, part))
+                outbox.put([memoryview(pack(got)), *map(self._view, slots)])
+                if len(slots) < len(part):
+                    break
+                if number % self._window_parts == 0:
+                    await outbox.drain()
+            await outbox.drain()
+        finally:
+            await outbox.close()
+
+
+class _Outbox:
+    """What is to be sent over one connection, in order. After an error it is of no further use."""
+
+    def __init__(self, stream: socket.socket, threads: ThreadPoolExecutor) -> None:
+        self._stream = stream
+        self._threads = threads
+        self._rest: deque[memoryview] = deque()
+        self._pushing: asyncio.Future[None] | None = None
+        self._is_begun = False
+
+    def put(self, buffers: Sequence[memoryview]) -> None:
+        """Sends behind what was put before, and returns at once. OSError when the reader is gone.
+
+        What the kernel takes of the first part goes from here: another thread would come to it later than the reader.
+        """
+        self._rest.extend(buffers)
+        if self._pushing is not None:
+            if not self._pushing.done():
+                return
+            self._pushing.result()
+        if not self._is_begun:
+            self._is_begun = True
+            with suppress(BlockingIOError):
+                _send_some(self._stream, self._rest)
+        if self._rest:
+            self._push()
+
+    async def drain(self) -> None:
+        """Waits until all is sent. OSError when the reader is gone, TimeoutError when it takes nothing."""
+        while self._pushing is not None:
+            await asyncio.shield(self._pushing)
+            self._pushing = None
+            if self._rest:
+                async with asyncio.timeout(_STALL_S):
+                    await writable(self._stream)
+                self._push()
+
+    async def close(self) -> None:
+        """Returns when no thread has the connection any more. What was not drained is given up, and the connection."""
+        if self._pushing is not None:
+            with suppress(OSError):
+                self._stream.shutdown(socket.SHUT_RDWR)
+            await to_end([self._pushing])
+            self._pushing.exception()  # nobody else will ask for it
+
+    def _push(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._pushing = loop.run_in_executor(self._threads, _push, self._stream, self._rest)
+
+
+def _push(stream: socket.socket, rest: deque[memoryview]) -> None:
+    """Sends for as long as anything moves; `rest` is left with what did not. OSError when the reader is gone."""
+    with lingering(stream), suppress(BlockingIOError):
+        while rest:
+            _send_some(stream, rest)
+
+
+def _send_some(stream: socket.socket, rest: deque[memoryview]) -> None:
+    num_bytes = stream.sendmsg(list(itertools.islice(rest, _MAX_BUFFERS)))
+    while rest and num_bytes >= len(rest[0]):
+        num_bytes -= len(rest.popleft())
+    if num_bytes:
+        rest[0] = rest[0][num_bytes:]
+
+
+async def _question(stream: socket.socket, unpacker: Unpacker) -> Get:
+    """The next question. `BadFrame` for anything else, OSError when the reader went away."""
+    loop = asyncio.get_running_loop()
+    while (taken := unpacker.take()) is None:
+        data = await loop.sock_recv(stream, _READ_BYTES)
+        if not data:
+            raise ConnectionResetError
+        unpacker.feed(data)
+    message, _ = taken
+    if not isinstance(message, Get) or not message.hashes:
+        raise BadFrame(f"{type(message).__name__} is no question to this socket")
+    return message
+
+
+def _listen(host: str) -> socket.socket:
+    family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.bind(where)
+        listener.listen(_MAX_READERS)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"{host}: {error}") from error
+    return listener
