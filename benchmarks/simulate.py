@@ -66,14 +66,14 @@ def schedule_rows(traces: Sequence[Sequence[TracedRequest]]) -> list[Figure]:
         ideals.append(statistics.fmean(ideal_ttfts_s(trace, CONFIG.machine.prefill, CONFIG.prefill)))
         pools.append(pooled_hit_rate(trace, CONFIG.prefill * CONFIG.arena_blocks))
     shortest = [run(trace, seed, queue="shortest") for seed, trace in enumerate(traces)]
-    moving = [run(trace, seed, queue="shortest", moves_blocks=True) for seed, trace in enumerate(traces)]
+    shipped = [run(trace, seed, queue="shortest", eviction="s3fifo") for seed, trace in enumerate(traces)]
     rows = []
     for name in POLICIES:
         peer = ("FAST'25", (PUBLISHED_S[name],)) if name in PUBLISHED_S else ("", ())
         rows.append(Figure(Row(f"mean TTFT, {name}", "s", means(found[name])), *peer))
     local = tuple(a / b for a, b in zip(means(found["local"]), means(found["conductor"]), strict=True))
     rows.append(Figure(Row("mean TTFT, local / conductor", "", local), "FAST'25", (3.58 / 3.07,)))
-    kinds = {"predict": found["predict"], "predict, shortest first": shortest, "predict, moving blocks": moving}
+    kinds = {"predict": found["predict"], "predict, shortest first": shortest, "predict, as shipped": shipped}
     for name, runs in kinds.items():
         rows.append(Figure(Row(f"mean TTFT beside ideal, {name}", "s", means(runs)), "ideal", tuple(ideals), True))
     for name, runs in kinds.items():

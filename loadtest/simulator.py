@@ -150,7 +150,7 @@ class Simulator:
             found = max(own, min(job.plan.fetch_blocks, runs.get(arena_id, 0)))
             if found > own:
                 owner = self._owners[arena_id]
-                (owner.arena.give if self.config.moves_blocks else owner.arena.read)(blocks[own:found])
+                owner.arena.lend(blocks[own:found])
                 job.ready_s = max(self.now_s, job.sent_s + self._wire_s(found - own, owner, node))
         job.cached_tokens = job.cached_before = min(found * BLOCK_TOKENS, job.num_tokens - 1)
         job.to_compute = job.num_tokens - job.cached_tokens
