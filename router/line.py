@@ -90,15 +90,23 @@ def with_overtakers(
     """
     if not shares or not wait_s.any():
         return wait_s
-    left_s, total_s, top_s = wait_s.copy(), np.zeros_like(wait_s), work_s
+    rows = np.flatnonzero(wait_s)  # who need not wait is overtaken by nobody
+    left_s, top_s = wait_s[rows], work_s[rows]
+    total_s, longest_s = np.zeros(len(rows)), top_s.max()
     for edge_s, share in zip(reversed((0.0, *_EDGES_S[:-1])), reversed(shares), strict=True):
+        if edge_s >= longest_s:
+            continue
         room = max(0.0, 1.0 - share)
         span_s = np.maximum(0.0, top_s - edge_s) / AGEING
         top_s = np.minimum(top_s, edge_s)
         spent_s = np.minimum(span_s, left_s / room) if room > 0.0 else np.where(left_s > 0.0, span_s, 0.0)
         total_s += spent_s
         left_s = np.maximum(0.0, left_s - room * spent_s)
-    return total_s + left_s
+        if not left_s.any():
+            break
+    found_s = np.zeros(len(wait_s))
+    found_s[rows] = total_s + left_s
+    return found_s
 
 
 def _class_of(work_s: float) -> int:
