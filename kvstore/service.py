@@ -112,7 +112,7 @@ class StoreService:
         """
         infos, slots = [], []
         for block_hash in question.hashes[: part_blocks(self._map.slot_bytes)]:
-            slot = self._arena.find(block_hash)
+            slot = self._arena.find_for_copy(block_hash)
             if slot is None:
                 self._tally.missed(block_hash, self._disk is not None)
                 break  # whoever asks wants a run

@@ -108,6 +108,7 @@ class Node:
             step=step,
             arena_id=record.arena_id,
             free_at_s=self._backlog.free_at_s(),
+            line=self._backlog.line(),
             num_requests=record.num_running + record.num_waiting + len(sent),
             free_blocks=max(0, record.free_blocks - sum(burden.blocks for burden in sent)),
             total_blocks=record.total_blocks,
@@ -162,4 +163,4 @@ class Node:
         finally:
             leg.close()
             self.legs.discard(leg)
-            self._backlog.counted(leg)
+            self._backlog.over(leg)
