@@ -127,6 +127,10 @@ class ServerActor:
         """Of the start, what is done; only a node tells. Answers late while the process imports its libraries."""
         return self._part
 
+    async def is_ready(self) -> bool:
+        """Whether a router has nodes to serve with; others are, once they are up."""
+        return self._server is not None and bool(getattr(self._server, "is_ready", True))
+
     async def stop(self) -> None:
         """Drains and closes. Idempotent; the process is left to whoever made the actor."""
         self._started.cancel()  # of a start under way; one that is over is not changed by it

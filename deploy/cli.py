@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from deploy import client, explain, kv, serve
+from deploy import admin, client, explain, keys, kv, serve
 from deploy.config import DeployError
 from loadtest import bench, compare, flags, plan, simulate
 
@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     add("serve", serve.serve, serve.add_serve_arguments, "start a cluster and run it in the foreground")
     add("status", serve.status, serve.add_status_arguments, "show the nodes and arenas of the cluster that is up")
     add("kv", kv.run, kv.add_arguments, "show and change what the stores hold: stats, ls, inspect, evict, drain")
+    add("nodes", admin.nodes, admin.add_nodes_arguments, "show the nodes as a router sees them")
+    add("drain", admin.drain, admin.add_drain_arguments, "make a node refuse new requests, or take them again")
+    add("key", keys.key, keys.add_key_arguments, "make an API key or an admin key")
     add("down", serve.down, serve.add_state_argument, "stop the cluster that is up")
     add("generate", client.generate, client.add_generate_arguments, "send one prompt and stream the answer")
     add("chat", client.chat, client.add_chat_arguments, "talk to the model, turn by turn")

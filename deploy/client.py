@@ -9,15 +9,14 @@ import sys
 from collections.abc import Iterator
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
+from deploy.channel import ClientTls, add_tls_arguments, open_channel, tls_from
 from deploy.config import DeployError
 from deploy.serve import add_state_argument
 from deploy.state import StateDir
 
 API_KEY_VARIABLE = "BATON_API_KEY"
-SERVICE = "baton.v1.Inference"
 
 
 class RequestFailed(DeployError):
@@ -31,8 +30,9 @@ class RequestFailed(DeployError):
 class Client:
     """A connection to one router, "host:port". Use as a context manager. A router with tenants wants an API key."""
 
-    def __init__(self, address: str, api_key: str = "") -> None:
-        self._channel = grpc.insecure_channel(address)
+    def __init__(self, address: str, api_key: str = "", tls: ClientTls | None = None) -> None:
+        """Raises `DeployError` for TLS files that cannot be read."""
+        self._channel = open_channel(address, tls)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else None
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -51,16 +51,6 @@ class Client:
         except grpc.RpcError as error:
             raise _failed(error) from None
         return model
-
-    def is_serving(self) -> bool:
-        """Whether the router answers and knows of a node. Needs no key."""
-        try:
-            answer = health_pb2_grpc.HealthStub(self._channel).Check(
-                health_pb2.HealthCheckRequest(service=SERVICE), timeout=10.0
-            )
-        except grpc.RpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def explain(self, request_id: str) -> inference_pb2.ExplainResponse:
         """Raises `RequestFailed`; NOT_FOUND where this router has no such request."""
@@ -111,7 +101,7 @@ def generate(args: argparse.Namespace) -> int:
         request.text = prompt
     except ValueError:
         raise DeployError("the prompt is not valid UTF-8") from None
-    with Client(address_from(args), api_key_from(args)) as client:
+    with connect(args) as client:
         responses = list(show(client.stream(request), silent=args.json or args.n > 1))
     answers = [[response for response in responses if response.index == index] for index in range(max(1, args.n))]
     if args.json:
@@ -124,7 +114,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def chat(args: argparse.Namespace) -> int:
     """A conversation, turn by turn. Ctrl-C cuts an answer short and drops its turn; Ctrl-D or /quit ends."""
-    with Client(address_from(args), api_key_from(args)) as client:
+    with connect(args) as client:
         model = client.model()
         if not model.has_chat_template:
             raise DeployError(f"{model.model} has no chat template; use `baton generate`")
@@ -188,6 +178,11 @@ def as_json(responses: list[inference_pb2.GenerateResponse]) -> dict[str, object
     }
 
 
+def connect(args: argparse.Namespace) -> Client:
+    """The router, key and TLS of a command's options. Raises `DeployError`."""
+    return Client(address_from(args), api_key_from(args), tls_from(args))
+
+
 def address_from(args: argparse.Namespace) -> str:
     """The router that was named, or the first one of the cluster that is up. Raises `DeployError`."""
     if args.address:
@@ -200,7 +195,12 @@ def address_from(args: argparse.Namespace) -> str:
 
 def api_key_from(args: argparse.Namespace) -> str:
     """The key that was given, or the environment's; "" is none. Raises `DeployError`, which does not repeat it."""
-    key = (args.api_key or os.environ.get(API_KEY_VARIABLE, "")).strip()
+    return checked_key(args.api_key or os.environ.get(API_KEY_VARIABLE, ""))
+
+
+def checked_key(text: str) -> str:
+    """A key as it can be sent. Raises `DeployError`, which does not repeat it."""
+    key = text.strip()
     if not key.isascii() or not key.isprintable() or " " in key:
         raise DeployError("the API key must be printable ASCII without spaces")
     return key
@@ -253,6 +253,7 @@ def add_router_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key", default="", metavar="KEY", help=f"of a tenant; default: the variable {API_KEY_VARIABLE}"
     )
+    add_tls_arguments(parser)
     add_state_argument(parser)
 
 

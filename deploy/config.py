@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from deploy.locks import Locks
 from router import amounts
 from router.errors import UnusableTenants
 from router.policy import DEFAULT, POLICIES
 from router.tenants import read_tenants
 
+NO_LOCKS = Locks()
 MAX_NODES = 256
 MAX_STORE_DIR = 70  # characters: an ipc socket's path may have 107, and a few follow the folder's
 MAX_TEMP_DIR = 24  # characters: Ray's sockets lie some 75 characters deeper
@@ -52,10 +54,11 @@ class ClusterConfig:
     http: bool = True  # OpenAI's API at each router, beside gRPC's
     http_port: int = 0
     cluster: str = "default"
-    redis_url: str = ""  # "": an embedded Redis
+    redis_url: str = field(default="", repr=False)  # may have a password in it; "": an embedded Redis
     ray_address: str = ""  # "": an own Ray on this machine
     served_model_name: str = ""  # "": the model folder's name
     tenants_file: Path | None = None  # None: whoever reaches a router may use it, and all share one cache
+    locks: Locks = NO_LOCKS  # of the routers' doors
     dtype: str = "auto"
     block_size: int = 16  # tokens
     kv_bytes: int = 256 * 2**20
@@ -108,6 +111,8 @@ class ClusterConfig:
         check("--ray-address", not self.ray_address.startswith("ray://"), "host:port of a Ray that this machine is in")
         check("the model", self.model_dir.is_dir(), f"a Hugging Face folder; there is no folder {self.model_dir}")
 
+        if problem := self.locks.problem():
+            raise ConfigError(problem)
         if self.tenants_file is not None:
             try:
                 read_tenants(self.tenants_file)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batonpb import inference_pb2
+from deploy.channel import tls_from
 from deploy.client import Client, RequestFailed, add_router_arguments, address_from, api_key_from
 from deploy.config import DeployError
 from deploy.serve import WIDTH
@@ -29,7 +30,7 @@ def add_explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def explain(args: argparse.Namespace) -> int:
-    answer = _ask(_addresses(args), args.request_id, api_key_from(args))
+    answer = _ask(_addresses(args), args)
     if args.json:
         print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return 0
@@ -74,16 +75,16 @@ def _addresses(args: argparse.Namespace) -> Sequence[str]:
     return [args.address] if args.address else StateDir(args.state_dir).running().routers or [address_from(args)]
 
 
-def _ask(addresses: Sequence[str], request_id: str, api_key: str) -> inference_pb2.ExplainResponse:
+def _ask(addresses: Sequence[str], args: argparse.Namespace) -> inference_pb2.ExplainResponse:
     """The answer of whichever router had the request. Raises `DeployError`."""
     for address in addresses:
-        with Client(address, api_key) as client:
+        with Client(address, api_key_from(args), tls_from(args)) as client:
             try:
-                return client.explain(request_id)
+                return client.explain(args.request_id)
             except RequestFailed as error:
                 if error.code is not grpc.StatusCode.NOT_FOUND:
                     raise
-    raise DeployError(f"no router keeps a decision on request {request_id!r}")
+    raise DeployError(f"no router keeps a decision on request {args.request_id!r}")
 
 
 def _table(title: str, names: Sequence[str]) -> Table:

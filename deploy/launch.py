@@ -23,7 +23,6 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.actors import ServerActor, Started
-from deploy.client import Client
 from deploy.config import ClusterConfig, DeployError, cluster_dir
 from deploy.cores import num_usable_cores
 from deploy.placement import Machine, Placement, place
@@ -34,6 +33,7 @@ from engine.config import EngineConfig, ModelConfig, kv_layout
 from engine.errors import UnsupportedModel
 from kvstore.blocks import KVLayout
 from kvstore.curve import new_wire_key
+from node.gate import new_cluster_token
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,12 @@ class Cluster:
         return tuple(str(record["metrics_address"]) for record in routers)
 
     @property
+    def router_admins(self) -> tuple[str, ...]:
+        """Each router's door for its operator; "" is none."""
+        routers = [m.started.record for m in self._members if m.kind == "router" and m.started]
+        return tuple(str(record["admin_address"]) for record in routers)
+
+    @property
     def pids(self) -> dict[str, int]:
         """Of each server, by its name, as it is now; those that are just coming up again are left out."""
         refs = {member.name: member.actor.ready.remote() for member in self._members}
@@ -149,7 +155,8 @@ class Cluster:
             for address, cores in sorted({(p.machine.address, p.machine.cores) for p in placements if p.is_crowded}):
                 self._report(f"{address}: more threads than its {_count(cores, 'core')}, so no node is pinned to any")
         self.wire_key = new_wire_key() if self.config.store_encryption else ""
-        specs = Specs(self.config, self.cluster_id, self.redis_url, self._layout(model, placements), self.wire_key)
+        layout = self._layout(model, placements)
+        specs = Specs(self.config, self.cluster_id, self.redis_url, layout, self.wire_key, new_cluster_token())
         self.folders.append(specs.folder(own))
         for placed in specs.all(machines, placements, own):
             self._members.append(_Member(placed, _actor(placed)))
@@ -222,6 +229,7 @@ class Cluster:
                 num_cpus=0,  # actors ask for none, and Ray starts no workers ahead
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
+                _node_ip_address=LOOPBACK,  # on other addresses its servers listen to the network
                 logging_level=logging.ERROR,
                 _temp_dir=str(self.folders[0] / "ray"),
             )
@@ -264,11 +272,10 @@ class Cluster:
     def _wait_until_routed(self) -> None:
         """Until the routers have found the nodes, the last of which came up just now."""
         begin = time.monotonic()
-        for address in self.routers:
-            with Client(address) as client:
-                while not client.is_serving():
-                    self._check_patience(begin + self.config.start_timeout_s, [f"router at {address}"])
-                    time.sleep(POLL_S)
+        for member in (member for member in self._members if member.kind == "router"):
+            while not _said_yes(member.actor.is_ready.remote()):
+                self._check_patience(begin + self.config.start_timeout_s, [member.name])
+                time.sleep(POLL_S)
         time.sleep(max(0.0, begin + ROUTER_POLL_S - time.monotonic()))
 
     def _check_patience(self, deadline: float, waiting_for: Iterable[str]) -> None:
@@ -322,6 +329,13 @@ def _answer(ref: Any) -> Started | None:
     except ray.exceptions.RayError:
         return None
     return started
+
+
+def _said_yes(ref: Any) -> bool:
+    try:
+        return bool(ray.get(ref, timeout=ANSWER_S))
+    except ray.exceptions.RayError:
+        return False
 
 
 def _check_address(address: str) -> None:

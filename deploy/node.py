@@ -37,6 +37,7 @@ from kvstore.errors import DirectoryUnavailable
 from kvstore.scrape import ScrapeDoor
 from node.admission import Admission
 from node.control import Identity, NodeControlService
+from node.gate import Gate, check_lock
 from node.grammar import GrammarMasks
 from node.intake import Intake
 from node.publisher import Publisher
@@ -66,7 +67,7 @@ class NodeServer:
         """Loads the model, warms up, listens, joins the registry (once Redis is there). Returns what it registered.
 
         Raises `UnsupportedModel`, `OSError` where the model's files are missing, `RuntimeError` for a port in use,
-        `OtherScheme` where the cluster names blocks in another way.
+        `OtherScheme` where the cluster names blocks in another way, `ValueError` where anybody could call it.
         """
         async with AsyncExitStack() as stack:  # a failure half-way closes what is open already
             await self._open(stack)
@@ -84,6 +85,7 @@ class NodeServer:
     async def _open(self, stack: AsyncExitStack) -> None:
         """Opens the parts in the order in which they need each other; `stack` closes them in the opposite one."""
         config = self.config
+        check_lock(config.cluster_token, config.bind_host, config.trusts_network)
         # 1. The store's client.
         directory = Directory(config.redis_url, config.cluster)
         stack.push_async_callback(directory.close)
@@ -137,8 +139,9 @@ class NodeServer:
         self._report((1 + done) / (1 + total))
 
     def _server(self, prefill: PrefillService, decode: DecodeService) -> grpc.aio.Server:
-        server = grpc.aio.server(options=self._server_options())
         config = self.config
+        gates = (Gate(config.cluster_token),) if config.cluster_token else ()
+        server = grpc.aio.server(interceptors=gates, options=self._server_options())
         identity = Identity(config.node_id, self._incarnation, config.role)
         control = NodeControlService(self.admission, self.loop.engine, self.intake, identity)
         node_pb2_grpc.add_PrefillServicer_to_server(prefill, server)  # type: ignore[no-untyped-call]

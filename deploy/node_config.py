@@ -22,7 +22,7 @@ class NodeConfig:
     node_id: str
     model_dir: str  # a Hugging Face folder
     model: str  # the served name
-    redis_url: str
+    redis_url: str = field(repr=False)  # may have a password in it
     role: str = "both"
     cluster: str = "default"
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -30,6 +30,8 @@ class NodeConfig:
     num_core_shares: int = 0  # 0: they run on any core
     store_dir: str = ""
     wire_key: str = field(default="", repr=False)  # that of the cluster's stores, where they have one
+    cluster_token: str = field(default="", repr=False)  # that routers have to show; "": nobody is asked
+    trusts_network: bool = False  # without a cluster_token, only this allows an address that other machines reach
     bind_host: str = "127.0.0.1"
     port: int = 0  # 0: the kernel chooses
     advertise_host: str = "127.0.0.1"

@@ -3,8 +3,9 @@
 Prints `READY {json record}` when it serves, and runs until SIGTERM or SIGINT. What keeps it from starting is one line
 on stderr and exit status 1. Only a node imports torch.
 
-Everybody on the machine can read a process's arguments, so the wire key of stores and nodes comes in the environment,
-as BATON_WIRE_KEY; 64 hex digits, the same for the whole cluster.
+Everybody on the machine can read a process's arguments, so secrets come in the environment: BATON_WIRE_KEY of stores
+and nodes (64 hex digits), BATON_CLUSTER_TOKEN of nodes and routers (32 characters or more), both the same for the whole
+cluster, and BATON_REDIS_URL where the URL has a password in it.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deploy.actors import Server, as_dict
+from deploy.redis_url import redis_url_from
 
 if TYPE_CHECKING:
     from deploy.node_config import NodeConfig
     from kvstore.server import StoreConfig
+    from router.config import RouterConfig
 
-ConfigT = TypeVar("ConfigT", "NodeConfig", "StoreConfig")
+ConfigT = TypeVar("ConfigT", "NodeConfig", "StoreConfig", "RouterConfig")
 
-WIRE_KEY_VARIABLE = "BATON_WIRE_KEY"
+SECRETS = {"wire_key": "BATON_WIRE_KEY", "cluster_token": "BATON_CLUSTER_TOKEN"}  # fields, and where they come from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,24 +52,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build(kind: str, text: str) -> Server:
     """The server of that kind. Raises `ValueError` or `TypeError` for a config that is none."""
+    text = _with_redis_url(text)
     if kind == "node":
         from deploy.node import NodeConfig, NodeServer
 
-        return NodeServer(_with_wire_key(NodeConfig.from_json(text)))
+        return NodeServer(_with_secrets(NodeConfig.from_json(text)))
     if kind == "store":
         from kvstore.server import StoreConfig, StoreServer
 
-        return StoreServer(_with_wire_key(StoreConfig(**json.loads(text))))
+        return StoreServer(_with_secrets(StoreConfig(**json.loads(text))))
     from router.config import RouterConfig
     from router.server import RouterServer
 
-    return RouterServer(RouterConfig.from_json(text))
+    return RouterServer(_with_secrets(RouterConfig.from_json(text)))
 
 
-def _with_wire_key(config: ConfigT) -> ConfigT:
-    if config.wire_key:
-        raise ValueError(f"wire_key: goes into the variable {WIRE_KEY_VARIABLE}; arguments show in ps")
-    return dataclasses.replace(config, wire_key=os.environ.get(WIRE_KEY_VARIABLE, ""))
+def _with_secrets(config: ConfigT) -> ConfigT:
+    """Those that its kind of server has. A variable that is not set is no secret."""
+    secrets: dict[str, Any] = {}
+    for name in {field.name for field in dataclasses.fields(config)} & SECRETS.keys():
+        if getattr(config, name):
+            raise ValueError(f"{name}: goes into the variable {SECRETS[name]}; arguments show in ps")
+        secrets[name] = os.environ.get(SECRETS[name], "")
+    return dataclasses.replace(config, **secrets)
+
+
+def _with_redis_url(text: str) -> str:
+    fields = json.loads(text)
+    return json.dumps(fields | {"redis_url": redis_url_from(fields.get("redis_url", ""), "redis_url")})
 
 
 async def serve(server: Server) -> int:

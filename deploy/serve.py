@@ -19,7 +19,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from deploy.config import ClusterConfig, DeployError, parse_bytes, temp_base
+from deploy.config import ClusterConfig, ConfigError, DeployError, parse_bytes, temp_base
+from deploy.locks import add_lock_arguments, locks_from
+from deploy.redis_url import redis_url_from
 from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
 from kvstore.directory import ArenaRecord, Directory, NodeRecord
@@ -104,11 +106,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="how routers choose nodes (default %(default)s, by predicted seconds; the others are to compare with)",
     )
     add("--routers", type=int, default=1, metavar="N", help="the first one takes the ports given, the next one more")
-    add("--redis-url", default="", metavar="URL", help="default: an embedded Redis")
+    add("--redis-url", default="", metavar="URL", help="default: BATON_REDIS_URL, or an embedded Redis")
     add("--cluster", default="default", metavar="NAME", help="keeps clusters in one Redis apart")
     add("--ray-address", default="", metavar="HOST:PORT", help="a Ray that runs already; default: an own one")
     add("--prefill-hosts", type=_names, default=(), metavar="A,B", help="Ray machines for prefill nodes; default: all")
     add("--decode-hosts", type=_names, default=(), metavar="A,B", help="Ray machines for decode nodes; default: all")
+    add_lock_arguments(parser)
     add = parser.add_argument_group("running").add_argument
     add(
         "--metrics",
@@ -152,10 +155,11 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         http=args.http,
         http_port=args.http_port,
         cluster=args.cluster,
-        redis_url=args.redis_url,
+        redis_url=_redis_url(args),
         ray_address=args.ray_address,
         served_model_name=args.served_model_name,
         tenants_file=args.tenants,
+        locks=locks_from(args),
         dtype=args.dtype,
         block_size=args.block_size,
         kv_bytes=args.kv_memory,
@@ -215,7 +219,8 @@ def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDi
     try:
         state = dataclasses.replace(state, redis_url=cluster.redis_url, wire_key=cluster.wire_key)
         state = dataclasses.replace(state, router_metrics=cluster.router_metrics, router_http=cluster.router_http)
-        state_dir.write(dataclasses.replace(state, routers=cluster.routers))
+        state = dataclasses.replace(state, routers=cluster.routers, router_admins=cluster.router_admins)
+        state_dir.write(state)
         nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"
         addresses = " ".join([*cluster.routers, *http_urls(cluster.router_http)])
         print(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s", flush=True)
@@ -346,6 +351,14 @@ def _port(address: str) -> str:
 def say(line: str) -> None:
     """A progress line. Standard output is kept for answers."""
     print(f"baton: {line}", file=sys.stderr, flush=True)
+
+
+def _redis_url(args: argparse.Namespace) -> str:
+    """Raises `ConfigError`."""
+    try:
+        return redis_url_from(args.redis_url, "--redis-url")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _bytes(text: str) -> int:

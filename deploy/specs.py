@@ -36,9 +36,10 @@ class Specs:
 
     config: ClusterConfig
     cluster_id: str
-    redis_url: str
+    redis_url: str = field(repr=False)  # may have a password in it
     layout: KVLayout  # of the model that is served
     wire_key: str = field(default="", repr=False)  # of its stores and their readers; "": none is asked for
+    cluster_token: str = field(default="", repr=False)  # of its nodes and their callers
 
     def folder(self, machine: Machine) -> Path:
         return machine_dir(self.config.store_base, self.cluster_id, machine.ray_node_id)
@@ -87,6 +88,7 @@ class Specs:
             core_share=placement.core_share,
             num_core_shares=placement.num_core_shares,
             store_dir=str(self.folder(machine)),
+            cluster_token=self.cluster_token,
             bind_host=machine.address,
             advertise_host=machine.address,
             host=machine.label,
@@ -121,7 +123,9 @@ class Specs:
             model_dir=str(self.config.model_dir.resolve()),
             model=self.config.model_name,
             tenants_file=str(tenants.resolve()) if tenants is not None else "",
+            cluster_token=self.cluster_token,
             policy=self.config.policy,
             metrics=self.config.metrics,
+            **self.config.locks.router_options(index),
         )
         return ServerSpec("router", f"router-{index}", config, self.folder(own), self.config.log_level)

@@ -40,12 +40,13 @@ class ServeState:
     cluster: str
     cluster_id: str
     model: str
-    redis_url: str
+    redis_url: str = field(repr=False)
     routers: tuple[str, ...] = ()  # empty until it is ready
     bases: tuple[str, ...] = ()
     wire_key: str = field(default="", repr=False)  # of its stores; "" too where the file is not its owner's alone
     router_metrics: tuple[str, ...] = ()  # "ip:port" of each one's /metrics; "" is none
     router_http: tuple[str, ...] = ()  # "ip:port" of each one's HTTP API; "" is none
+    router_admins: tuple[str, ...] = ()  # and of its operator's door
 
 
 def default_state_dir() -> Path:
@@ -104,7 +105,8 @@ class StateDir:
         try:
             fields = json.loads(self._file.read_text())
             lists = {key: tuple(fields[key]) for key in ("routers", "bases")}
-            lists |= {key: tuple(fields.get(key, ())) for key in ("router_metrics", "router_http")}
+            more = ("router_metrics", "router_http", "router_admins")
+            lists |= {key: tuple(fields.get(key, ())) for key in more}
             return ServeState(**fields | lists)
         except (OSError, ValueError, TypeError, KeyError):
             return None

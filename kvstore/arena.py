@@ -14,6 +14,9 @@ from kvstore.errors import ArenaFull
 from kvstore.eviction import LRU, Admission, AdmitAll, Eviction
 from kvstore.quotas import SHARED, Owner, Quotas
 
+_LENT_SHARE = 8  # all writers together have no more than one in so many slots lent
+_MIN_LENDING_SLOTS = 64  # in a smaller arena each slot counts
+
 
 @dataclass(frozen=True)
 class Reservation:
@@ -33,10 +36,21 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Fill:
+    """A block of a chain, as its writer tells of it: filled into a slot that was lent, or None where it was there.
+
+    `NO_KEY` in place of a name gives the slot back.
+    """
+
+    block_hash: BlockHash
+    written: Written | None
+
+
+@dataclass(frozen=True)
 class _Pending:
     writer_id: str
     generation: int
-    block_hash: BlockHash
+    block_hash: BlockHash | None  # None: the slot is lent, and named when it is filled
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,8 @@ class Arena:
         self._slots: dict[BlockHash, int] = {}  # of ready blocks and of those being written
         self._stamps = [0] * arena_map.num_slots  # last access that eviction has seen
         self._evicted: list[Evicted] = []
+        self._num_lent = 0
+        self._max_lent = arena_map.num_slots // _LENT_SHARE if arena_map.num_slots >= _MIN_LENDING_SLOTS else 0
 
     @property
     def num_free(self) -> int:
@@ -82,7 +98,13 @@ class Arena:
 
     @property
     def num_writing(self) -> int:
+        """Those that are lent included."""
         return len(self._writing)
+
+    @property
+    def num_lent(self) -> int:
+        """Slots that a writer has in hand, for blocks to come or for some that he has not told of."""
+        return self._num_lent
 
     def slot(self, block_hash: BlockHash) -> int | None:
         """Where a block is that is ready or being written. Not a use, unlike `find`."""
@@ -108,6 +130,18 @@ class Arena:
         self._eviction.touch(block_hash)
         self._admission.saw(block_hash)
         self._quotas.touch(block_hash)
+        return slot
+
+    def find_for_copy(self, block_hash: BlockHash) -> int | None:
+        """The slot of a ready block that another machine copies, as a rule into its own arena.
+
+        So this one may go first from now on: what lies in two arenas takes the room of two blocks and is one hit.
+        """
+        slot = self._slots.get(block_hash)
+        if slot is None or slot not in self._ready:
+            return None
+        self._eviction.lend(block_hash)
+        self._admission.saw(block_hash)
         return slot
 
     def holds(self, block_hash: BlockHash) -> bool:
@@ -146,15 +180,51 @@ class Arena:
         """Makes blocks ready and returns them. What the writer does not hold (any more) is passed over."""
         done: list[tuple[BlockHash, int]] = []
         for item in reversed(items):
-            pending = self._writing.get(item.slot)
-            if pending is None or (pending.writer_id, pending.generation) != (writer_id, item.generation):
+            pending = self._held(writer_id, item)
+            if pending is None or pending.block_hash is None:
                 continue
-            del self._writing[item.slot]
-            self._map.finish(item.slot, pending.block_hash, item.checksum)
-            self._ready[item.slot] = pending.block_hash
-            self._eviction.insert(pending.block_hash)
-            self._quotas.finished(pending.block_hash)
+            self._finish(item, pending.block_hash)
             done.append((pending.block_hash, item.slot))
+        self._admission.came(block_hash for block_hash, _ in done)
+        done.reverse()
+        return done
+
+    def lend(self, num_slots: int, writer_id: str, beside: Sequence[BlockHash] = ()) -> list[Reservation]:
+        """Slots without a name, ahead of the blocks that the writer is going to `name` when he has filled them.
+
+        As many as there are, and no more than an eighth of the arena to all writers; a small arena lends none.
+        Blocks of `beside` are not evicted for it.
+        """
+        num_slots = min(num_slots, self._max_lent - self._num_lent)
+        chain = set(beside)
+        lent: list[Reservation] = []
+        while len(lent) < num_slots and (slot := self._take_slot(chain)) is not None:
+            item = Reservation(slot, self._map.begin(slot, NO_KEY))
+            self._writing[slot] = _Pending(writer_id, item.generation, None)
+            lent.append(item)
+        self._num_lent += len(lent)
+        return lent
+
+    def name(self, writer_id: str, fills: Sequence[Fill], owner: Owner = SHARED) -> list[tuple[BlockHash, int]]:
+        """Makes what is in lent slots blocks of an owner without a quota, and returns those. The rest counts as used.
+
+        A slot comes back where its block has another one meanwhile. What the writer does not hold is passed over.
+        """
+        done: list[tuple[BlockHash, int]] = []
+        for fill in reversed(fills):
+            self.find(fill.block_hash)
+            item = fill.written
+            pending = None if item is None else self._held(writer_id, item)
+            if item is None or pending is None or pending.block_hash is not None:
+                continue
+            if fill.block_hash == NO_KEY or fill.block_hash in self._slots:
+                self._take_back(item.slot)
+                continue
+            self._num_lent -= 1
+            self._slots[fill.block_hash] = item.slot
+            self._quotas.began(fill.block_hash, owner)
+            self._finish(item, fill.block_hash)
+            done.append((fill.block_hash, item.slot))
         self._admission.came(block_hash for block_hash, _ in done)
         done.reverse()
         return done
@@ -163,11 +233,7 @@ class Arena:
         """Takes back all that a writer has reserved and not committed. Only for a writer that cannot write any more."""
         slots = [slot for slot, pending in self._writing.items() if pending.writer_id == writer_id]
         for slot in slots:
-            block_hash = self._writing.pop(slot).block_hash
-            del self._slots[block_hash]
-            self._quotas.gone(block_hash)
-            self._map.clear(slot)
-            self._free.append(slot)
+            self._take_back(slot)
         return len(slots)
 
     def evict(self, hashes: Iterable[BlockHash]) -> None:
@@ -179,8 +245,8 @@ class Arena:
             if self.holds(block_hash):
                 self._eviction.remove(block_hash)
                 slot = self._evict(block_hash)
-                self._map.begin(slot, NO_KEY)  # readers of the mapping see at once that it is gone
-                self._map.clear(slot)
+                # Readers of the mapping see at once that it is gone.
+                self._map.clear(slot, self._map.begin(slot, NO_KEY))
                 self._free.append(slot)
 
     def take_evicted(self) -> list[Evicted]:
@@ -194,6 +260,28 @@ class Arena:
         self._quotas.began(block_hash, owner)
         self._writing[slot] = _Pending(writer_id, reservation.generation, block_hash)
         return reservation
+
+    def _held(self, writer_id: str, item: Written) -> _Pending | None:
+        pending = self._writing.get(item.slot)
+        is_his = pending is not None and (pending.writer_id, pending.generation) == (writer_id, item.generation)
+        return pending if is_his else None
+
+    def _finish(self, item: Written, block_hash: BlockHash) -> None:
+        del self._writing[item.slot]
+        self._map.finish(item.slot, item.generation, block_hash, item.checksum)
+        self._ready[item.slot] = block_hash
+        self._eviction.insert(block_hash)
+        self._quotas.finished(block_hash)
+
+    def _take_back(self, slot: int) -> None:
+        pending = self._writing.pop(slot)
+        if pending.block_hash is None:
+            self._num_lent -= 1
+        else:
+            del self._slots[pending.block_hash]
+            self._quotas.gone(pending.block_hash)
+        self._map.clear(slot, pending.generation)
+        self._free.append(slot)
 
     def _make_way(self, owner: Owner, chain: Set[BlockHash]) -> bool:
         """Evicts blocks of the owner's own until his quota allows for one more. False: it never will."""
@@ -242,9 +330,13 @@ class Arena:
         assert len(free) + len(ready) + len(writing) == self._map.num_slots, "a slot is lost or in two states"
         assert free | ready | writing == set(range(self._map.num_slots)), "a slot is in no state"
         assert sorted(self._eviction) == sorted(self._ready.values()), "eviction knows other blocks than are ready"
-        self._quotas.check_integrity(self._ready.values(), [pending.block_hash for pending in self._writing.values()])
+        named_pending = [pending.block_hash for pending in self._writing.values() if pending.block_hash is not None]
+        assert len(self._writing) - len(named_pending) == self._num_lent <= self._max_lent, "lent slots"
+        self._quotas.check_integrity(self._ready.values(), named_pending)
         named = {slot: block_hash for block_hash, slot in self._slots.items()}
         for slot in range(self._map.num_slots):
+            if slot in writing and self._writing[slot].block_hash is None:
+                continue  # its header is for its writer to finish
             header = self._map.header(slot)
             found = (header.state, header.generation % 2, header.length, header.key, named.get(slot))
             assert found == self._expected(slot), f"slot {slot}: {found} is not {self._expected(slot)}"
@@ -256,5 +348,5 @@ class Arena:
             return READY, 0, self._map.slot_bytes, self._ready[slot], self._ready[slot]
         if slot in self._writing:
             block_hash = self._writing[slot].block_hash
-            return WRITING, 1, 0, block_hash, block_hash
+            return WRITING, 1, 0, block_hash or NO_KEY, block_hash
         return FREE, 0, 0, NO_KEY, None

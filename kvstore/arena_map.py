@@ -5,7 +5,8 @@ buffer; who may write what is for the books to say (`kvstore.arena`).
 
 A header's generation is a seqlock: odd while the slot is being written, even and different after each change. It is
 made odd before a writer hears of the slot, and even last of all. So a reader copies the bytes, looks at the
-generation again, and knows whether it has the block that it asked for.
+generation again, and knows whether it has the block that it asked for. Who fills a slot that was lent to him without a
+name finishes its header himself; the store says the same once more when it hears of it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ ALIGN_BYTES = 64  # of each slot
 FREE, WRITING, READY = 0, 1, 2
 
 # A header as eight aligned words of 64 bits, each read or written at one go:
-# generation, state, length, key (two words), checksum (xxh3_64 of the payload), last access, unused.
+# generation, state, length, key (two words), checksum (xxh3_64 of the payload), last access, and, of the first slot's
+# header alone, whether the store drains.
 _WORDS = HEADER_BYTES // 8
-_GENERATION, _STATE, _LENGTH, _KEY, _CHECKSUM, _LAST_ACCESS = 0, 1, 2, 3, 5, 6
+_GENERATION, _STATE, _LENGTH, _KEY, _CHECKSUM, _LAST_ACCESS, _DRAINS = 0, 1, 2, 3, 5, 6, 7
 NO_KEY = bytes(HASH_BYTES)
 
 
@@ -75,6 +77,19 @@ class ArenaMap:
         self._slots = buffer[slots_offset(num_slots) :]
         self._stride = slot_stride(slot_bytes)
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether the store takes no new blocks, so that slots which it lent are to be given back."""
+        return self._words[_DRAINS] != 0
+
+    @is_draining.setter
+    def is_draining(self, value: bool) -> None:
+        self._words[_DRAINS] = value
+
+    def has(self, slot: int) -> bool:
+        """Whether there is such a slot."""
+        return 0 <= slot < self.num_slots
+
     def view(self, slot: int) -> memoryview:
         """The slot's bytes, writable."""
         start = slot * self._stride
@@ -95,9 +110,16 @@ class ArenaMap:
         words = self._words[at : at + _WORDS].tolist()
         return Header(words[_GENERATION], words[_STATE], words[_LENGTH], key, words[_CHECKSUM], words[_LAST_ACCESS])
 
+    def name(self, slot: int) -> BlockHash | None:
+        """The block that the slot holds, as far as its header tells at this moment."""
+        at = slot * _WORDS
+        if self._words[at + _GENERATION] % 2 or self._words[at + _STATE] != READY:
+            return None
+        return BlockHash(bytes(self._headers[(at + _KEY) * 8 : (at + _KEY) * 8 + HASH_BYTES]))
+
     def read(self, slot: int, block_hash: BlockHash, now: int) -> MappedPayload | None:
         """The block, if the slot holds it now. Stamps the slot with `now`, any number that grows, as lately used."""
-        if not 0 <= slot < self.num_slots:
+        if not self.has(slot):
             return None
         generation = self.generation(slot)  # first of all: what is read below belongs to it or is_valid says no
         header = self.header(slot)
@@ -114,15 +136,17 @@ class ArenaMap:
         self._fill(at, WRITING, 0, key, 0)
         return generation
 
-    def finish(self, slot: int, key: bytes, checksum: int) -> None:
-        """Marks a slot as holding a block."""
+    def finish(self, slot: int, generation: int, key: bytes, checksum: int) -> None:
+        """Marks a slot that was begun with `generation` as holding a block. To say so once more changes nothing."""
         self._fill(slot * _WORDS, READY, self.slot_bytes, key, checksum)
-        self._words[slot * _WORDS + _GENERATION] += 1
+        self._words[slot * _WORDS + _GENERATION] = generation + 1
 
-    def clear(self, slot: int) -> None:
-        """Marks a slot that was being written as holding nothing."""
-        self._fill(slot * _WORDS, FREE, 0, NO_KEY, 0)
-        self._words[slot * _WORDS + _GENERATION] += 1
+    def clear(self, slot: int, generation: int) -> None:
+        """Marks a slot that was begun with `generation` as holding nothing, even if it was finished meanwhile."""
+        at = slot * _WORDS
+        self._words[at + _GENERATION] = generation + 2  # odd, and not what a reader of a finished block has seen
+        self._fill(at, FREE, 0, NO_KEY, 0)
+        self._words[at + _GENERATION] = generation + 3
 
     def _fill(self, at: int, state: int, length: int, key: bytes, checksum: int) -> None:
         self._words[at + _STATE] = state

@@ -10,15 +10,13 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
-from kvstore.arena import Reservation, Written
+from kvstore.arena import Reservation
 from kvstore.blocks import BlockHash, Payload
+from kvstore.copier import Copier, Todo, Write, fill_here
 from kvstore.directory import ON_DISK, ArenaRecord, Cover, Directory
 from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable, DirectoryUnavailable
 from kvstore.frames import MAX_BLOCKS
@@ -30,11 +28,7 @@ from kvstore.wires import default_wire
 
 logger = logging.getLogger(__name__)
 
-Write = Callable[[Sequence[int], Sequence[memoryview]], Sequence[int]]
-_Part = Sequence[tuple[int, Reservation]]  # index of a block, and the slot that it goes to
-
-_NUM_COPIERS = 2  # a single thread does not use up what memory can do
-_PART_BYTES = 4 << 20  # that one of them takes at a time: where cores are busy, one may come late, or not at all
+_HERE_BYTES = 4 << 20  # what one thread would copy alone: waking it, and hearing from it, takes longer than 1 MiB
 _MIN_BYTES_PER_S = 100e6  # a slower transfer counts as broken
 _AVOID_S = 5.0  # a store that did not answer is left alone for so long
 
@@ -77,7 +71,7 @@ class KVClient:
         self._timeout_s = timeout_s
         self._wire = wire or default_wire(slot_bytes, wire_key)
         self.links = Links(slot_bytes, time.monotonic)
-        self._copier = ThreadPoolExecutor(max_workers=_NUM_COPIERS, thread_name_prefix="kv-copy")
+        self._copier = Copier(slot_bytes)
         self._local: LocalArena | None = None
         self._local_stamp: tuple[int, int] | None = None  # of the description that self._local came from
         self._publish_after_s = 0.0
@@ -103,7 +97,7 @@ class KVClient:
     async def close(self) -> None:
         """Waits for copies under way, then lets go of everything."""
         await asyncio.gather(*self._publishing, return_exceptions=True)
-        await asyncio.to_thread(self._copier.shutdown)
+        await asyncio.to_thread(self._copier.close)
         self._retire()
         await self._wire.close()
 
@@ -168,11 +162,15 @@ class KVClient:
     async def publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner = SHARED) -> int:
         """Stores blocks, within their owner's quota; returns how many were committed (those present do not count).
 
-        `write(indices, views)` is called on a thread with the indices into `hashes` of the blocks to write and as
-        many writable views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. Of many blocks, two threads
-        call it for some of them each, at the same time. `publish` does not end before `write` has, not even when
-        cancelled, so what `write` reads may be freed afterwards. Only errors of `write` itself are raised.
+        `write(indices, views)` is called with the indices into `hashes` of the blocks to write and as many writable
+        views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. Of many blocks, two threads call it for
+        some of them each, at the same time; for up to 4 MiB it may be called on the event loop itself. `publish` does
+        not end before `write` has, not even when cancelled, so what `write` reads may be freed afterwards. Only errors
+        of `write` itself are raised.
         """
+        num_committed = self._publish_here(hashes, write, owner)
+        if num_committed is not None:
+            return num_committed
         task = asyncio.create_task(self._publish(hashes, write, owner))
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
@@ -191,16 +189,17 @@ class KVClient:
         return cover
 
     async def _publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner) -> int:
-        num_committed = 0
-        for start in range(0, len(hashes), MAX_BLOCKS):
+        num_done = num_committed = 0
+        while num_done < len(hashes):
             if self._local is not None and self._local.is_broken:
                 self._retire()  # perhaps it is there again
             local = self._mapped()
             if local is None or time.monotonic() < self._publish_after_s:
                 break
             try:
-                part = hashes[start : start + MAX_BLOCKS]
-                num_committed += await self._publish_part(local, part, start, write, owner)
+                part = range(num_done, min(num_done + MAX_BLOCKS, len(hashes)))
+                done, committed = await self._publish_part(local, hashes, part, write, owner)
+                num_done, num_committed = num_done + done, num_committed + committed
                 self._troubles.discard("publish")
             except ArenaFull as error:
                 self._begin_trouble("publish", error)
@@ -214,18 +213,26 @@ class KVClient:
         return num_committed
 
     async def _publish_part(
-        self, local: LocalArena, hashes: Sequence[BlockHash], start: int, write: Write, owner: Owner
-    ) -> int:
-        """Reserve, copy, commit. A failure in between retires `local`: its slots go back once no copy is under way."""
-        is_whole = False
+        self, local: LocalArena, hashes: Sequence[BlockHash], part: range, write: Write, owner: Owner
+    ) -> tuple[int, int]:
+        """Slots, copy, commit; how many blocks of `part` that was, from its first on, and how many are committed now.
+
+        A failure in between retires `local`: its slots go back once no copy is under way.
+        """
+        is_whole, names = False, hashes[part.start : part.stop]
         try:
-            reservations = await local.reserve(hashes, owner)
-            todo = [(start + i, item) for i, item in enumerate(reservations) if item is not None]
-            num_committed = 0
-            if todo:
-                num_committed = await local.commit(await self._copy_all(local, todo, write))
+            slots = local.take(names, owner)
+            if slots:
+                written = await self._copier.fill(local, _todo(part, slots, names), write)
+                local.tell(names[: len(slots)], slots, written, owner)
+                num_committed = len(written)
+            else:
+                slots = await local.reserve(names, owner)
+                todo = _todo(part, slots)
+                num_committed = await local.commit(await self._copier.fill(local, todo, write)) if todo else 0
+                local.borrow(len(todo))
             is_whole = True
-            return num_committed
+            return len(slots), num_committed
         except ArenaFull:
             is_whole = True
             raise
@@ -233,18 +240,25 @@ class KVClient:
             if not is_whole:
                 self._retire(local)
 
-    async def _copy_all(self, local: LocalArena, todo: _Part, write: Write) -> list[Written]:
-        """Fills reserved slots, on threads. Returns when nothing is being copied any more, also when it fails."""
-        step = max(1, _PART_BYTES // self._slot_bytes)
-        parts = deque((at, todo[at : at + step]) for at in range(0, len(todo), step))
-        filled: dict[int, list[Written]] = {}
-        loop, num_copiers = asyncio.get_running_loop(), min(_NUM_COPIERS, len(parts))
-        copies = [loop.run_in_executor(self._copier, _copy, local, parts, filled, write) for _ in range(num_copiers)]
-        await to_end(copies)
-        for error in [copy.exception() for copy in copies]:
-            if error is not None:
-                raise error
-        return [written for at in sorted(filled) for written in filled[at]]
+    def _publish_here(self, hashes: Sequence[BlockHash], write: Write, owner: Owner) -> int | None:
+        """Publishes a few blocks on this very thread, without waiting for anything. None: that is not possible now."""
+        if len(hashes) * self._slot_bytes > _HERE_BYTES or not self.can_publish or self._local is None:
+            return None
+        local, is_whole = self._local, False
+        slots = local.take(hashes, owner, all_or_none=True)
+        if not slots:
+            return None
+        try:
+            written = fill_here(local, _todo(range(len(hashes)), slots, hashes), write)
+            local.tell(hashes, slots, written, owner)
+            is_whole = True
+        except ArenaUnavailable as error:
+            self._begin_trouble("publish", error)
+            return 0
+        finally:
+            if not is_whole:
+                self._retire(local)
+        return len(written)
 
     def _mapped(self) -> LocalArena | None:
         """This machine's arena, mapped anew when the store has another one. Costs one stat."""
@@ -332,25 +346,7 @@ class KVClient:
             logger.warning("event=store_trouble what=%s error=%r", name, str(error))
 
 
-def _copy(
-    local: LocalArena,
-    parts: deque[tuple[int, Sequence[tuple[int, Reservation]]]],
-    filled: dict[int, list[Written]],
-    write: Write,
-) -> None:
-    """Fills reserved slots, part by part, beside another thread that does the same."""
-    try:
-        while parts:
-            try:
-                at, part = parts.popleft()
-            except IndexError:  # the other one has it
-                return
-            filled[at] = local.copy(partial(_fill, local, part, write))
-    except BaseException:
-        parts.clear()
-        raise
-
-
-def _fill(local: LocalArena, part: _Part, write: Write) -> list[Written]:
-    sums = write([index for index, _ in part], [local.map.view(item.slot) for _, item in part])
-    return [Written(item.slot, item.generation, sum_) for (_, item), sum_ in zip(part, sums, strict=True)]
+def _todo(part: range, slots: Sequence[Reservation | None], names: Sequence[BlockHash] | None = None) -> Todo:
+    """What is to be written of the leading blocks of `part`; with their `names` where the slots were lent."""
+    todo = [(index, slot) for index, slot in zip(part, slots, strict=False) if slot is not None]
+    return [(index, slot, names[index - part.start] if names else None) for index, slot in todo]

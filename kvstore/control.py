@@ -25,6 +25,7 @@ from kvstore.stream import Unpacker, pack
 logger = logging.getLogger(__name__)
 
 MAX_QUESTIONS = 64  # of one connection under way
+MAX_POSTED = 16  # of these, for whose answers nobody waits
 MAX_PEERS = 512
 _MAX_UNREAD_BYTES = 1 << 20  # that are kept for one who does not read
 _BACKLOG = 16
@@ -42,7 +43,7 @@ class ControlChannel(asyncio.Protocol):
         self._path = path
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
-        self._turns = asyncio.Semaphore(MAX_QUESTIONS)
+        self._turns = asyncio.Semaphore(MAX_QUESTIONS - MAX_POSTED)
         self._unpacker = Unpacker(MAX_TOLD_BYTES)
         self._connecting: asyncio.Task[None] | None = None
         self._transport: asyncio.Transport | None = None
@@ -63,6 +64,29 @@ class ControlChannel(asyncio.Protocol):
                     del self._waiting[request_id]
         except TimeoutError as error:
             raise ArenaUnavailable(f"no answer within {timeout_s:.1f} s") from error
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection: the first question makes it."""
+        return self._transport is not None
+
+    def post(self, question: Callable[[int], Message], heard: Callable[[Message], None]) -> None:
+        """Sends `question(request id)` at once, and waits for nothing: `heard` is told the answer, if one comes.
+
+        Only while `is_open`, and no more than `MAX_POSTED` at a time. What follows the answer's frame is passed over.
+        """
+        if self._transport is None:
+            raise ArenaUnavailable("there is no connection")
+        request_id = next(self._ids)
+        waiting = self._waiting[request_id] = asyncio.get_running_loop().create_future()
+
+        def done(answer: asyncio.Future[Answer]) -> None:
+            del self._waiting[request_id]
+            if not answer.cancelled() and answer.exception() is None:
+                heard(answer.result().message)
+
+        waiting.add_done_callback(done)
+        self._send(self._transport, pack(question(request_id)))
 
     def close(self) -> None:
         """Closes the connection; questions under way fail with `ArenaUnavailable`. Idempotent."""

@@ -16,6 +16,7 @@ K = TypeVar("K", bound=Hashable)
 K_contra = TypeVar("K_contra", bound=Hashable, contravariant=True)
 
 MAX_USES = 3  # that S3-FIFO counts of a block: two bits, as in the paper
+GAP = 0.05  # of the capacity: what follows within so many arrivals belongs to the same request
 _PROVEN = -1
 
 
@@ -32,6 +33,14 @@ class Eviction(Protocol[K]):
 
     def touch(self, key: K) -> None:
         """The block, which is there, was used."""
+        ...
+
+    def lend(self, key: K) -> None:
+        """Another arena takes a copy of the block, which is there: unless this one is used again, it goes first.
+
+        A block that was used a moment ago stays as it is: that is a hand-off within a request, and its next turn may
+        well come here. Of a chain the tail is to be lent last: it goes before the others.
+        """
         ...
 
     def remove(self, key: K) -> None:
@@ -71,14 +80,22 @@ class Admission(Protocol[K_contra]):
 class LRU(Generic[K]):
     """The block that was not used for longest goes first. One read in secret is put at the end, once a sweep."""
 
-    def __init__(self, capacity: int = 0) -> None:
-        self._keys: OrderedDict[K, None] = OrderedDict()  # least lately used first
+    def __init__(self, capacity: int = 0, gap: float = GAP) -> None:
+        self._gap = int(capacity * gap)
+        self._num_arrivals = 0
+        self._keys: OrderedDict[K, int] = OrderedDict()  # least lately used first, with the arrivals until then
 
     def insert(self, key: K) -> None:
-        self._keys[key] = None
+        self._num_arrivals += 1
+        self._keys[key] = self._num_arrivals
 
     def touch(self, key: K) -> None:
+        self._keys[key] = self._num_arrivals
         self._keys.move_to_end(key)
+
+    def lend(self, key: K) -> None:
+        if self._num_arrivals - self._keys[key] >= self._gap:
+            self._keys.move_to_end(key, last=False)
 
     def remove(self, key: K) -> None:
         del self._keys[key]
@@ -86,10 +103,10 @@ class LRU(Generic[K]):
     def victim(self, kept: Collection[K] = (), was_read: Callable[[K], bool] = _never) -> K | None:
         for is_last_sweep in (False, True):
             for _ in range(len(self._keys)):
-                key, _ = self._keys.popitem(last=False)
+                key, used_at = self._keys.popitem(last=False)
                 if key not in kept and (is_last_sweep or not was_read(key)):
                     return key
-                self._keys[key] = None
+                self._keys[key] = used_at
         return None
 
     def __contains__(self, key: object) -> bool:
@@ -122,7 +139,7 @@ class S3FIFO(Generic[K]):
     touch each block several times within seconds, which says nothing about the next request.
     """
 
-    def __init__(self, capacity: int, small: float = 0.5, ghosts: float = 4.0, gap: float = 0.05) -> None:
+    def __init__(self, capacity: int, small: float = 0.5, ghosts: float = 4.0, gap: float = GAP) -> None:
         self._small_size = max(1, int(capacity * small))
         self._max_ghosts = int(capacity * ghosts)
         self._gap = int(capacity * gap)
@@ -144,6 +161,12 @@ class S3FIFO(Generic[K]):
         if self._num_arrivals - uses.counted_at >= self._gap:
             uses.counted_at = self._num_arrivals
             uses.count = min(uses.count + 1, MAX_USES)
+
+    def lend(self, key: K) -> None:
+        queue = self._small if key in self._small else self._main
+        if self._num_arrivals - queue[key].counted_at >= self._gap:
+            queue[key].count = 0
+            queue.move_to_end(key, last=False)
 
     def remove(self, key: K) -> None:
         del (self._small if key in self._small else self._main)[key]
@@ -193,7 +216,7 @@ class SecondTouch(Generic[K]):
     remembered. What follows within a twentieth of `capacity` arrivals belongs to the same request (see `S3FIFO`).
     """
 
-    def __init__(self, capacity: int, names: float = 8.0, gap: float = 0.05) -> None:
+    def __init__(self, capacity: int, names: float = 8.0, gap: float = GAP) -> None:
         self._max_names = max(1, int(capacity * names))
         self._gap = max(1, int(capacity * gap))
         self._num_arrivals = 0

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from kvstore.arena import Reservation, Written
+from kvstore.arena import Fill, Reservation, Written
 from kvstore.blocks import HASH_BYTES, BlockHash
 from kvstore.errors import BadFrame
-from kvstore.quotas import SHARED, Owner
+from kvstore.quotas import NO_TENANT, SHARED, Owner
 
 MAGIC = b"BATN"
 VERSION = 3
@@ -31,10 +31,11 @@ _PART_BYTES = 1 << 21
 _HEADER = struct.Struct("<4sBBHIQ")  # magic, version, kind, status, count, request id
 _IDS = struct.Struct("<16s16s")  # arena and writer; 32 hex digits each everywhere else
 _IDS_AND_OWNER = struct.Struct("<16s16s16sI")  # arena, writer, tenant, quota in blocks
+_IDS_AND_WISH = struct.Struct("<16s16s16sI")  # arena, writer, tenant, slots wanted
 _NO_SLOT = 0xFFFFFFFF
 _NO_QUOTA = 0xFFFFFFFF
 
-MAX_FRAME_BYTES = _HEADER.size + _IDS_AND_OWNER.size + MAX_BLOCKS * 28  # of every frame but the payloads
+MAX_FRAME_BYTES = _HEADER.size + _IDS_AND_OWNER.size + MAX_BLOCKS * 36  # of every frame but the payloads
 MAX_TOLD_BYTES = 1 << 16  # of the JSON behind a `Told`
 MAX_ROWS = 200  # blocks in one answer to an operator
 
@@ -285,8 +286,43 @@ class Told(Message):
         return cls(request_id, *fixed)
 
 
+@dataclass(frozen=True)
+class Filled(Message):
+    """Writer to store: what became of slots that were lent, all of one owner without a quota; and how many to lend now.
+
+    The answer is a `Reserved` with the slots that are lent.
+    """
+
+    arena_id: str
+    writer_id: str
+    fills: Sequence[Fill] = ()
+    num_wanted: int = 0
+    tenant: bytes = NO_TENANT
+
+    kind = 9
+    fixed = _IDS_AND_WISH
+    item = struct.Struct("<16sIQQ")
+
+    def _fixed(self) -> tuple[Any, ...]:
+        return bytes.fromhex(self.arena_id), bytes.fromhex(self.writer_id), self.tenant, self.num_wanted
+
+    def _items(self) -> Iterable[tuple[Any, ...]]:
+        for fill in self.fills:
+            written = fill.written
+            if written is None:
+                yield fill.block_hash, _NO_SLOT, 0, 0
+            else:
+                yield fill.block_hash, written.slot, written.generation, written.checksum
+
+    @classmethod
+    def _build(cls, request_id: int, status: Status, fixed: tuple[Any, ...], items: Iterator[tuple[Any, ...]]) -> Self:
+        arena_id, writer_id, tenant, num_wanted = fixed
+        fills = [Fill(BlockHash(key), None if rest[0] == _NO_SLOT else Written(*rest)) for key, *rest in items]
+        return cls(request_id, arena_id.hex(), writer_id.hex(), fills, num_wanted, tenant)
+
+
 _KINDS: dict[int, type[Message]] = {
-    cls.kind: cls for cls in (Reserve, Reserved, Commit, Committed, Get, Got, Ask, Told)
+    cls.kind: cls for cls in (Reserve, Reserved, Commit, Committed, Get, Got, Ask, Told, Filled)
 }
 
 

@@ -14,25 +14,32 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import math
 import mmap
 import os
 import threading
+import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvstore.arena import Reservation, Written
+from kvstore.arena import Fill, Reservation, Written
 from kvstore.arena_map import HEADER_BYTES, ArenaMap, arena_bytes
 from kvstore.blocks import BlockHash
-from kvstore.control import ControlChannel
+from kvstore.control import MAX_POSTED, ControlChannel
 from kvstore.errors import ArenaDraining, ArenaFull, ArenaUnavailable
-from kvstore.frames import Commit, Committed, Reserve, Reserved, Status
+from kvstore.frames import MAX_BLOCKS, Commit, Committed, Filled, Message, Reserve, Reserved, Status
+from kvstore.lent import LentSlots
 from kvstore.memory import touch_behind
-from kvstore.quotas import Owner
+from kvstore.quotas import NO_TENANT, Owner
 from kvstore.slot_index import SlotIndex
+
+_LENT_BYTES = 32 << 20  # that a writer has ahead: what a node copies at a time, and once more
+_HOPE_S = 1.0  # after which a store that had not enough to lend is asked for more again
+_MAX_UNTOLD = MAX_POSTED - 2  # takes that the store has not confirmed; a wish and what is given back come beside them
 
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit for a unix socket
 
@@ -151,6 +158,10 @@ class LocalArena:
         memory = map_memory(paths.memory(self.arena_id), description)
         self.map = ArenaMap(memory, description.num_slots, description.slot_bytes)
         self.index = SlotIndex(self.map, memory[: description.num_slots * HEADER_BYTES])
+        self._lent = LentSlots(min(_LENT_BYTES // description.slot_bytes, MAX_BLOCKS))
+        self._hope_at_s = math.inf
+        self._num_untold = 0
+        self._is_regular = False  # has written before
         self._timeout_s = timeout_s
         self._writer_id = uuid.uuid4().hex
         self._lock: FileLock | None = FileLock.create(paths.writer(self._writer_id))
@@ -159,6 +170,53 @@ class LocalArena:
         self._copies = 0
         self._is_retired = False
 
+    def take(self, hashes: Sequence[BlockHash], owner: Owner, all_or_none: bool = False) -> list[Reservation | None]:
+        """Slots that were lent ahead, without a question, for the leading blocks, as far as they go.
+
+        None where a block is there, or being written here. Nothing for an owner who has a quota, from a store that
+        drains, and with `all_or_none` where there may not be enough: then the store has to be asked. Whoever got
+        something fills and finishes the slots, and says so to `tell`, or retires this arena.
+        """
+        is_bounded = owner.quota_blocks is not None
+        if is_bounded or self.map.is_draining or not self._channel.is_open or self._num_untold >= _MAX_UNTOLD:
+            return []
+        if all_or_none and len(hashes) > self._lent.num_in_hand:
+            return []
+        slots = self._lent.take(hashes, self.index.slots(hashes))
+        self._num_untold += bool(slots)
+        return slots
+
+    def finish(self, items: Iterable[tuple[BlockHash, Written]]) -> None:
+        """Completes the headers of slots that were lent and are filled now: from here on, readers see the blocks.
+
+        Within `copy`, which is what keeps the slots this writer's.
+        """
+        for block_hash, item in items:
+            if self.map.generation(item.slot) != item.generation:
+                raise ArenaUnavailable("a slot was taken back from a writer that lives")
+            self.map.finish(item.slot, item.generation, block_hash, item.checksum)
+
+    def tell(
+        self,
+        hashes: Sequence[BlockHash],
+        slots: Sequence[Reservation | None],
+        written: Sequence[Written],
+        owner: Owner,
+    ) -> None:
+        """Tells the store of blocks for which `take` gave `slots`, and does not wait for it; more slots come behind."""
+        self._post(self._lent.settle(hashes, slots, written), owner.tenant, num_told=1)
+
+    def borrow(self, num_blocks: int) -> None:
+        """Asks for slots to be lent to who writes so many blocks at a time. They come behind.
+
+        Not yet after the first time: many a writer writes once.
+        """
+        if self._is_regular:
+            self._lent.need(num_blocks)
+            if self._channel.is_open:
+                self._post([], NO_TENANT)
+        self._is_regular = True
+
     async def reserve(self, hashes: Sequence[BlockHash], owner: Owner) -> list[Reservation | None]:
         """See `Arena.reserve`. `ArenaUnavailable` when the store does not answer, `ArenaFull`, `ArenaDraining`."""
         question = partial(Reserve, arena_id=self.arena_id, writer_id=self._writer_id, hashes=hashes, owner=owner)
@@ -166,6 +224,7 @@ class LocalArena:
         if not isinstance(answer, Reserved) or answer.status is Status.STALE:
             raise ArenaUnavailable("the store has another arena by now")
         if answer.status is Status.DRAINING:
+            self._post(self._lent.give_back(), NO_TENANT)
             raise ArenaDraining("the store is draining")
         if answer.status is Status.FULL:
             raise ArenaFull("every slot is being written")
@@ -195,6 +254,24 @@ class LocalArena:
             with self._guard:
                 self._copies -= 1
                 self._let_go()
+
+    def _post(self, fills: Sequence[Fill], tenant: bytes, num_told: int = 0) -> None:
+        if self._hope_at_s <= time.monotonic():
+            self._hope_at_s = math.inf
+            self._lent.hope()
+        num_wanted = self._lent.ask()
+        if fills or num_wanted or num_told:
+            arena_id, writer_id = self.arena_id, self._writer_id
+            self._channel.post(
+                lambda request_id: Filled(request_id, arena_id, writer_id, fills, num_wanted, tenant),
+                partial(self._hear, num_wanted, num_told),
+            )
+
+    def _hear(self, num_wanted: int, num_told: int, answer: Message) -> None:
+        self._num_untold -= num_told
+        slots = answer.reservations if isinstance(answer, Reserved) and answer.status is Status.OK else ()
+        if not self._lent.add(num_wanted, [item for item in slots if item is not None and self.map.has(item.slot)]):
+            self._hope_at_s = time.monotonic() + _HOPE_S
 
     @property
     def is_broken(self) -> bool:

@@ -35,7 +35,7 @@ from kvstore.errors import BadFrame, DirectoryUnavailable
 from kvstore.eviction import ADMISSIONS, POLICIES, AdmitAll
 from kvstore.flood import FloodGuard
 from kvstore.folder import StoreFolder
-from kvstore.frames import MAX_FRAME_BYTES, MAX_QUESTIONS, Ask, Commit, Get, Got, Message, Reserve, Told
+from kvstore.frames import MAX_FRAME_BYTES, MAX_QUESTIONS, Ask, Commit, Filled, Get, Got, Message, Reserve, Told
 from kvstore.frames import decode as decode_frame
 from kvstore.inbox import Inbox, plain_socket
 from kvstore.local import MAX_SOCKET_PATH, Description, StorePaths
@@ -61,7 +61,7 @@ class StoreConfig:
     """How to run a store. `dir` is its own, short (a unix socket lives in it), and best under /dev/shm."""
 
     dir: str
-    redis_url: str
+    redis_url: str = field(repr=False)  # may have a password in it
     slot_bytes: int  # block_bytes of the model
     memory_bytes: int  # of the arena, taken whole at the start
     eviction: str = "s3fifo"  # or "lru"
@@ -267,6 +267,8 @@ class StoreServer:
                 return pack(self._service.reserve(question))
             case Commit():
                 return pack(self._service.commit(question))
+            case Filled():
+                return pack(self._service.filled(question))
             case Ask():
                 return self._tell_operator(question)
         raise BadFrame(f"{type(question).__name__} is no question to this socket")

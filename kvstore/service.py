@@ -7,10 +7,23 @@ from collections.abc import Sequence, Set
 
 from kvstore.announcer import Announcer
 from kvstore.arena import Arena, Evicted
-from kvstore.arena_map import ArenaMap
+from kvstore.arena_map import NO_KEY, ArenaMap
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
-from kvstore.frames import BlockInfo, Commit, Committed, Get, Got, Reserve, Reserved, Status, part_blocks
+from kvstore.frames import (
+    MAX_BLOCKS,
+    BlockInfo,
+    Commit,
+    Committed,
+    Filled,
+    Get,
+    Got,
+    Reserve,
+    Reserved,
+    Status,
+    part_blocks,
+)
+from kvstore.quotas import Owner
 from kvstore.tally import DISK, MEMORY, StoreTally
 from kvstore.tiers import DiskTier
 
@@ -52,11 +65,7 @@ class StoreService:
         except ArenaFull:
             self._tally.num_full += 1
             return Reserved(question.request_id, Status.FULL)
-        evicted = self._arena.take_evicted()
-        if self._disk is not None:
-            self._disk.demote(evicted)
-        elif evicted:  # noted behind the answer, for which a writer waits, and before any other message
-            asyncio.get_running_loop().call_soon(self._lost, evicted)
+        self._let_go()
         return Reserved(question.request_id, Status.OK, reservations)
 
     def commit(self, question: Commit) -> Committed:
@@ -67,6 +76,22 @@ class StoreService:
         self._tally.came(block_hash for block_hash, _ in blocks)
         self._announcer.changed(blocks)
         return Committed(question.request_id, Status.OK, len(blocks))
+
+    def filled(self, question: Filled) -> Reserved:
+        """What is in lent slots is committed, and more are lent. Nobody waits for the answer: he may have some left."""
+        if question.arena_id != self.arena_id:
+            return Reserved(question.request_id, Status.STALE)
+        hashes = [fill.block_hash for fill in question.fills if fill.block_hash != NO_KEY]
+        for block_hash in hashes:
+            self._tally.asked(block_hash, self._tier_of(block_hash))
+        blocks = self._arena.name(question.writer_id, question.fills, Owner(question.tenant))
+        self._tally.came(block_hash for block_hash, _ in blocks)
+        self._announcer.changed(blocks)
+        if self.is_draining:
+            return Reserved(question.request_id, Status.DRAINING)
+        lent = self._arena.lend(min(question.num_wanted, MAX_BLOCKS), question.writer_id, hashes)
+        self._let_go()
+        return Reserved(question.request_id, Status.OK, lent)
 
     def needs_disk(self, question: Get) -> bool:
         """Whether `promote` has something to do, and the answer has to wait for it."""
@@ -87,7 +112,7 @@ class StoreService:
         """
         infos, slots = [], []
         for block_hash in question.hashes[: part_blocks(self._map.slot_bytes)]:
-            slot = self._arena.find(block_hash)
+            slot = self._arena.find_for_copy(block_hash)
             if slot is None:
                 self._tally.missed(block_hash, self._disk is not None)
                 break  # whoever asks wants a run
@@ -98,7 +123,7 @@ class StoreService:
 
     def drain(self, is_draining: bool) -> None:
         """Takes no new blocks from now on, or takes them again; the directory is told."""
-        self.is_draining = is_draining
+        self.is_draining = self._map.is_draining = is_draining
         self._announcer.beat_soon()
 
     async def remove(self, hashes: Sequence[BlockHash]) -> tuple[int, int]:
@@ -125,6 +150,14 @@ class StoreService:
     def writers(self) -> set[str]:
         """Writers that hold slots and whose locks tell whether they live."""
         return self._arena.writers() - ({self._disk.writer_id} if self._disk else set())
+
+    def _let_go(self) -> None:
+        """Of what was evicted for a writer."""
+        evicted = self._arena.take_evicted()
+        if self._disk is not None:
+            self._disk.demote(evicted)
+        elif evicted:  # noted behind the answer, for which a writer waits, and before any other message
+            asyncio.get_running_loop().call_soon(self._lost, evicted)
 
     def _lost(self, evicted: Sequence[Evicted]) -> None:
         self._tally.lost((block.block_hash, self._map.last_access(block.slot)) for block in evicted)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvstore.arena_map import HEADER_BYTES, READY, ArenaMap
+from kvstore.arena_map import HEADER_BYTES, ArenaMap
 from kvstore.blocks import BlockHash
 
 _WORDS = HEADER_BYTES // 8
@@ -25,6 +25,7 @@ class SlotIndex:
         self._seen = np.zeros_like(self._generations)  # generations at the last look; those of empty slots are 0
         self._slots: dict[BlockHash, int] = {}
         self._blocks: dict[int, BlockHash] = {}  # by slot
+        self._twins: dict[BlockHash, set[int]] = {}  # where else a block lies that two have written at the same time
 
     def run(self, hashes: Sequence[BlockHash]) -> list[int]:
         """The slots of the leading run of `hashes` that the arena holds now."""
@@ -37,6 +38,11 @@ class SlotIndex:
             slots.append(slot)
         return slots
 
+    def slots(self, hashes: Sequence[BlockHash]) -> list[int | None]:
+        """The slot of each of `hashes` that the arena holds now; None for the others."""
+        self._look()
+        return [self._slots.get(block_hash) for block_hash in hashes]
+
     def _look(self) -> None:
         now = self._generations.copy()
         changed: list[int] = np.flatnonzero(now != self._seen).tolist()
@@ -44,12 +50,24 @@ class SlotIndex:
         for slot in changed:
             self._forget(slot)
         for slot in changed:
-            header = self._map.header(slot)
-            if header.state == READY and header.generation % 2 == 0:
-                self._slots[BlockHash(header.key)] = slot
-                self._blocks[slot] = BlockHash(header.key)
+            block_hash = self._map.name(slot)
+            if block_hash is not None:
+                self._remember(slot, block_hash)
+
+    def _remember(self, slot: int, block_hash: BlockHash) -> None:
+        self._blocks[slot] = block_hash
+        if self._slots.setdefault(block_hash, slot) != slot:
+            self._twins.setdefault(block_hash, set()).add(slot)  # the store takes one of them back, soon
 
     def _forget(self, slot: int) -> None:
         block_hash = self._blocks.pop(slot, None)
-        if block_hash is not None and self._slots.get(block_hash) == slot:
+        if block_hash is None:
+            return
+        twins = self._twins.get(block_hash, set())
+        twins.discard(slot)
+        if self._slots[block_hash] == slot:
             del self._slots[block_hash]
+            if twins:
+                self._slots[block_hash] = twins.pop()
+        if not twins:
+            self._twins.pop(block_hash, None)

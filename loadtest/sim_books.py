@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from kvstore.blocks import BlockHash
@@ -11,6 +12,7 @@ from loadtest.sim_nodes import Job, Node
 from loadtest.trace import BLOCK_TOKENS
 from router.backlog import Backlog
 from router.cluster import Cluster, NodeView
+from router.line import Demand
 from router.plan import Rates
 from router.speeds import PrefillMeter, PrefillSpeed, StepSpeed
 from router.warming import Warming
@@ -19,16 +21,17 @@ from router.warming import Warming
 class Books:
     """The router's side of each leg. A node that left has no row: what is still counted for it goes nowhere."""
 
-    def __init__(self, machine: Machine, learns: bool) -> None:
+    def __init__(self, machine: Machine, learns: bool, is_shortest: bool) -> None:
         self.cluster = Cluster(BLOCK_TOKENS, BLOCK_TOKENS * machine.token_bytes)
-        self.rates = Rates(
+        self._rates = Rates(
             memory_bytes_per_s=1e12,  # a node's own arena costs nothing, nor do calls: only what is modelled counts
             wire_bytes_per_s=machine.wire_bytes_per_s,
             handoff_s=0.0,
             request_s=0.0,
             max_stall_s=0.0,
         )
-        self._machine, self._learns = machine, learns
+        self._machine, self._learns, self._is_shortest = machine, learns, is_shortest
+        self._demand = Demand()
         self._warming = Warming()
         self._backlogs: dict[Node, Backlog] = {}
         self._meters: dict[Node, PrefillMeter] = {}
@@ -55,8 +58,15 @@ class Books:
         """Node id -> the leading run that it was just sent to compute."""
         return self._warming.runs(_names(job), now_s)
 
+    def rates(self, now_s: float) -> Rates:
+        """What predictions assume now."""
+        if not self._is_shortest:
+            return self._rates
+        return replace(self._rates, shares=self._demand.shares(self.cluster.num_prefill, now_s))
+
     def sent(self, job: Job, source: Node, target: Node, now_s: float) -> None:
         self._backlogs[source].sent(job, now_s, job.cost_s)
+        self._demand.sent(job.cost_s, now_s)
         self._see_backlog(source)
         self._warming.sent(_names(job), source.node_id, now_s)
         target.used_blocks += job.held_blocks
@@ -76,7 +86,7 @@ class Books:
     def broken_off(self, job: Job, source: Node, target: Node) -> None:
         """The first leg will not be over."""
         self._warming.forget(_names(job), source.node_id)
-        self._backlogs[source].counted(job)
+        self._backlogs[source].over(job)
         self._see_backlog(source)
         if source is not target:
             self._count(source, -1)
@@ -110,7 +120,8 @@ class Books:
     def _see_backlog(self, node: Node) -> None:
         row = self._row(node)
         if row is not None:
-            self.cluster.free_at_s[row] = self._backlogs[node].free_at_s()
+            backlog = self._backlogs[node]
+            self.cluster.set_queue(row, backlog.free_at_s(), backlog.line() if self._is_shortest else None)
 
     def _count(self, node: Node, change: int) -> None:
         node.num_legs += change

@@ -43,12 +43,11 @@ class Directory:
 
 
 class Arena:
-    """One node's blocks. What was read from afar is known at eviction only, as in the live store."""
+    """One node's blocks."""
 
     def __init__(self, arena_id: str, capacity: int, policy: Eviction[int], directory: Directory) -> None:
         self.arena_id, self.capacity = arena_id, capacity
         self._policy, self._directory = policy, directory
-        self._read: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._policy)
@@ -64,16 +63,11 @@ class Arena:
             self._policy.touch(block)
         return count
 
-    def read(self, blocks: Sequence[int]) -> None:
-        """Another node copied these."""
-        self._read.update(block for block in blocks if block in self._policy)
-
-    def give(self, blocks: Sequence[int]) -> None:
-        """Another node took these over: they are there no longer."""
+    def lend(self, blocks: Sequence[int]) -> None:
+        """Another node copies these, which are part of a chain."""
         for block in blocks:
             if block in self._policy:
-                self._policy.remove(block)
-                self._directory.drop(block, self.arena_id)
+                self._policy.lend(block)
 
     def publish(self, blocks: Sequence[int]) -> None:
         """Takes in what it lacks, the tail first, so that of a chain the tail is evicted first."""
@@ -83,10 +77,9 @@ class Arena:
         if len(missing) > room:
             kept = set(blocks)
             for _ in range(len(missing) - room):
-                victim = policy.victim(kept, self._was_read)
+                victim = policy.victim(kept)
                 if victim is None:
                     break
-                self._read.discard(victim)
                 self._directory.drop(victim, self.arena_id)
         for block in reversed(missing[: self.capacity - len(policy)]):
             policy.insert(block)
@@ -94,11 +87,6 @@ class Arena:
 
     def forget(self) -> None:
         """The node died, and its memory with it."""
-        self.give(list(self._policy))
-        self._read.clear()
-
-    def _was_read(self, block: int) -> bool:
-        if block in self._read:
-            self._read.discard(block)
-            return True
-        return False
+        for block in list(self._policy):
+            self._policy.remove(block)
+            self._directory.drop(block, self.arena_id)

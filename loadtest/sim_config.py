@@ -20,7 +20,6 @@ class SimConfig:
     arena_blocks: int = 5860
     eviction: str = "lru"
     queue: str = "fcfs"
-    moves_blocks: bool = False  # a fetch takes blocks over in place of copying them
     chunk_tokens: int = 512  # a step of a node that decodes takes so many
     ttft_limit_s: float | None = None
     tpot_limit_s: float | None = None

@@ -71,7 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decode", type=natural, default=8, metavar="N", help="decode nodes (default 8)")
     add("--both", type=natural, default=0, metavar="N", help="colocated nodes: prompts in chunks (default 0)")
     add("--scale", type=positive, nargs="+", default=[1.0], metavar="X", help="speed of the trace: one or several")
-    add("--moves-blocks", action="store_true", help="what if a fetch moved blocks between arenas and did not copy them")
     add(
         "--fault",
         action="append",
@@ -160,7 +159,6 @@ def config_from(args: argparse.Namespace) -> SimConfig:
         arena_blocks=args.arena_blocks,
         eviction=args.eviction,
         queue=args.queue,
-        moves_blocks=getattr(args, "moves_blocks", False),
         chunk_tokens=args.chunk_tokens,
         ttft_limit_s=args.ttft_slo_s,
         tpot_limit_s=None if args.tpot_slo_ms is None else args.tpot_slo_ms / 1e3,

@@ -40,7 +40,7 @@ class Simulator:
         self._rng = random.Random(config.seed)
         self._policy: Policy = POLICIES[config.policy]()
         learns = any(fault.kind == "slow" for fault in config.faults)  # else speeds are what nodes say at once
-        self._books = Books(config.machine, learns)
+        self._books = Books(config.machine, learns, config.queue == "shortest")
         self._owners: dict[str, Node] = {}  # of arenas; also those that have left
         self._counts = {"prefill": 0, "decode": 0, "both": 0}
         self._draining: set[Node] = set()
@@ -105,19 +105,19 @@ class Simulator:
         limit_s = self.config.ttft_limit_s
         if limit_s is not None:
             limit_s = None if job.first_token_s >= 0.0 else limit_s - (self.now_s - job.request.arrival_s)
-        runs = self.directory.runs(job.full_blocks)
+        hits = {arena: _HITS[run] for arena, run in self.directory.runs(job.full_blocks).items()}
         start_s = self._clock() if self._clock else 0.0
         view = RequestView(
             num_tokens=job.num_tokens,
             max_new_tokens=job.num_left,
-            hits={arena: _HITS[run] for arena, run in runs.items()},
+            hits=hits,
             warming=self._books.warming(job, self.now_s),
             failed=frozenset(job.failed),
             no_decode=refused,
             ttft_limit_s=limit_s,
             tpot_limit_s=self.config.tpot_limit_s,
         )
-        plan = self._policy(view, self._books.cluster, self.now_s, self._rng, self._books.rates)
+        plan = self._policy(view, self._books.cluster, self.now_s, self._rng, self._books.rates(self.now_s))
         if self._clock:
             self.decision_times_s.append(self._clock() - start_s)
         return plan
@@ -150,7 +150,7 @@ class Simulator:
             found = max(own, min(job.plan.fetch_blocks, runs.get(arena_id, 0)))
             if found > own:
                 owner = self._owners[arena_id]
-                (owner.arena.give if self.config.moves_blocks else owner.arena.read)(blocks[own:found])
+                owner.arena.lend(blocks[own:found])
                 job.ready_s = max(self.now_s, job.sent_s + self._wire_s(found - own, owner, node))
         job.cached_tokens = job.cached_before = min(found * BLOCK_TOKENS, job.num_tokens - 1)
         job.to_compute = job.num_tokens - job.cached_tokens

@@ -30,6 +30,9 @@ MAX_FETCH_BYTES = 64 * 2**20  # of one round: bounds what lies in memory between
 # step, so a chunk should come in one.
 MAX_IMPORT_BYTES = 32 * 2**20
 COMING_POLL_S = 0.001
+# What is said to be coming comes within a copy's time, most likely. An event loop counts in whole milliseconds, so for
+# that long it sleeps itself, Python's lock let go, and looks in between.
+NEAR_POLL_S, NEAR_WAIT_S = 0.0001, 0.002
 
 
 class Pace:
@@ -123,8 +126,15 @@ class Fetcher:
             if self._waited_s > self._intake.patience_s(num_coming):
                 logger.info("event=blocks_late request=%s missing=%d", self._request.request_id, num_coming)
                 return
-            await asyncio.sleep(COMING_POLL_S)
+            await self._pause()
             await self.fetch()
+
+    async def _pause(self) -> None:
+        if self._waited_s < NEAR_WAIT_S and self._store.local_arena_id:
+            time.sleep(NEAR_POLL_S)
+            await asyncio.sleep(0)
+        else:
+            await asyncio.sleep(COMING_POLL_S)
 
     @property
     def _num_blocks(self) -> int:

@@ -5,6 +5,8 @@ The moment is absolute, so what is left shrinks by itself while the node works.
 
 from __future__ import annotations
 
+from router.line import Line, Waiting
+
 
 class Backlog:
     """The prefill work of one node, in seconds of its own time."""
@@ -12,6 +14,8 @@ class Backlog:
     def __init__(self) -> None:
         self._reported_free_at_s = 0.0
         self._sent: dict[object, tuple[float, float]] = {}  # leg -> (when, seconds), those that no report counts yet
+        self._begun: object = None  # the leg that the node is at, as its order has it
+        self._waiting: dict[object, Waiting] = {}  # all others that were sent and are not over
 
     def reported(self, now_s: float, queued_s: float) -> None:
         """The node's own word: at `now_s` it had so much to do, whatever `sent` it had heard of included."""
@@ -20,15 +24,26 @@ class Backlog:
     def sent(self, leg: object, now_s: float, seconds: float) -> None:
         """A leg was sent that will compute for so long."""
         self._sent[leg] = (now_s, seconds)
+        self._waiting[leg] = Waiting(seconds, now_s)
+        self._begin()
 
     def counted(self, leg: object) -> None:
-        """A report counts the leg, or it is over without having computed. Idempotent."""
+        """A report counts the leg. Idempotent."""
         self._sent.pop(leg, None)
+
+    def over(self, leg: object) -> None:
+        """The leg is over, computed or not. Idempotent."""
+        self._sent.pop(leg, None)
+        self._waiting.pop(leg, None)
+        if leg == self._begun:
+            self._begun = None
+            self._begin()
 
     def computed(self, leg: object, now_s: float) -> None:
         """The leg is done: until now the node was at work, and what was sent after it has not been begun before."""
         if self._sent.pop(leg, None) is not None:
             self._reported_free_at_s = max(self._reported_free_at_s, now_s)
+        self.over(leg)
 
     def free_at_s(self) -> float:
         """When all of it is computed. In the past where there is nothing."""
@@ -36,3 +51,13 @@ class Backlog:
         for sent_s, seconds in self._sent.values():  # in the order of sending
             free_at_s = max(free_at_s, sent_s) + seconds
         return free_at_s
+
+    def line(self) -> Line | None:
+        """Who waits behind the leg that the node is at; None: nobody that was sent from here."""
+        return Line(self._waiting.values()) if self._waiting else None
+
+    def _begin(self) -> None:
+        """The node goes on with the next one of its queue, if it is at none."""
+        if self._begun is None and self._waiting:
+            self._begun = min(self._waiting, key=lambda leg: self._waiting[leg].key)
+            del self._waiting[self._begun]

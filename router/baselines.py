@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,7 +34,9 @@ def by(rule: Rule, may_fetch: bool = False, keeps_limits: bool = False) -> Polic
         if not (seen.firsts.any() and seen.seconds.any()):
             return Reject(Reason.BUSY, seen=seen)
         plan = seen.plan(*rule(seen, rng))
-        reason = broken_limit(request, plan) if keeps_limits else None
+        # As published: a queue is all work before this one, whatever its order.
+        in_turn = replace(plan, prefill=replace(plan.prefill, order_s=0.0))
+        reason = broken_limit(request, in_turn) if keeps_limits else None
         return plan if reason is None else Reject(reason, plan, retry_after_s=1.0, seen=seen)
 
     return decide

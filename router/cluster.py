@@ -6,12 +6,13 @@ stay where they are; a node that leaves frees its row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from router.line import Line
 from router.speeds import PrefillSpeed, StepSpeed
 
 Column = NDArray[np.float64]
@@ -34,6 +35,7 @@ class NodeView:
     step: StepSpeed
     arena_id: str = ""  # "" publishes nothing
     free_at_s: float = 0.0  # when all its prefill work will be computed, on the router's clock
+    line: Line | None = None  # who waits there, as far as is known; None: nobody
     num_requests: int = 0  # running and waiting
     free_blocks: int = 0
     total_blocks: int = 0  # 0: not known
@@ -54,6 +56,7 @@ class Cluster:
     prefill_pair_s: Column
     step_base_s: Column
     step_request_s: Column
+    arena_number: NDArray[np.intp]  # 0: it maps none
     is_there: Mask
     can_prefill: Mask
     can_decode: Mask
@@ -66,7 +69,10 @@ class Cluster:
         self.node_ids: list[str] = []  # by row; "" where nobody is
         self.arena_ids: list[str] = []  # by row
         self._rows: dict[str, int] = {}
-        self._in_arena: dict[str, list[int]] = {}  # rows by arena
+        self._numbers: dict[str, int] = {}  # of arenas
+        self._users = [0]  # how many rows map an arena, by its number; 0 of one that is free, and of number 0
+        self.lines: dict[int, Line] = {}  # by row, of those where somebody waits
+        self.arena_number = np.zeros(0, np.intp)
         self._grow(16)
         for node in nodes:
             self.put(node)
@@ -74,12 +80,28 @@ class Cluster:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def num_prefill(self) -> int:
+        """How many nodes play that role, or both."""
+        return int((self.is_there & self.can_prefill).sum())
+
     def row(self, node_id: str) -> int | None:
         return self._rows.get(node_id)
 
-    def rows_of(self, arena_id: str) -> Sequence[int]:
-        """Rows of the nodes that map this arena."""
-        return self._in_arena.get(arena_id, ())
+    def rows(self, node_ids: Iterable[str]) -> list[int]:
+        """Rows of these nodes; -1 for one that is not there."""
+        find = self._rows.get
+        return [find(node_id, -1) for node_id in node_ids]
+
+    def arena_numbers(self, arena_ids: Iterable[str]) -> list[int]:
+        """What `arena_number` has for these arenas; 0 for one that no node maps."""
+        find = self._numbers.get
+        return [find(arena_id, 0) for arena_id in arena_ids]
+
+    @property
+    def num_arena_numbers(self) -> int:
+        """One more than the highest that there was."""
+        return len(self._users)
 
     def put(self, node: NodeView) -> None:
         """Adds a node, or replaces what is known of it."""
@@ -87,7 +109,7 @@ class Cluster:
         if row is None:
             row = self._new_row(node.node_id)
         self._set_arena(row, node.arena_id)
-        self.free_at_s[row] = node.free_at_s
+        self.set_queue(row, node.free_at_s, node.line)
         self.num_requests[row] = node.num_requests
         self.free_blocks[row] = node.free_blocks
         self.total_blocks[row] = node.total_blocks
@@ -103,10 +125,19 @@ class Cluster:
         self.is_shared[row] = node.role != "prefill"
         self.is_known[row] = node.is_known
 
+    def set_queue(self, row: int, free_at_s: float, line: Line | None) -> None:
+        """What a node still has to compute."""
+        self.free_at_s[row] = free_at_s
+        if line is None:
+            self.lines.pop(row, None)
+        else:
+            self.lines[row] = line
+
     def drop(self, node_id: str) -> None:
         """Forgets a node, if it is known."""
         row = self._rows.pop(node_id, None)
         if row is not None:
+            self.lines.pop(row, None)
             self._set_arena(row, "")
             self.node_ids[row] = ""
             self.is_there[row] = False
@@ -124,17 +155,29 @@ class Cluster:
         if old == arena_id:
             return
         if old:
-            self._in_arena[old].remove(row)
-            if not self._in_arena[old]:
-                del self._in_arena[old]
-        if arena_id:
-            self._in_arena.setdefault(arena_id, []).append(row)
+            number = self._numbers[old]
+            self._users[number] -= 1
+            if not self._users[number]:
+                del self._numbers[old]
+        self.arena_number[row] = self._use(arena_id) if arena_id else 0
         self.arena_ids[row] = arena_id
+
+    def _use(self, arena_id: str) -> int:
+        """The number of an arena that one more row maps."""
+        number = self._numbers.get(arena_id)
+        if number is None:
+            number = next((free for free, users in enumerate(self._users) if free and not users), len(self._users))
+            self._numbers[arena_id] = number
+            if number == len(self._users):
+                self._users.append(0)
+        self._users[number] += 1
+        return number
 
     def _grow(self, size: int) -> None:
         more = size - len(self.node_ids)
         self.node_ids += [""] * more
         self.arena_ids += [""] * more
+        self.arena_number = np.concatenate([self.arena_number, np.zeros(more, np.intp)])
         for name in _NUMBERS:
             setattr(self, name, np.concatenate([getattr(self, name, np.zeros(0)), np.zeros(more)]))
         for name in _FLAGS:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from router.policy import DEFAULT
 from router.registry import Patience
@@ -16,7 +17,7 @@ class RouterConfig:
     """One router. Seconds in `_s`; what they are for stands at `Patience` and `Persistence`."""
 
     model_dir: str  # for its tokenizer
-    redis_url: str
+    redis_url: str = field(repr=False)  # may have a password in it
     model: str = ""  # the served name; "" takes the nodes' word for it
     cluster: str = "default"
     host: str = "127.0.0.1"  # to listen on
@@ -26,7 +27,15 @@ class RouterConfig:
     advertise_host: str = ""  # "" is `host`
     policy: str = DEFAULT  # a name of router.policy.POLICIES
     metrics: bool = False  # for Prometheus, over HTTP, at a port of its own
-    tenants_file: str = ""  # read at the start; "": whoever reaches the port may use it, and all share one cache
+    tenants_file: str = ""  # and read again when it changes; "": whoever reaches the port may use it, with one cache
+    tls_cert: str = ""  # PEM files, read again when they change; "": no TLS
+    tls_key: str = ""
+    tls_client_ca: str = ""  # "": clients need no certificate
+    cluster_token: str = field(default="", repr=False)  # that nodes ask for
+    admin_port: int = -1  # of the operator's door; -1: closed, 0: the kernel chooses
+    admin_host: str = "127.0.0.1"
+    admin_key_file: str = ""  # needed where admin_host is no loopback address
+    max_concurrent_requests: int = 1024  # over all doors and tenants; 0: no bound
     max_message_bytes: int = 16 * 2**20
     max_prompt_bytes: int = 4 * 2**20
     poll_s: float = 0.25
@@ -38,6 +47,11 @@ class RouterConfig:
     max_attempts: int = 8
     node_wait_s: float = 20.0
     drain_s: float = 10.0  # how long a stopping router waits for its requests
+
+    @property
+    def is_local(self) -> bool:
+        """Whether clients of this machine alone reach the doors."""
+        return is_loopback(self.host)
 
     @property
     def limits(self) -> Limits:
@@ -61,3 +75,11 @@ class RouterConfig:
     def from_json(cls, text: str) -> RouterConfig:
         """Raises `TypeError` for a name that is no option, `ValueError` for text that is no JSON."""
         return cls(**json.loads(text))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine can reach `host`. A name other than localhost may mean anything."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -7,14 +7,16 @@ SGLang's (least_load).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from router.cluster import Cluster, Column, Mask
-from router.hits import NO_HIT, Hit, longest
+from router.hits import NO_HIT
+from router.line import key, with_overtakers
 from router.plan import DecodeTerms, Plan, PrefillTerms, Rates, Reason, Reject, RequestView
+from router.ways import Held, ways
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,18 @@ class PrefillCosts:
     compute_s: Column
     stall_s: Column
     fetch_blocks: Column  # leading blocks that need not be computed
+    order_s: Column  # see `PrefillTerms`
 
     @property
     def ttft_s(self) -> Column:
-        return np.maximum(self.queue_s + self.room_s, self.fetch_s) + self.compute_s
+        return np.maximum(self.queue_s + self.order_s + self.room_s, self.fetch_s) + self.compute_s
 
-    @property
+    @cached_property
     def cost_s(self) -> Column:
-        return self.ttft_s + self.stall_s
+        return np.maximum(self.queue_s + self.room_s, self.fetch_s) + self.compute_s + self.stall_s
 
     def terms(self, row: int) -> PrefillTerms:
-        columns = (self.queue_s, self.room_s, self.fetch_s, self.compute_s, self.stall_s)
+        columns = (self.queue_s, self.room_s, self.fetch_s, self.compute_s, self.stall_s, self.order_s)
         return PrefillTerms(*(float(column[row]) for column in columns))
 
 
@@ -67,7 +70,7 @@ def prefill_costs(
     queue_s = np.maximum(cluster.free_at_s - now_s, 0.0) + cluster.num_requests * rates.request_s
     room_s = np.where(_is_full(request, cluster), rates.no_room_s, 0.0)
     wait_s = queue_s + room_s
-    (blocks, fetch_s), *others = _ways(request, cluster, rates, may_fetch)
+    (blocks, fetch_s), *others = ways(request, cluster, rates, may_fetch)
     compute_s = _compute_s(request, cluster, blocks)
     for other_blocks, other_fetch_s in others:
         other_s = _compute_s(request, cluster, other_blocks)
@@ -79,7 +82,9 @@ def prefill_costs(
     # later waits longer for what is computed once more.
     share = np.where(cluster.is_shared & (cluster.num_requests > 0), 1.0, rates.work_ratio)
     stall_s = share * compute_s
-    return PrefillCosts(queue_s, room_s, fetch_s, compute_s, stall_s, blocks)
+    return PrefillCosts(
+        queue_s, room_s, fetch_s, compute_s, stall_s, blocks, _order_s(cluster, now_s, rates, compute_s)
+    )
 
 
 def decode_costs(request: RequestView, cluster: Cluster, rates: Rates) -> DecodeCosts:
@@ -158,7 +163,7 @@ class Survey:
 
     def own_blocks(self) -> Column:
         """The leading run that each row's own arena holds."""
-        return _own_runs(self.request.hits, self.cluster)[0]
+        return Held(self.request.hits, self.cluster).own()[0]
 
 
 def survey(
@@ -197,48 +202,13 @@ def blocks_needed(request: RequestView, cluster: Cluster) -> int:
     return request.num_tokens // cluster.block_size + 1
 
 
-def _ways(request: RequestView, cluster: Cluster, rates: Rates, may_fetch: bool) -> Iterator[tuple[Column, Column]]:
-    """How each node may come by a leading run: (its length, seconds to fetch it)."""
-    most = (request.num_tokens - 1) // cluster.block_size  # the last token is computed in any case
-    hits = {arena_id: hit.up_to(most) for arena_id, hit in request.hits.items()}
-    if any(hit.num_disk_blocks for hit in hits.values()):
-        yield from _fetches(hits, cluster, rates, may_fetch)
-        hits = {arena_id: hit.in_memory() for arena_id, hit in hits.items()}
-    yield from _fetches(hits, cluster, rates, may_fetch)
-    if request.warming:  # behind those that it computes already there is nothing to fetch
-        warm = np.zeros(len(cluster.node_ids))
-        for node_id, num_blocks in request.warming.items():
-            row = cluster.row(node_id)
-            if row is not None:
-                warm[row] = min(num_blocks, most)
-        yield warm, np.zeros(len(warm))
-
-
-def _fetches(
-    hits: Mapping[str, Hit], cluster: Cluster, rates: Rates, may_fetch: bool
-) -> Iterator[tuple[Column, Column]]:
-    """From its own arena, and from others behind that. What lies on disk, here or there, is read before it comes."""
-    block_bytes = cluster.block_bytes
-    disk_s = block_bytes / rates.disk_bytes_per_s
-    own, own_disk = _own_runs(hits, cluster)
-    near_s = own * (block_bytes / rates.memory_bytes_per_s) + own_disk * disk_s
-    yield own, near_s
-    best = longest(hits)
-    if may_fetch and best.num_blocks > own.min(initial=best.num_blocks):
-        far = best.num_blocks - own
-        far_s = far * (block_bytes / rates.wire_bytes_per_s) + np.minimum(far, best.num_disk_blocks) * disk_s
-        yield np.full(len(own), float(best.num_blocks)), near_s + far_s
-
-
-def _own_runs(hits: Mapping[str, Hit], cluster: Cluster) -> tuple[Column, Column]:
-    """The leading run that each row's own arena holds, and how much of it lies on disk."""
-    runs, on_disk = np.zeros(len(cluster.node_ids)), np.zeros(len(cluster.node_ids))
-    found = [(row, hit) for arena_id, hit in hits.items() for row in cluster.rows_of(arena_id)]
-    if found:
-        rows = [row for row, _ in found]
-        runs[rows] = [hit.num_blocks for _, hit in found]
-        on_disk[rows] = [hit.num_disk_blocks for _, hit in found]
-    return runs, on_disk
+def _order_s(cluster: Cluster, now_s: float, rates: Rates, compute_s: Column) -> Column:
+    """What each queue's order adds to the wait behind all its work."""
+    overtaken_s = np.zeros(len(compute_s))
+    for row, line in cluster.lines.items():
+        overtaken_s[row] = line.overtaken_s(key(float(compute_s[row]), now_s))
+    work_s = np.maximum(cluster.free_at_s - now_s, 0.0)
+    return with_overtakers(np.maximum(work_s - overtaken_s, 0.0), compute_s, rates.shares) - work_s
 
 
 def _is_full(request: RequestView, cluster: Cluster) -> Mask:

@@ -18,6 +18,7 @@ from router.cluster import Cluster
 from router.hits import Hit
 from router.journal import Journal, decision
 from router.journey import Journey, RoutedRequest
+from router.line import Demand
 from router.plan import Plan, Rates, Reject
 from router.policy import DEFAULT, POLICIES
 from router.warming import Warming
@@ -49,7 +50,7 @@ class Decider:
         self._name = policy
         self._policy = POLICIES[policy]()
         self._rates = rates or Rates()
-        self._warming = Warming()
+        self._warming, self._demand = Warming(), Demand()
         self._clock = clock
 
     def began(self, request: RoutedRequest) -> None:
@@ -61,7 +62,8 @@ class Decider:
         begin_s, request = self._clock(), journey.request
         hashes = journey.hashes(journey.pool) if journey.pool is not None else ()
         view = journey.view(hits, self._warming.runs(hashes, begin_s), begin_s)
-        rates = replace(self._rates, ttft_slack_s=self.accuracy.slack.seconds)
+        shares = self._demand.shares(cluster.num_prefill, begin_s)
+        rates = replace(self._rates, ttft_slack_s=self.accuracy.slack.seconds, shares=shares)
         chosen = self._policy(view, cluster, begin_s, self._rng, rates)
         kept = decision(self._name, view, len(cluster), chosen)
         self.journal.decided(request.salt, request.request_id, kept)
@@ -81,7 +83,9 @@ class Decider:
         """The plan's first leg sets out: its siblings find that node."""
         hashes = list(journey.hashes(journey.pool)) if journey.pool is not None else []
         promise = Promise(plan.prefill_node or plan.decode_node, hashes)
-        self._warming.sent(hashes, promise.node_id, self._clock())
+        now_s = self._clock()
+        self._warming.sent(hashes, promise.node_id, now_s)
+        self._demand.sent(plan.prefill.compute_s, now_s)
         return promise
 
     def take_back(self, promise: Promise) -> None:

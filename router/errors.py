@@ -1,17 +1,21 @@
-"""What can go wrong in the router. The first seven reach a client, as the status beside them; a leg's are retried.
+"""What can go wrong in the router. The first eight reach a client, as the status beside them; a leg's are retried.
 
 RouterError
 ├── InvalidRequest      INVALID_ARGUMENT; names the field and the limit
 ├── Unauthenticated     UNAUTHENTICATED; no key, or one that is nobody's
 ├── ClusterBusy         RESOURCE_EXHAUSTED; every node that could take the request refused it
-├── WouldBeLate         RESOURCE_EXHAUSTED; no node is predicted to keep the request's own limits
+├── TryLater            RESOURCE_EXHAUSTED; nothing was spent on it, and it says when to come again
+│   ├── WouldBeLate     no node is predicted to keep the request's own limits
+│   └── RateLimited     the tenant, or everybody, asks for more than is allowed
 ├── UnknownRequest      NOT_FOUND; no decision of that name is kept
 ├── ClusterUnavailable  UNAVAILABLE; no node is alive, or none could finish the request
 ├── DeadlinePassed      DEADLINE_EXCEEDED; the client's own
 ├── LegFailed           a node died, hung or broke off in the middle of a leg; the request goes on elsewhere
 ├── LegRefused          a node has no room for a leg now, or is draining; another one is asked
 ├── UnusableTokenizer   the model's folder has no tokenizer that can be read; the router does not start
-└── UnusableTenants     the tenants' file cannot be read, or breaks a rule; neither router nor cluster starts
+├── UnusableTenants     the tenants' file cannot be read, or breaks a rule; neither router nor cluster starts
+├── UnusableKeys        the same of the file of admin keys
+└── UnusableTls         a certificate or key cannot be read, does not fit or is out of date; the same
 """
 
 from __future__ import annotations
@@ -39,12 +43,20 @@ class ClusterBusy(RouterError):
     """There are nodes, but none of them has room."""
 
 
-class WouldBeLate(RouterError):
-    """The request's SLO or deadline would be broken; nothing was spent on it."""
+class TryLater(RouterError):
+    """Nothing was spent on the request; after `retry_after_s` it may be welcome."""
 
-    def __init__(self, prediction: str, retry_after_s: float) -> None:
-        super().__init__(prediction)
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        super().__init__(reason)
         self.retry_after_s = retry_after_s
+
+
+class WouldBeLate(TryLater):
+    """The request's SLO or deadline would be broken."""
+
+
+class RateLimited(TryLater):
+    """More requests or tokens than are allowed; names the limit."""
 
 
 class UnknownRequest(RouterError):
@@ -89,3 +101,11 @@ class UnusableTokenizer(RouterError):
 
 class UnusableTenants(RouterError):
     """The tenants' file cannot be read, or a field of it is not what it must be; names the field and its line."""
+
+
+class UnusableKeys(RouterError):
+    """The file of admin keys cannot be read, or has something else in it; names the line."""
+
+
+class UnusableTls(RouterError):
+    """A file of a certificate, a key or an authority is not what it must be; names the file."""

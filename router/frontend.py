@@ -22,6 +22,7 @@ from router.errors import ClusterUnavailable
 from router.grammar import GrammarChecker
 from router.journal import part_id
 from router.journey import RoutedRequest
+from router.limits import Turnstile, Visit
 from router.merge import merge
 from router.registry import Pool, Registry
 from router.tenants import EVERYBODY, Tenant, Tenants
@@ -56,7 +57,7 @@ class Caller:
 
 
 class Frontend:
-    """One router's requests. `tenants` are those who may call; None: everybody may."""
+    """One router's requests. `tenants` are those who may call; None: everybody may. `turnstile` bounds how much."""
 
     def __init__(  # noqa: PLR0913
         self,
@@ -67,6 +68,7 @@ class Frontend:
         tokenizer: Tokenizer,
         rng: random.Random,
         tenants: Tenants | None = None,
+        turnstile: Turnstile | None = None,
     ) -> None:
         self.limits = limits
         self._registry = registry
@@ -76,6 +78,7 @@ class Frontend:
         self._grammars = GrammarChecker(tokenizer)
         self._rng = rng
         self._tenants = tenants
+        self._turnstile = turnstile or Turnstile(0, time.monotonic)
 
     def authenticate(self, authorizations: Sequence[str | bytes]) -> Tenant:
         """Whose call it is, by the values of its authorization header. Raises `Unauthenticated`."""
@@ -113,10 +116,20 @@ class Frontend:
         Raises what reaches clients of `RouterError`; a failure of one answer is one of the call. Close the generator to
         abandon the request.
         """
+        with self._turnstile.admit(caller.tenant.name, caller.tenant.allowance) as visit:
+            async with aclosing(self._generate(message, caller, visit)) as responses:
+                async for response in responses:
+                    visit.charge_output(len(response.tokens))
+                    yield response
+
+    async def _generate(
+        self, message: inference_pb2.GenerateRequest, caller: Caller, visit: Visit
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         received = Timeline(time.monotonic)
         checked = check(message, self.limits)
         timelines = [received, *(Timeline(time.monotonic) for _ in range(checked.num_answers - 1))]
         request = await self._route(checked, caller)
+        visit.charge_prompt(len(request.prompt_ids))
         form = Form(
             request_id=request.request_id,
             stops=tuple(checked.sampling.stop),
@@ -172,11 +185,12 @@ class Frontend:
     async def tokenize(self, message: inference_pb2.TokenizeRequest, caller: Caller) -> inference_pb2.TokenizeResponse:
         """The tokens that a prompt would be, also one that is too long for the model.
 
-        Raises `InvalidRequest`, and `ClusterUnavailable` before any node has been seen.
+        Raises `InvalidRequest`, `RateLimited`, and `ClusterUnavailable` before any node has been seen.
         """
         prompt = check_prompt(message, self.limits)
         pool = self._pool()
-        token_ids = await self._encode(self._text_of(**prompt), is_template="chat" in prompt)
+        with self._turnstile.admit(caller.tenant.name, caller.tenant.allowance):  # it counts as a request
+            token_ids = await self._encode(self._text_of(**prompt), is_template="chat" in prompt)
         return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=pool.max_model_len)
 
     async def detokenize(self, message: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeResponse:

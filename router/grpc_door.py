@@ -17,6 +17,7 @@ from router.errors import (
     ClusterUnavailable,
     DeadlinePassed,
     InvalidRequest,
+    RateLimited,
     RouterError,
     Unauthenticated,
     UnknownRequest,
@@ -35,10 +36,12 @@ STATUSES = {
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     ClusterBusy: grpc.StatusCode.RESOURCE_EXHAUSTED,
     WouldBeLate: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnknownRequest: grpc.StatusCode.NOT_FOUND,
     ClusterUnavailable: grpc.StatusCode.UNAVAILABLE,
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+SPARE_CALLS = 64
 # gRPC itself answers RESOURCE_EXHAUSTED to what is over its limit, so ours comes first by a wide margin.
 TRANSPORT_FACTOR = 4
 M = TypeVar("M", bound=Message)
@@ -125,6 +128,11 @@ async def _statuses(context: grpc.aio.ServicerContext, method: str) -> AsyncIter
     except Exception:
         logger.exception("event=call_failed method=%s", method)
         await context.abort(grpc.StatusCode.INTERNAL, "the router failed; its log says more")
+
+
+def max_calls(max_requests: int) -> int | None:
+    """How many calls of all kinds gRPC lets in: beside requests, short ones, and those that are being refused."""
+    return 2 * max_requests + SPARE_CALLS if max_requests else None
 
 
 def server_options(limits: Limits) -> list[tuple[str, int]]:

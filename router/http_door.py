@@ -13,9 +13,9 @@ import uuid
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from router.errors import InvalidRequest, RouterError
+from router.errors import ClusterUnavailable, InvalidRequest, RouterError
 from router.frontend import Frontend
-from router.http_errors import Failure, failure_of
+from router.http_errors import Failure, RefusedCall, failure_of
 from router.http_routes import REQUEST_ID, Call, Routes
 from router.http_stream import STALL_S
 from router.tenants import AUTHORIZATION
@@ -38,11 +38,12 @@ class HttpDoor:
         self._calls: set[asyncio.Task[object]] = set()
         self._runner: web.ServerRunner | None = None
         self._site: web.SockSite | None = None
+        self._is_closing = False
 
     async def open(self, host: str, port: int, ssl_context: ssl.SSLContext | None = None) -> int:
         """Listens; returns the port. Raises `RuntimeError` where it is taken."""
         listener = _listen(host, port)
-        server = web.Server(
+        server = _Server(
             self._handle,
             handler_cancellation=True,  # a client that hangs up cancels its request
             access_log=None,
@@ -56,8 +57,9 @@ class HttpDoor:
         return int(listener.getsockname()[1])
 
     async def close(self, drain_s: float) -> None:
-        """Takes no new connections, lets calls end within `drain_s`, cuts off the others. Idempotent."""
+        """Takes no new calls, lets those that run end within `drain_s`, cuts off the others. Idempotent."""
         runner, self._runner = self._runner, None
+        self._is_closing = True
         if runner is None or self._site is None:
             return
         await self._site.stop()
@@ -81,6 +83,8 @@ class HttpDoor:
         is_id = 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
         call = Call(request, given if is_id else uuid.uuid4().hex, time.monotonic())
         try:
+            if self._is_closing:
+                raise ClusterUnavailable("this router is stopping")
             if given and not is_id:
                 limit = f"{MAX_REQUEST_ID_CHARS} printable ASCII characters at most"
                 raise InvalidRequest("request_id", f"{limit}, got {len(given)}")
@@ -89,18 +93,47 @@ class HttpDoor:
                 call.tenant = self._frontend.authenticate(request.headers.getall(AUTHORIZATION, []))
             response = await route.endpoint(call)
         except RouterError as error:
-            response = _refusal(call, failure_of(error, call.renamed))
+            response = _refusal(failure_of(error, call.renamed))
             logger.info("event=refused path=%s status=%d %s", request.path, response.status, error)
         except Exception as error:
             logger.exception("event=call_failed path=%s request_id=%s", request.path, call.request_id)
-            response = _refusal(call, failure_of(error, call.renamed))
+            response = _refusal(failure_of(error, call.renamed))
         if not response.prepared:
-            response.headers[REQUEST_ID] = call.request_id
-            response.headers["Server"] = "baton"
+            _mark(response, call.request_id)
+            if self._is_closing:
+                response.force_close()
         return response
 
 
-def _refusal(call: Call, failure: Failure) -> web.Response:
+class _Connection(web.RequestHandler):
+    """What is no HTTP has an answer in the shape of all errors, and its bytes, which may be a key, are in no log."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        logger.info("event=bad_http remote=%s status=%d error=%s", request.remote, status, type(exc).__name__)
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun")
+        error = RefusedCall(status, "what was sent is no HTTP that is taken here", "bad_http")
+        response = _refusal(failure_of(error, {}))
+        _mark(response, uuid.uuid4().hex)
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+def _mark(response: web.StreamResponse, request_id: str) -> None:
+    response.headers[REQUEST_ID] = request_id
+    response.headers["Server"] = "baton"
+
+
+def _refusal(failure: Failure) -> web.Response:
     body = json.dumps(failure.body).encode()
     return web.Response(
         body=body, status=failure.status, headers=dict(failure.headers), content_type="application/json"

@@ -16,6 +16,7 @@ from router.errors import (
     DeadlinePassed,
     InvalidRequest,
     RouterError,
+    TryLater,
     Unauthenticated,
     UnknownRequest,
 )
@@ -74,8 +75,8 @@ def failure_of(error: Exception, renamed: Mapping[str, str]) -> Failure:
         case Unauthenticated():
             headers = {"WWW-Authenticate": "Bearer"}
             return Failure(401, message, INVALID, code="invalid_api_key", headers=headers)
-        case RouterError() if hasattr(error, "retry_after_s"):  # whichever says when to come again
-            return _try_later(message, _snake(type(error).__name__), float(error.retry_after_s))
+        case TryLater():
+            return _try_later(message, _snake(type(error).__name__), error.retry_after_s)
         case ClusterBusy():
             return _try_later(message, "cluster_busy", BUSY_RETRY_S)
         case UnknownRequest():

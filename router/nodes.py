@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -16,6 +17,7 @@ from router.backlog import Backlog
 from router.cluster import NodeView
 from router.legs import Burden, Callee, DecodeLeg, Leg, PrefillLeg, Work
 from router.speeds import GUESSED_PREFILL, GUESSED_STEP, NodeSpeeds, PrefillSpeed, StepSpeed
+from router.tenants import AUTHORIZATION
 
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 2**20),
@@ -32,7 +34,8 @@ LegT = TypeVar("LegT", bound=Leg)
 class Node:
     """One node process, as seen from here: its last record, its connection, and this router's legs on it."""
 
-    def __init__(self, record: NodeRecord, now_s: float) -> None:
+    def __init__(self, record: NodeRecord, now_s: float, token: str = "") -> None:
+        """`token` goes with each call but those about its health."""
         self.record = record
         self.seen_s = now_s
         self.busy_s = now_s
@@ -45,14 +48,20 @@ class Node:
         self.asking: asyncio.Task[None] | None = None
         self.legs: set[Leg] = set()
         self._channel = grpc.aio.insecure_channel(record.address, options=CHANNEL_OPTIONS)
-        self._prefill = node_pb2_grpc.PrefillStub(self._channel).Prefill  # type: ignore[no-untyped-call]
-        self._decode = node_pb2_grpc.DecodeStub(self._channel).Decode  # type: ignore[no-untyped-call]
+        prefill = node_pb2_grpc.PrefillStub(self._channel)  # type: ignore[no-untyped-call]
+        decode = node_pb2_grpc.DecodeStub(self._channel)  # type: ignore[no-untyped-call]
+        control = node_pb2_grpc.NodeControlStub(self._channel)  # type: ignore[no-untyped-call]
+        metadata = ((AUTHORIZATION, f"Bearer {token}"),) if token else None
+        self._prefill = partial(prefill.Prefill, metadata=metadata)
+        self._decode = partial(decode.Decode, metadata=metadata)
         # A stream that takes a single message costs half of one that takes more, and looks the same to the node.
-        self._decode_alone = self._channel.unary_stream(
+        alone = self._channel.unary_stream(
             "/baton.v1.Decode/Decode",
             request_serializer=node_pb2.DecodeRequest.SerializeToString,
             response_deserializer=node_pb2.DecodeResponse.FromString,
         )
+        self._decode_alone = partial(alone, metadata=metadata)
+        self._drain = partial(control.Drain, metadata=metadata)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     def update(self, record: NodeRecord, now_s: float, last_poll_s: float) -> None:
@@ -106,6 +115,7 @@ class Node:
             step=step,
             arena_id=record.arena_id,
             free_at_s=self._backlog.free_at_s(),
+            line=self._backlog.line(),
             num_requests=record.num_running + record.num_waiting + len(sent),
             free_blocks=max(0, record.free_blocks - sum(burden.blocks for burden in sent)),
             total_blocks=record.total_blocks,
@@ -131,6 +141,11 @@ class Node:
             return f"health: {error.code().name}: {error.details()}"
         return "" if answer.status == health_pb2.HealthCheckResponse.SERVING else "health: not serving"
 
+    async def drain(self, undo: bool, timeout_s: float) -> bool:
+        """Whether it takes nothing new from now on. Raises `grpc.aio.AioRpcError`."""
+        load = await self._drain(node_pb2.DrainRequest(undo=undo), timeout=timeout_s)
+        return bool(load.draining)
+
     def break_off(self, problem: str) -> None:
         for leg in list(self.legs):
             leg.break_off(problem)
@@ -155,4 +170,4 @@ class Node:
         finally:
             leg.close()
             self.legs.discard(leg)
-            self._backlog.counted(leg)
+            self._backlog.over(leg)

@@ -32,6 +32,7 @@ class Rates:
     ttft_slack_s: float = 0.0  # first tokens come so much later than predicted, now and then: kept free under a limit
     tie_s: float = 0.002
     tie_ratio: float = 0.01
+    shares: tuple[float, ...] = ()  # of nodes' time that shorter prompts take, by class (router/line.py)
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,16 @@ class PrefillTerms:
     fetch_s: float  # beside the queue, so the longer of the two counts
     compute_s: float
     stall_s: float = 0.0
+    order_s: float = 0.0  # what the queue's order adds to its own wait: whom it overtakes, and who will overtake it
 
     @property
     def ttft_s(self) -> float:
-        return max(self.queue_s + self.room_s, self.fetch_s) + self.compute_s
+        return max(self.queue_s + self.order_s + self.room_s, self.fetch_s) + self.compute_s
 
     @property
     def cost_s(self) -> float:
-        return self.ttft_s + self.stall_s
+        """As if nobody overtook anybody: those whom it overtakes wait as much longer as it gains."""
+        return max(self.queue_s + self.room_s, self.fetch_s) + self.compute_s + self.stall_s
 
 
 @dataclass(frozen=True)

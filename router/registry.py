@@ -61,7 +61,10 @@ class Registry:
         model: str = "",
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
+        token: str = "",
     ) -> None:
+        """`token` is what nodes ask their callers for; "": they ask for none."""
+        self._token = token
         self._directory = directory
         self._model = model
         self._patience = patience or Patience()
@@ -98,6 +101,10 @@ class Registry:
         pool = pool or self._pool
         cluster = self._clusters.get((pool.model, pool.root)) if pool is not None else None
         return Cluster(1, 1) if cluster is None else cluster
+
+    def nodes(self) -> list[Node]:
+        """All that are alive, for who wants to look at them: those that take no work are among them."""
+        return list(self._nodes.values())
 
     def prefill_leg(self, node_id: str, burden: Burden) -> AbstractContextManager[PrefillLeg]:
         """A leg to `run` inside the context. Raises `LegFailed` where the node is gone by now."""
@@ -211,7 +218,7 @@ class Registry:
             return
         if node is not None:
             self._left.append(node)
-        self._nodes[record.node_id] = Node(record, now_s)
+        self._nodes[record.node_id] = Node(record, now_s, self._token)
         logger.info(
             "event=node_up node_id=%s incarnation=%s role=%s address=%s",
             *(record.node_id, record.incarnation, record.role, record.address),

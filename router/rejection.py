@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from router.errors import InvalidRequest, RouterError, WouldBeLate
+from router.errors import InvalidRequest, RouterError, TryLater
 
 RETRY_AFTER = "retry-after-ms"  # of a request that would be late
 DETAILS = "grpc-status-details-bin"  # a google.rpc.Status, where gRPC's libraries look for it
@@ -19,7 +19,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 def metadata_of(error: RouterError, code: grpc.StatusCode) -> Metadata:
     """The trailing metadata of the call that `error` ends."""
-    if isinstance(error, WouldBeLate):
+    if isinstance(error, TryLater):
         retry_ms = math.ceil(error.retry_after_s * 1000)
         delay = Duration()
         delay.FromMilliseconds(retry_ms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -15,15 +16,17 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.directory import Directory
 from kvstore.scrape import ScrapeDoor
+from router.admin import open_admin
 from router.config import RouterConfig
 from router.decider import Decider
 from router.dispatch import Dispatcher, Persistence
 from router.frontend import Frontend
-from router.grpc_door import SERVICE, InferenceService, server_options
+from router.grpc_door import SERVICE, InferenceService, max_calls, server_options
 from router.http_door import HttpDoor
+from router.limits import Turnstile
+from router.locks import Locks, open_locks
 from router.metrics import RouterCollector
 from router.registry import Registry
-from router.tenants import read_tenants
 from router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -37,11 +40,14 @@ class RouterServer:
         self._rng = rng or random.Random()
         self._health = health.aio.HealthServicer()
         self._stack = AsyncExitStack()
+        self._frontend: Frontend | None = None
+        self._admin_address = ""
 
     async def start(self) -> dict[str, object]:
         """Listens. Returns the address and what else a launcher wants to print.
 
-        Raises `UnusableTokenizer`, `UnusableTenants`, and `RuntimeError` where the port is taken.
+        Raises `UnusableTokenizer`, `UnusableTenants`, `UnusableTls`, `UnusableKeys`, and `RuntimeError` where a port
+        is taken.
         """
         async with AsyncExitStack() as stack:
             address, http_address, metrics_address = await self._open(stack)
@@ -54,7 +60,13 @@ class RouterServer:
             "model": self._config.model,
             "cluster": self._config.cluster,
             "metrics_address": metrics_address,
+            "admin_address": self._admin_address,
         }
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a node to serve a request."""
+        return self._frontend is not None and self._frontend.is_ready
 
     async def stop(self) -> None:
         """Takes no new requests, lets those that run end within `drain_s`, closes. Idempotent."""
@@ -67,27 +79,32 @@ class RouterServer:
         """
         config = self._config
         tokenizer = await asyncio.to_thread(Tokenizer, Path(config.model_dir))
-        tenants = await asyncio.to_thread(read_tenants, Path(config.tenants_file)) if config.tenants_file else None
-        if tenants is not None:
-            logger.info("event=tenants_read file=%s tenants=%d", config.tenants_file, len(tenants))
+        locks = await open_locks(config, stack)
         directory = Directory(config.redis_url, config.cluster)
         stack.push_async_callback(directory.close)
-        registry = Registry(directory, config.model, config.patience)
+        registry = Registry(directory, config.model, config.patience, token=config.cluster_token)
         stack.push_async_callback(registry.stop)
         await registry.start()
         persistence = Persistence(config.max_attempts, config.node_wait_s)
         decider = Decider(self._rng, config.policy)
         dispatcher = Dispatcher(registry, directory, decider, persistence)
-        frontend = Frontend(config.limits, registry, dispatcher, decider, tokenizer, self._rng, tenants)
-        server = grpc.aio.server(options=server_options(config.limits))
+        turnstile = Turnstile(config.max_concurrent_requests, time.monotonic)
+        frontend = Frontend(
+            config.limits, registry, dispatcher, decider, tokenizer, self._rng, locks.tenants, turnstile
+        )
+        self._frontend = frontend
+        server = grpc.aio.server(
+            options=server_options(config.limits), maximum_concurrent_rpcs=max_calls(config.max_concurrent_requests)
+        )
         server.add_generic_rpc_handlers((InferenceService(frontend).handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        port = server.add_insecure_port(f"{config.host}:{config.port}")
+        port = locks.add_port(server, f"{config.host}:{config.port}")
         await server.start()
         collector = RouterCollector(decider.accuracy)
-        http, http_address = await self._open_http(stack, frontend, collector)
+        http, http_address = await self._open_http(stack, frontend, collector, locks)
         stack.push_async_callback(_drain, server, http, config.drain_s)
+        self._admin_address = await open_admin(config, stack, registry, locks)
         reporting = asyncio.create_task(self._report_health(frontend))
         stack.callback(reporting.cancel)
         stack.push_async_callback(self._health.enter_graceful_shutdown)
@@ -95,7 +112,7 @@ class RouterServer:
         return f"{config.advertise_host or config.host}:{port}", http_address, metrics_address
 
     async def _open_http(
-        self, stack: AsyncExitStack, frontend: Frontend, collector: RouterCollector
+        self, stack: AsyncExitStack, frontend: Frontend, collector: RouterCollector, locks: Locks
     ) -> tuple[HttpDoor | None, str]:
         """The door, and where it is; None and "" where there is none."""
         config = self._config
@@ -105,7 +122,7 @@ class RouterServer:
         if metrics is not None:
             metrics.register(collector)
         door = HttpDoor(frontend, metrics)
-        port = await door.open(config.host, config.http_port, ssl_context=None)
+        port = await door.open(config.host, config.http_port, ssl_context=locks.ssl_context)
         stack.push_async_callback(door.close, 0.0)
         return door, f"{config.advertise_host or config.host}:{port}"
 

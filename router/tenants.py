@@ -7,10 +7,14 @@ and in no arena. Keys are never kept, only their SHA-256: it is that of a long r
     name = "search"
     key_sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
     kv_memory = "2GiB"  # of each machine's arena; without it there is no bound
+    requests_per_minute = 600  # and so on, see `router.limits.Allowance`; without them there is no bound
+
+`key_sha256` may be a list: while keys are changed, the old and the new one open.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import re
@@ -22,9 +26,14 @@ from typing import Any
 
 from router.amounts import parse_bytes
 from router.errors import Unauthenticated, UnusableTenants
+from router.limits import Allowance
 
 AUTHORIZATION = "authorization"  # of a call's metadata or headers: "Bearer KEY"
-FIELDS = ("name", "key_sha256", "kv_memory")
+ALLOWANCES = tuple(field.name for field in dataclasses.fields(Allowance))
+FIELDS = ("name", "key_sha256", "kv_memory", *ALLOWANCES)
+MAX_KEYS = 16  # of one tenant
+MAX_ALLOWANCE = 10**12
+UNBOUNDED = Allowance()
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _HEAD = re.compile(r"\s*\[\[\s*tenant\s*\]\]")
@@ -37,6 +46,7 @@ class Tenant:
 
     name: str = ""
     kv_quota_bytes: int = 0  # in each machine's arena; 0: no bound
+    allowance: Allowance = UNBOUNDED
 
     @property
     def salt(self) -> bytes:
@@ -48,23 +58,21 @@ EVERYBODY = Tenant()
 
 
 class Tenants:
-    """The tenants by the digests of their keys."""
+    """The tenants by the digests of their keys. `replace` swaps all of them at once, in between two calls."""
 
     def __init__(self, by_digest: Mapping[bytes, Tenant]) -> None:
         self._by_digest = dict(by_digest)
 
     def __len__(self) -> int:
-        return len(self._by_digest)
+        return len({tenant.name for tenant in self._by_digest.values()})
+
+    def replace(self, others: Tenants) -> None:
+        """From the next call on. Calls that are in already go on."""
+        self._by_digest = others._by_digest
 
     def authenticate(self, values: Sequence[str | bytes]) -> Tenant:
         """Whose key a call's authorization has. Raises `Unauthenticated`, which never repeats what it was given."""
-        if not values:
-            raise Unauthenticated(f"{AUTHORIZATION}: Bearer KEY is needed")
-        scheme, _, key = (values[0] if isinstance(values[0], str) else "").partition(" ")
-        key = key.strip()
-        if len(values) > 1 or scheme.lower() != "bearer" or not key:
-            raise Unauthenticated(f"{AUTHORIZATION}: must be Bearer KEY, once")
-        tenant = self._of_digest(hashlib.sha256(key.encode()).digest())
+        tenant = self._of_digest(hashlib.sha256(key_of(values).encode()).digest())
         if tenant is None:
             raise Unauthenticated(f"{AUTHORIZATION}: the key is no tenant's")
         return tenant
@@ -76,6 +84,17 @@ class Tenants:
             if hmac.compare_digest(known, digest):
                 found = tenant
         return found
+
+
+def key_of(values: Sequence[str | bytes]) -> str:
+    """The key in a call's authorization. Raises `Unauthenticated`."""
+    if not values:
+        raise Unauthenticated(f"{AUTHORIZATION}: Bearer KEY is needed")
+    scheme, _, key = (values[0] if isinstance(values[0], str) else "").partition(" ")
+    key = key.strip()
+    if len(values) > 1 or scheme.lower() != "bearer" or not key:
+        raise Unauthenticated(f"{AUTHORIZATION}: must be Bearer KEY, once")
+    return key
 
 
 def read_tenants(path: Path) -> Tenants:
@@ -120,17 +139,40 @@ def _add(by_digest: dict[bytes, Tenant], table: Mapping[str, Any]) -> None:
     for name in table:
         if name not in FIELDS:
             raise _BadField(name, f"is no field; there are {', '.join(FIELDS)}")
-    name, key_sha256 = _text(table, "name"), _text(table, "key_sha256")
+    name = _text(table, "name")
     if not _NAME.fullmatch(name):
         raise _BadField("name", f"must be 1 to 64 letters, digits, '.', '_' or '-', got {name!r}")
     if any(tenant.name == name for tenant in by_digest.values()):
         raise _BadField("name", f"{name!r} is there twice")
-    if not _DIGEST.fullmatch(key_sha256):  # which may be a key itself: not to be shown
-        raise _BadField("key_sha256", f"must be 64 hex digits, the SHA-256 of a key; got {len(key_sha256)} characters")
-    digest = bytes.fromhex(key_sha256)
-    if digest in by_digest:
-        raise _BadField("key_sha256", f"is that of {by_digest[digest].name!r}, too")
-    by_digest[digest] = Tenant(name, _quota_bytes(table))
+    digests = [_digest(text) for text in _digest_texts(table)]
+    allowance = Allowance(**{field: _count(table, field) for field in ALLOWANCES if field in table})
+    tenant = Tenant(name, _quota_bytes(table), allowance)
+    for digest in digests:
+        if digest in by_digest:
+            raise _BadField("key_sha256", f"is that of {by_digest[digest].name!r}, too")
+        by_digest[digest] = tenant
+
+
+def _digest_texts(table: Mapping[str, Any]) -> list[str]:
+    texts = table.get("key_sha256")
+    if not isinstance(texts, list):
+        return [_text(table, "key_sha256")]
+    if not 1 <= len(texts) <= MAX_KEYS or not all(isinstance(text, str) for text in texts):
+        raise _BadField("key_sha256", f"must be one text in quotes, or a list of 1 to {MAX_KEYS} of them")
+    return texts
+
+
+def _digest(text: str) -> bytes:
+    if not _DIGEST.fullmatch(text):  # which may be a key itself: not to be shown
+        raise _BadField("key_sha256", f"must be 64 hex digits, the SHA-256 of a key; got {len(text)} characters")
+    return bytes.fromhex(text)
+
+
+def _count(table: Mapping[str, Any], field: str) -> int:
+    value = table[field]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_ALLOWANCE:
+        raise _BadField(field, f"must be a whole number from 1 to {MAX_ALLOWANCE}, got {value!r}")
+    return value
 
 
 def _text(table: Mapping[str, Any], field: str) -> str:

@@ -93,7 +93,9 @@ class Node:
         return self._decode.Decode(timeout=timeout)
 
     async def load(self) -> node_pb2.Load:
-        return await self.control.GetLoad(node_pb2.GetLoadRequest())
+        token = self.server.config.cluster_token
+        metadata = [("authorization", f"Bearer {token}")] if token else None
+        return await self.control.GetLoad(node_pb2.GetLoadRequest(), metadata=metadata)
 
     async def is_clean(self) -> bool:
         """Whether nothing of any request is left in the engine."""

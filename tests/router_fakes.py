@@ -126,6 +126,7 @@ class FakeNode:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         node_pb2_grpc.add_PrefillServicer_to_server(self, self._server)
         node_pb2_grpc.add_DecodeServicer_to_server(self, self._server)
+        node_pb2_grpc.add_NodeControlServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
@@ -226,6 +227,13 @@ class FakeNode:
             finished = node_pb2.Finished(finish_reason=reason)
             await context.write(node_pb2.DecodeResponse(finished=finished))
 
+    async def GetLoad(self, _message: node_pb2.GetLoadRequest, context: grpc.aio.ServicerContext) -> node_pb2.Load:
+        return node_pb2.Load(node_id=self.node_id, draining=self.record.draining)
+
+    async def Drain(self, message: node_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> node_pb2.Load:
+        await self.beat(draining=not message.undo)
+        return node_pb2.Load(node_id=self.node_id, draining=not message.undo)
+
     def _next(self, request: node_pb2.NodeRequest, more: Sequence[int]) -> tuple[common_pb2.Token, int]:
         prompt_ids = list(request.token_ids[: request.num_prompt_tokens])
         output_ids = [*request.token_ids[request.num_prompt_tokens :], *more]
@@ -295,6 +303,7 @@ class FakeCluster:
         self.router = RouterServer(config)
         record = await self.router.start()
         self.address, self.metrics_address = str(record["address"]), str(record["metrics_address"])
+        self.admin_address = str(record["admin_address"])
         self.http_url = f"http://{record['http_address']}"
         self.channel = grpc.aio.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceStub(self.channel)

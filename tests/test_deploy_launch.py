@@ -263,13 +263,15 @@ async def test_killed_redis_comes_back_and_is_filled_again(cluster: Cluster, alo
     await eventually(is_filled, 30, "the registry")
 
 
-async def test_the_wire_key_is_with_stores_and_nodes_and_shows_nowhere(cluster: Cluster) -> None:
+async def test_secrets_are_with_those_who_need_them_and_show_nowhere(cluster: Cluster) -> None:
     configs = [member.placed.spec.config for member in cluster._members]
     [wire_key] = {config.wire_key for config in configs if hasattr(config, "wire_key")}
+    [token] = {config.cluster_token for config in configs if hasattr(config, "cluster_token")}
     shown = [Path(f"/proc/{pid}/{name}") for pid in cluster.pids.values() for name in ("cmdline", "environ")]
     logs = [path for path in (cluster.folders[0] / "ray").rglob("*") if path.is_file() and not path.is_symlink()]
     assert logs
-    assert not [path for path in shown + logs if wire_key.encode() in path.read_bytes()]
+    for secret in (wire_key.encode(), token.encode()):
+        assert secret and not [path for path in shown + logs if secret in path.read_bytes()]
     context = zmq.asyncio.Context()
     directory = Directory(cluster.redis_url, cluster.config.cluster)
     await eventually(directory.arenas, what="the store's record")  # Redis may have lost it in the test before
@@ -289,6 +291,19 @@ async def test_the_wire_key_is_with_stores_and_nodes_and_shows_nowhere(cluster: 
         with pytest.raises(ArenaUnavailable):
             await ask(stranger)
     context.destroy(linger=0)
+
+
+async def test_nodes_answer_the_routers_of_their_cluster_alone(cluster: Cluster) -> None:
+    directory = Directory(cluster.redis_url, cluster.config.cluster)
+    await eventually(directory.nodes, what="the nodes' records")
+    nodes = await directory.nodes()
+    await directory.close()
+    for node in nodes:
+        async with grpc.aio.insecure_channel(node.address) as channel:
+            for metadata in ((), (("authorization", "Bearer wrong"),)):
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await channel.unary_unary("/baton.v1.NodeControl/Drain")(b"", metadata=metadata, timeout=20)
+                assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_pids_are_those_of_running_processes(cluster: Cluster) -> None:

@@ -29,11 +29,13 @@ PURE_ROUTER = (
     "costs",
     "fit",
     "hits",
+    "line",
     "plan",
     "policy",
     "predict",
     "speeds",
     "warming",
+    "ways",
 )
 
 # package -> (our modules it may import, outside packages that it may not)

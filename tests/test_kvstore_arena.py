@@ -85,6 +85,16 @@ def test_write_then_read() -> None:
     assert arena_map.read(3, name(1), 1) is None and arena_map.read(-1, name(1), 1) is None
 
 
+def test_what_another_machine_copied_goes_first() -> None:
+    arena, arena_map = new_arena(3)
+    store(arena, arena_map, 1)
+    store(arena, arena_map, 2)
+    store(arena, arena_map, 3)
+    assert arena.find_for_copy(name(2)) == arena.slot(name(2)) and arena.find_for_copy(name(9)) is None
+    store(arena, arena_map, 4)
+    assert evicted(arena) == [name(2)]
+
+
 def test_payload_is_invalid_once_its_slot_is_reserved_again() -> None:
     arena, arena_map = new_arena(1)
     store(arena, arena_map, 1)

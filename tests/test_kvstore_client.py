@@ -666,7 +666,7 @@ async def test_write_gets_indices_of_what_is_missing(store: StoreServer, make_cl
 async def test_two_threads_write_many_blocks(
     store: StoreServer, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.client._PART_BYTES", 2 * SLOT_BYTES)
+    monkeypatch.setattr("kvstore.copier._PART_BYTES", 2 * SLOT_BYTES)
     client, hashes = make_client(store.config.dir), chain(0, 9)
     both, seen = threading.Barrier(2), list[int]()
 

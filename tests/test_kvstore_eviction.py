@@ -64,6 +64,34 @@ def test_s3fifo_remembers_who_left() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
+def test_what_was_lent_goes_first_the_tail_of_a_chain_before_its_head(name: str) -> None:
+    policy = POLICIES[name](40)
+    fill(policy, *range(40))
+    for key in (10, 11, 12):
+        policy.lend(key)
+    assert [policy.victim() for _ in range(4)] == [12, 11, 10, 0]
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_what_was_lent_and_is_used_here_stays(name: str) -> None:
+    policy = POLICIES[name](40)
+    fill(policy, *range(40))
+    policy.lend(10)
+    read = {10}
+    policy.touch(10)
+    gone = [policy.victim((), lambda key: key in read and not read.discard(key)) for _ in range(5)]
+    assert gone == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_hand_off_is_no_loan(name: str) -> None:
+    policy = POLICIES[name](100)
+    fill(policy, *range(100))
+    policy.lend(99)
+    assert policy.victim() == 0
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
 def test_kept_blocks_stay(name: str) -> None:
     policy = POLICIES[name](4)
     fill(policy, 1, 2, 3, 4)
@@ -90,7 +118,7 @@ def test_books_balance(name: str) -> None:
             policy.remove(key)
             held.remove(key)
         elif key in held:
-            policy.touch(key)
+            (policy.lend if generator.random() < 0.2 else policy.touch)(key)
         else:
             if len(held) == 30:
                 victim = policy.victim({key + 1}, lambda _: generator.random() < 0.3)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.arena import Reservation, Written
+from kvstore.arena import Fill, Reservation, Written
 from kvstore.errors import BadFrame
 from kvstore.frames import (
     MAX_BLOCKS,
@@ -19,6 +19,7 @@ from kvstore.frames import (
     BlockInfo,
     Commit,
     Committed,
+    Filled,
     Get,
     Got,
     Message,
@@ -39,6 +40,7 @@ statuses = st.sampled_from(Status)
 owners = st.builds(Owner, keys, st.none() | st.integers(0, 2**32 - 2))
 prefixes = st.text("0123456789abcdef", max_size=32)
 reservations = st.none() | st.builds(Reservation, st.integers(0, 2**32 - 2), u64)
+fills = st.builds(Fill, keys, st.none() | st.builds(Written, st.integers(0, 2**32 - 2), u64, u64))
 
 messages = st.one_of(
     st.builds(Reserve, u64, ids, ids, st.lists(keys, max_size=5), owners),
@@ -49,6 +51,7 @@ messages = st.one_of(
     st.builds(Got, u64, st.lists(st.builds(BlockInfo, keys, u32, u64), max_size=5)),
     st.builds(Ask, u64, st.sampled_from(Verb), st.lists(keys, max_size=5), prefixes, u32, u32),
     st.builds(Told, u64, u32),
+    st.builds(Filled, u64, ids, ids, st.lists(fills, max_size=5), u32, keys),
 )
 
 
@@ -86,7 +89,7 @@ def test_message_cut_or_longer(message: Message, data: st.DataObject) -> None:
 
 def test_other_version_and_kind() -> None:
     frame = bytearray(Get(1, []).encode())
-    for at, value in ((0, 0), (4, VERSION - 1), (4, VERSION + 1), (5, 0), (5, 9)):
+    for at, value in ((0, 0), (4, VERSION - 1), (4, VERSION + 1), (5, 0), (5, 10)):
         wrong = frame.copy()
         wrong[at] = value
         with pytest.raises(BadFrame):
@@ -96,6 +99,7 @@ def test_other_version_and_kind() -> None:
 def test_limits() -> None:
     for message in (
         Commit(1, "00" * 16, "00" * 16, [Written(1, 1, 1)] * MAX_BLOCKS),
+        Filled(1, "00" * 16, "00" * 16, [Fill(bytes(16), Written(1, 1, 1))] * MAX_BLOCKS, MAX_BLOCKS),
         Reserve(1, "00" * 16, "00" * 16, [bytes(16)] * MAX_BLOCKS, Owner(b"t" * 16, 1 << 40)),
     ):
         assert len(message.encode()) <= MAX_FRAME_BYTES

@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvstore_support import REPOSITORY, ControlPeer, chain, lingerless_context, store_config
 
-from kvstore.arena import Reservation, Written
+from kvstore.arena import Fill, Reservation, Written
 from kvstore.channel import Answer
 from kvstore.curve import Curve, new_wire_key
 from kvstore.errors import BadFrame
@@ -36,6 +36,7 @@ from kvstore.frames import (
     BlockInfo,
     Commit,
     Committed,
+    Filled,
     Get,
     Got,
     Message,
@@ -79,6 +80,8 @@ def seeds_of(arena_id: str) -> list[Message]:
         Ask(12, Verb.INSPECT, hashes),
         Ask(13, Verb.EVICT, hashes),
         Told(14, 100),
+        Filled(15, arena_id, WRITER_ID, [Fill(block_hash, None) for block_hash in hashes], 3),
+        Filled(16, arena_id, WRITER_ID, [Fill(hashes[0], Written(2, 1, 7)), Fill(hashes[1], Written(3, 1, 7))]),
     ]
 
 

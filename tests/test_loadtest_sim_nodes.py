@@ -164,20 +164,19 @@ def test_an_arena_evicts_tails_first_and_tells_the_directory() -> None:
     arena.publish(list(range(10, 20)))  # more than it can hold: the beginning stays
     assert directory.runs(list(range(10, 20))) == {"a": 4} and len(arena) == 4
     arena.forget()
-    other.give([2])
-    assert len(arena) == 0 and directory.runs([1, 2]) == {"b": 1} and directory.num_entries() == 1
+    assert len(arena) == 0 and directory.runs([1, 2]) == {"b": 2} and directory.num_entries() == 2
     other.forget()
     assert directory.num_entries() == 0
 
 
-def test_what_others_read_stays_longer() -> None:
+def test_what_others_copied_goes_first() -> None:
     arena = Arena("a", 3, LRU(), Directory())
     arena.publish([1])
     arena.publish([2])
     arena.publish([3])
-    arena.read([1, 99])
+    arena.lend([3, 99])
     arena.publish([4])
-    assert arena.run([1]) == 1 and arena.run([2]) == 0
+    assert arena.run([1]) == 1 and arena.run([2]) == 1 and arena.run([3]) == 0
 
 
 def test_a_prompt_alone_is_as_fast_as_its_speed_says() -> None:

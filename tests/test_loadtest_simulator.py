@@ -81,9 +81,8 @@ def test_the_same_prompt_again_computes_at_least_a_token() -> None:
         "kill:decode-0@50 kill:decode-1@50",  # and prefill nodes
     ],
 )
-@pytest.mark.parametrize("moves_blocks", [False, True])
-def test_no_fault_loses_a_request(faults: str, moves_blocks: bool) -> None:
-    config = replace(SMALL, faults=tuple(map(Fault.parse, faults.split())), moves_blocks=moves_blocks)
+def test_no_fault_loses_a_request(faults: str) -> None:
+    config = replace(SMALL, faults=tuple(map(Fault.parse, faults.split())))
     simulator, jobs = run(config)
     assert not any(job.rejected for job in jobs)
     gone = {fault.subject for fault in config.faults if fault.kind in ("kill", "drain")}

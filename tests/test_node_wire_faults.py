@@ -42,7 +42,10 @@ async def machines(tiny_model_dir: Path, redis_url: str, short_dir: Path) -> Asy
         yield here, there
         for machine in (here, there):
             for store in machine.stores:
-                await eventually(lambda store=store: not store.arena.writers(), what="nothing is being written")
+                arena = store.arena
+                await eventually(
+                    lambda arena=arena: arena.num_writing == arena.num_lent, what="nothing is being written"
+                )
                 store.arena.check_integrity()
 
 

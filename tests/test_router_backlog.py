@@ -96,6 +96,9 @@ def test_a_cluster_has_a_row_for_each_node_that_is_there(changes: list[tuple[str
     for name, (arena_id, load) in expected.items():
         row = cluster.row(name)
         assert row is not None and cluster.node_ids[row] == name and cluster.num_requests[row] == load
-        assert cluster.arena_ids[row] == arena_id and (not arena_id or row in cluster.rows_of(arena_id))
-    in_arenas = sum(len(cluster.rows_of(arena_id)) for arena_id in ("a0", "a1"))
-    assert in_arenas == sum(1 for arena_id, _ in expected.values() if arena_id)
+        assert cluster.arena_ids[row] == arena_id
+        assert [cluster.arena_number[row]] == cluster.arena_numbers([arena_id])
+    used = {arena_id for arena_id, _ in expected.values() if arena_id}
+    numbers = cluster.arena_numbers(["a0", "a1"])
+    assert sum(number > 0 for number in numbers) == len(used) and (len(used) < 2 or numbers[0] != numbers[1])
+    assert cluster.num_arena_numbers <= 3, "numbers that are free are used again"

@@ -11,6 +11,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc
 import pytest
 from conftest import POCKET, eventually, free_port
@@ -177,6 +178,31 @@ async def test_statuses_of_routes_and_bodies(cluster: FakeCluster) -> None:
     error = check_error(answer, headers)
     assert status == 404 and (error["param"], error["code"]) == ("model", "model_not_found")
     assert (await get(f"{url}/health", method="HEAD"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame\x01\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 1000 + b"\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["garbage", "long", "key", "headers", "two lengths", "chunk"],
+)
+async def test_what_is_no_http(cluster: FakeCluster, caplog: pytest.LogCaptureFixture, sent: bytes) -> None:
+    caplog.set_level("DEBUG", logger="router")
+    host, _, port = cluster.http_url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(sent)
+    head, _, body = (await asyncio.wait_for(reader.read(), 10)).partition(b"\r\n\r\n")
+    assert b" 400 " in head.split(b"\r\n")[0] and b"X-Request-Id" in head and b"aiohttp" not in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert "sesame" not in caplog.text and b"sesame" not in body and "Traceback" not in caplog.text
+    writer.close()
 
 
 async def test_a_body_without_a_length_is_bounded_too(cluster: FakeCluster) -> None:
@@ -410,7 +436,14 @@ async def test_stopping_waits_for_calls_then_cuts_them_off(redis_url: str) -> No
             node.step_s = 0.02
         asking = asyncio.create_task(post(cluster.http_url + CHAT, HELLO))
         await eventually(lambda: cluster.nodes["decode0"].seen.starts, 5, "it runs")
-        await cluster.router.stop()
+        async with aiohttp.ClientSession() as session:  # whose connection stays open
+            async with session.get(f"{cluster.http_url}/health") as health:
+                assert health.status == 200
+            stopping = asyncio.create_task(cluster.router.stop())
+            await asyncio.sleep(0.05)
+            async with session.get(f"{cluster.http_url}/health") as health:
+                assert health.status == 503 and "Retry-After" in health.headers
+        await stopping
         status, _, answer = await asking
         assert status == 200 and answer["choices"][0]["message"]["content"] == TALK
     async with talking(redis_url, drain_s=0.2) as cluster:

@@ -140,6 +140,24 @@ def test_other_ways_to_say_it(body: dict[str, Any], fields: dict[str, Any]) -> N
     assert sampling_of(chat(**body)) == common_pb2.SamplingParams(**fields)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"temperature": 0.0, "max_completion_tokens": 8, "stream": True, "stream_options": {"include_usage": True}},
+        {"temperature": 0.7, "n": 1, "stream": True, "stop": None, "tools": [TOOL], "parallel_tool_calls": True},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "ignore_eos": True},
+        {"messages": [{"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None}]},
+        {"frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": None, "functions": None},
+    ],
+    ids=["vllm bench", "langchain", "vllm bench, parts", "openai's own answer", "defaults spelled out"],
+)
+def test_what_known_clients_send(body: dict[str, Any]) -> None:
+    """Shapes that are sent by them, each taken as it is."""
+    assert chat(model="pocket", **body).messages
+    ask = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 8, "logprobs": None, "stream": True}
+    assert completion(model="pocket", prompt="x", stream_options={"include_usage": True}, **ask).includes_usage
+
+
 def test_all_of_a_chat() -> None:
     turns = [
         {"role": "developer", "content": "Be brief."},

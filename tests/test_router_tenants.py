@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
+import aiohttp
 import grpc
 import pytest
 from conftest import POCKET, eventually
@@ -18,11 +21,14 @@ from router_fakes import BLOCK, CLUSTER, ROOT, FakeCluster, request, running
 from batonpb import inference_pb2
 from kvstore.blocks import BlockHash, hash_blocks, salted
 from kvstore.directory import ArenaRecord, Directory
+from router import file_watch
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.errors import Unauthenticated, UnusableTenants
 from router.hits import Hit
 from router.journey import Journey
+from router.limits import Allowance
+from router.locks import open_locks
 from router.server import RouterServer
 from router.tenants import EVERYBODY, Tenant, parse_tenants, read_tenants
 
@@ -87,14 +93,41 @@ RED = f'name = "red"\nkey_sha256 = "{DIGESTS["red"]}"\n'
         (f'[[tenant]]\n{RED}kv_memory = "0.1"', "line 4: tenant.kv_memory: must be more than 0"),
         (f'[[tenant]]\n{RED}kv_memory = "{"9" * 400}"', "is no amount of memory"),
         (f'[[tenant]]\n{RED}kv_memory = "9000000T"', "less than 8388608T"),
+        (f"[[tenant]]\n{RED}max_concurrent = 0", "line 4: tenant.max_concurrent: must be a whole number from 1 to"),
+        (
+            f'[[tenant]]\n{RED}tokens_per_minute = "5"',
+            "line 4: tenant.tokens_per_minute: must be a whole number from 1",
+        ),
+        (f"[[tenant]]\n{RED}requests_per_minute = true", "line 4: tenant.requests_per_minute: must be a whole number"),
+        ('[[tenant]]\nname = "a"\nkey_sha256 = []', "line 3: tenant.key_sha256: must be one text in quotes, or a list"),
+        (
+            '[[tenant]]\nname = "a"\nkey_sha256 = [5]',
+            "line 3: tenant.key_sha256: must be one text in quotes, or a list",
+        ),
+        ('[[tenant]]\nname = "a"\nkey_sha256 = ["secret"]', "must be 64 hex digits, the SHA-256 of a key; got 6 chara"),
         (f'tenant = [{{name = "a b", key_sha256 = "{DIGESTS["red"]}"}}]', "tenant.name: must be 1 to 64"),
     ],
-    ids=range(22),
+    ids=range(28),
 )
 def test_what_is_wrong_is_refused_by_field_and_line(text: str, message: str) -> None:
     with pytest.raises(UnusableTenants) as error:
         parse_tenants(text)
     assert message in str(error.value)
+
+
+def test_a_tenant_may_have_several_keys_and_limits() -> None:
+    text = f"""[[tenant]]
+name = "red"
+key_sha256 = ["{DIGESTS["red"]}", "{DIGESTS["blue"]}"]
+requests_per_minute = 6
+tokens_per_minute = 700
+max_concurrent = 8
+max_prompt_tokens = 90
+"""
+    tenants = parse_tenants(text)
+    assert len(tenants) == 1
+    expected = Tenant("red", 0, Allowance(6, 700, 8, 90))
+    assert [tenants.authenticate([f"Bearer {key}"]) for key in KEYS.values()] == [expected, expected]
 
 
 def test_a_key_in_place_of_its_hash_is_not_shown() -> None:
@@ -270,6 +303,79 @@ async def test_the_plan_sees_the_tenants_own_blocks_alone(
     assert hits == [{arena.arena_id: 6}, {}]
 
 
+async def test_a_new_file_needs_no_restart_and_a_bad_one_changes_nothing(
+    cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(file_watch, "POLL_S", 0.05)
+    file, new = tmp_path / "tenants.toml", "key-of-green"
+    assert await ask(cluster, bearer(KEYS["red"]))
+    file.write_text(FILE + "[[tenant]]\n")
+    await eventually(lambda: "event=reload_failed" in caplog.text, 10, "the bad file is seen")
+    assert "line 10: tenant.name: must be set" in caplog.text
+    assert await ask(cluster, bearer(KEYS["red"]))
+    digest = hashlib.sha256(new.encode()).hexdigest()
+    file.write_text(f'[[tenant]]\nname = "red"\nkey_sha256 = ["{digest}"]')
+
+    async def is_known() -> bool:
+        try:
+            return bool(await ask(cluster, bearer(new)))
+        except grpc.aio.AioRpcError:
+            return False
+
+    await eventually(is_known, 10, "the new key")
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await ask(cluster, bearer(KEYS["red"]))
+    assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert cluster.nodes["decode0"].seen.admits[-1].salt == Tenant("red").salt, "a new key keeps the cache"
+
+
+async def test_more_than_is_allowed_is_told_when_to_come_again(redis_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(f"[[tenant]]\n{RED}tokens_per_minute = 120\nmax_prompt_tokens = 110\nmax_concurrent = 3\n")
+    async with running(FakeCluster(redis_url)) as cluster:
+        await cluster.add("both0")
+        await cluster.open(tenants_file=str(file), max_concurrent_requests=50)
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await ask(cluster, bearer(KEYS["red"]), request([256] * 111))
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "110 tokens at most for this tenant, got 111" in error.value.details()
+        assert len(await ask(cluster, bearer(KEYS["red"]))) == 4  # with a prompt of 101 tokens
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await ask(cluster, bearer(KEYS["red"]), request([256] * 90, max_tokens=1))
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "tokens_per_minute: 120 at most" in error.value.details()
+        wait_ms = int(dict(error.value.trailing_metadata())["retry-after-ms"])
+        assert 0 < wait_ms <= 1000 * (90 - 15) * 60 / 120
+        assert len(cluster.nodes["both0"].seen.admits) == 1
+
+
+async def test_a_router_bounds_all_requests(redis_url: str) -> None:
+    async with running(FakeCluster(redis_url)) as cluster:
+        node = await cluster.add("both0")
+        let_go = asyncio.Event()
+        node.faults["token 1"] = let_go.wait
+        await cluster.open(max_concurrent_requests=2)
+        running_calls = [asyncio.create_task(ask(cluster, ())) for _ in range(2)]
+        await eventually(lambda: node.seen.active == 2, 10, "both run")
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await ask(cluster, ())
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "max_concurrent_requests of this router: 2 at most" in error.value.details()
+        let_go.set()
+        assert all(await asyncio.gather(*running_calls))
+        assert await ask(cluster, ())
+
+
+@pytest.mark.parametrize(("host", "is_told"), [("0.0.0.0", True), ("127.0.0.1", False), ("::1", False)])
+async def test_keys_in_the_clear_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str, is_told: bool
+) -> None:
+    (tmp_path / "tenants.toml").write_text(FILE)
+    async with AsyncExitStack() as stack:
+        await open_locks(RouterConfig("m", "r", host=host, tenants_file=str(tmp_path / "tenants.toml")), stack)
+    assert ("event=keys_in_the_clear" in caplog.text) is is_told
+
+
 async def test_without_a_file_everybody_may_and_keys_are_not_looked_at(redis_url: str) -> None:
     async with running(FakeCluster(redis_url)) as cluster:
         await cluster.add("both0")
@@ -284,3 +390,26 @@ async def test_a_router_with_a_bad_file_does_not_start(redis_url: str, tmp_path:
     file.write_text(FILE + "kv_memory = 5\n")
     with pytest.raises(UnusableTenants, match=r"line 10: tenant\.kv_memory"):
         await RouterServer(RouterConfig(str(POCKET), redis_url, tenants_file=str(file))).start()
+
+
+async def test_over_http_the_same_limits_are_429_with_retry_after(redis_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(f"[[tenant]]\n{RED}requests_per_minute = 1\n")
+    async with running(FakeCluster(redis_url)) as cluster, aiohttp.ClientSession() as session:
+        await cluster.add("both0")
+        await cluster.open(tenants_file=str(file))
+        headers = {"Authorization": f"Bearer {KEYS['red']}"}
+        body = {"prompt": "x", "max_tokens": 1, "model": "pocket"}
+
+        async def post() -> aiohttp.ClientResponse:
+            async with session.post(f"{cluster.http_url}/v1/completions", json=body, headers=headers) as response:
+                await response.read()
+                return response
+
+        assert (await post()).status == 200
+        refused = await post()
+        assert refused.status == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
+        assert (await refused.json())["error"]["code"] == "rate_limited"
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await ask(cluster, bearer(KEYS["red"]))
+        assert "requests_per_minute: 1 at most" in error.value.details(), "both doors count together"

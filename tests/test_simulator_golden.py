@@ -56,12 +56,14 @@ def test_hits_are_near_those_of_one_pool_and_loads_are_even(runs: dict[str, dict
     assert runs["predict"]["imbalance"] <= 1.05
 
 
-def test_goodput_does_not_fall_under_overload() -> None:
+@pytest.mark.parametrize("queue", ["fcfs", "shortest"])
+def test_goodput_does_not_fall_under_overload_and_who_is_admitted_is_in_time(queue: str) -> None:
     goodputs = []
     for scale in (1.5, 3.0, 6.0):
-        config = replace(CONFIG, ttft_limit_s=10.0)
-        jobs = Simulator(config).run([request.faster(scale) for request in TRACE])
-        goodputs.append(figures(jobs, ttft_slo_s=10.0)["goodput_rps"])
+        config = replace(CONFIG, ttft_limit_s=10.0, queue=queue)
+        found = figures(Simulator(config).run([request.faster(scale) for request in TRACE]), ttft_slo_s=10.0)
+        goodputs.append(found["goodput_rps"])
+        assert found["ttft_s"]["p99"] <= 10.0
     assert goodputs == sorted(goodputs)
 
 

@@ -143,6 +143,8 @@ uint64_t baton_copy_and_sum(uint8_t *to, const uint8_t *from, size_t length) {
     memcpy(to + at + rest * STRIPE, from + at + rest * STRIPE, length - at - rest * STRIPE);
 #if HAS_X86
     _mm_sfence();  // who hears of the copy afterwards sees it
+#else
+    __atomic_thread_fence(__ATOMIC_RELEASE);
 #endif
     return merge(sums, length);
 }

@@ -1,0 +1,113 @@
+"""What a node's prefill queue does with a newcomer: shortest first with ageing, as `engine/order.py` has it. Pure.
+
+A prompt's rank falls as long as it waits, and those of two prompts that wait fall alike: which of them goes first is
+known when they are sent, by a key of the one's seconds of work and of the moment.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+AGEING = 0.05  # as engine.order has it; router and engine do not import each other
+
+SHORTEST_S, LONGEST_S = 1 / 64, 256.0  # of prompts that are told apart by their length; a class doubles it
+_EDGES_S = tuple(SHORTEST_S * 2**n for n in range(round(math.log2(LONGEST_S / SHORTEST_S)) + 1))
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A first leg that was sent and has not begun."""
+
+    work_s: float
+    sent_s: float
+
+    @property
+    def key(self) -> float:
+        return key(self.work_s, self.sent_s)
+
+
+def key(work_s: float, sent_s: float) -> float:
+    """The least goes first."""
+    return work_s + AGEING * sent_s
+
+
+class Line:
+    """Those that wait for one node."""
+
+    def __init__(self, waiting: Iterable[Waiting]) -> None:
+        ranked = sorted(waiting, key=lambda one: one.key)
+        self._keys = [one.key for one in ranked]
+        self._until_s = [0.0, *itertools.accumulate(one.work_s for one in ranked)]
+
+    def overtaken_s(self, newcomer: float) -> float:
+        """Seconds of work that a newcomer of this key goes before."""
+        return self._until_s[-1] - self._until_s[bisect_right(self._keys, newcomer)]
+
+
+class Demand:
+    """How much of the nodes' time prompts take that are shorter than so much: of those that came lately."""
+
+    def __init__(self, memory_s: float = 120.0) -> None:
+        self._memory_s = memory_s
+        self._work_s = np.zeros(len(_EDGES_S))  # by class; older ones count less
+        self._at_s = self._began_s = -math.inf
+
+    def sent(self, work_s: float, now_s: float) -> None:
+        """A first leg was sent that will compute for so long."""
+        self._fade(now_s)
+        if work_s > 0.0:
+            self._work_s[_class_of(work_s)] += work_s
+
+    def shares(self, num_nodes: int, now_s: float) -> tuple[float, ...]:
+        """By class: the share of all nodes' time that shorter prompts take, for one in the middle of it."""
+        self._fade(now_s)
+        seen_s = self._memory_s * -math.expm1(-max(1.0, now_s - self._began_s) / self._memory_s)
+        shares = (np.cumsum(self._work_s) - self._work_s / 2) / (seen_s * max(1, num_nodes))
+        return tuple(shares.tolist())
+
+    def _fade(self, now_s: float) -> None:
+        if self._began_s == -math.inf:
+            self._began_s = self._at_s = now_s
+        self._work_s *= math.exp(-max(0.0, now_s - self._at_s) / self._memory_s)
+        self._at_s = max(self._at_s, now_s)
+
+
+def with_overtakers(
+    wait_s: NDArray[np.float64], work_s: NDArray[np.float64], shares: Sequence[float]
+) -> NDArray[np.float64]:
+    """How long prompts of `work_s` will wait behind `wait_s` of work, when shorter ones go on coming before them.
+
+    Whoever comes t seconds later overtakes a prompt if it is shorter by `AGEING * t`, so the longer it has waited, the
+    fewer overtake it: with shares that it is passed by r(x) of those shorter than x, it begins when
+    the integral of 1 - r(work_s - AGEING * t) over its wait is `wait_s`.
+    """
+    if not shares or not wait_s.any():
+        return wait_s
+    rows = np.flatnonzero(wait_s)  # who need not wait is overtaken by nobody
+    left_s, top_s = wait_s[rows], work_s[rows]
+    total_s, longest_s = np.zeros(len(rows)), top_s.max()
+    for edge_s, share in zip(reversed((0.0, *_EDGES_S[:-1])), reversed(shares), strict=True):
+        if edge_s >= longest_s:
+            continue
+        room = max(0.0, 1.0 - share)
+        span_s = np.maximum(0.0, top_s - edge_s) / AGEING
+        top_s = np.minimum(top_s, edge_s)
+        spent_s = np.minimum(span_s, left_s / room) if room > 0.0 else np.where(left_s > 0.0, span_s, 0.0)
+        total_s += spent_s
+        left_s = np.maximum(0.0, left_s - room * spent_s)
+        if not left_s.any():
+            break
+    found_s = np.zeros(len(wait_s))
+    found_s[rows] = total_s + left_s
+    return found_s
+
+
+def _class_of(work_s: float) -> int:
+    return min(len(_EDGES_S) - 1, max(0, math.ceil(math.log2(work_s / SHORTEST_S))))
