@@ -163,7 +163,7 @@ async def test_what_came_before_a_store_falls_silent_is_kept(wire: ZmqWire, stor
     await eventually(lambda: len(store.questions) == 4)
     await store.answer_next(1)
     outcome = await wire.poll(ticket, 20.0)
-    assert outcome.state is State.FAILED and outcome.reason == "no answer within 0.5 s"
+    assert outcome.state is State.FAILED and outcome.reason == "nothing came for 0.5 s"
     assert len(outcome.payloads) == part_blocks(SLOT_BYTES)
     assert num_waiting(wire) == 0
     wire.cancel(ticket)
