@@ -348,7 +348,7 @@ def main() -> None:
     ):
         folder = Path(name)
         model = write_model(Path(disk) / "model", max(plan.lengths))
-        server = EmbeddedRedis(folder / "redis")  # on a unix socket, which all namespaces reach
+        server = EmbeddedRedis(folder / "redis", lan.address)
         server.start()
         try:
             figures = asyncio.run(measure(Bench(lan, server.url, model, folder), plan))
