@@ -24,10 +24,10 @@ from deploy.redis import EmbeddedRedis
 pytestmark = [*NETNS, pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
 ROUTER = 2  # its host
-TEXT = "".join(f"Section {n} of the library reference. " for n in range(60)).encode()
-NUM_PROMPT_TOKENS = 1200
+TEXT = "".join(f"Section {n} of the library reference. " for n in range(80)).encode()
+NUM_PROMPT_TOKENS = 2000
 NUM_TOKENS = 24
-PROMPTS = [[256, *f"Question {n}. ".encode(), *TEXT][:NUM_PROMPT_TOKENS] for n in range(8)]
+PROMPTS = [[256, *f"Question {n}. ".encode(), *TEXT][:NUM_PROMPT_TOKENS] for n in range(6)]
 OPTIONS = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
 LATE_S = 60.0  # whoever answers later than this hangs
 
@@ -44,7 +44,7 @@ async def cluster() -> AsyncIterator[HostsCluster]:
     with Lan(3) as lan:
         redis = EmbeddedRedis(folder / "redis", lan.address)
         redis.start()
-        cluster = HostsCluster(lan, POCKET, redis.url, folder, ROUTER, max_num_batched_tokens=32)
+        cluster = HostsCluster(lan, POCKET, redis.url, folder, ROUTER, max_num_batched_tokens=256)
         try:
             await asyncio.gather(cluster.start_store(0), cluster.start_store(1), cluster.start_router())
             await asyncio.gather(
@@ -59,20 +59,23 @@ async def cluster() -> AsyncIterator[HostsCluster]:
 
 
 @pytest.mark.parametrize("bits_per_s", [1e9, 1e10], ids=["1 Gbit/s", "10 Gbit/s"])
-async def test_prefill_and_decode_on_two_hosts(
-    cluster: HostsCluster, expected: list[list[int]], bits_per_s: float
-) -> None:
+async def test_prefill_and_decode_on_two_hosts(cluster: HostsCluster, bits_per_s: float) -> None:
     for host in cluster.lan.hosts:
         host.limit(bits_per_s)
-    index = int(bits_per_s == 1e10)
-    before, received_bytes = await cluster.came("decode-0"), cluster.host_of("decode-0").received_bytes()
-    answer = await cluster.generate(PROMPTS[index], **OPTIONS)
-    assert answer.token_ids == expected[index]
-    assert answer.timeline is not None
-    assert (answer.timeline.prefill_node, answer.timeline.decode_node) == ("prefill-0", "decode-0")
-    assert answer.timeline.decode_store_hit_tokens > 0
-    num_bytes = (await cluster.came("decode-0")).num_bytes - before.num_bytes
-    assert 0 < num_bytes < cluster.host_of("decode-0").received_bytes() - received_bytes
+    decode, tries = cluster.host_of("decode-0"), iter(range(1000))
+
+    async def come() -> bool:
+        """Whether blocks came over the link. Where a busy machine makes it slow, they are computed instead."""
+        prompt = [256, *f"Try {next(tries)} at {bits_per_s}. ".encode(), *TEXT][:NUM_PROMPT_TOKENS]
+        before, received_bytes = await cluster.came("decode-0"), decode.received_bytes()
+        answer = await cluster.generate(prompt, **OPTIONS)
+        assert [answer.token_ids] == reference(POCKET, [prompt], NUM_TOKENS)
+        assert nodes_of([answer]) == {"prefill-0", "decode-0"}
+        num_bytes = (await cluster.came("decode-0")).num_bytes - before.num_bytes
+        assert num_bytes < decode.received_bytes() - received_bytes
+        return num_bytes > 0 and answer.timeline is not None and answer.timeline.decode_store_hit_tokens > 0
+
+    await eventually(come, LATE_S, "blocks come from the other host")
     await cluster.assert_quiet()
 
 

@@ -88,6 +88,14 @@ async def reader(request: pytest.FixtureRequest, lan: Lan, short_dir: Path) -> A
     redis.stop()
 
 
+async def test_blocks_come_over_limited_links(reader: Reader) -> None:
+    for bits_per_s in (1e9, 1e10):
+        reader.host.limit(bits_per_s)
+        before = reader.client.links.remote.num_bytes
+        assert await reader.fetch() == len(HASHES)
+        assert reader.client.links.remote.num_bytes - before == len(HASHES) * SLOT_BYTES
+
+
 async def test_a_slow_link_takes_the_time_that_it_takes(reader: Reader) -> None:
     """All in all longer than the patience; and one transfer waits for others."""
     reader.host.limit(SLOW)
