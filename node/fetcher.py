@@ -51,7 +51,7 @@ class Pace:
 
 
 LOCAL_PACE = Pace(1 / 8, 0.002, 0.05)  # a look at mapped memory
-DIRECTORY_PACE = Pace(1 / 4, 0.005, 0.2)  # a round trip to Redis
+DIRECTORY_PACE = Pace(1 / 4, 0.002, 0.2)  # a round trip to Redis
 
 
 class Fetcher:
@@ -120,6 +120,7 @@ class Fetcher:
         """Not longer than computing it would take: whoever publishes it may have died."""
         if not self._is_near:
             self._ask_directory_s = 0.0
+        self._progress_s = time.monotonic()  # what comes now comes soon: the directory is looked into often again
         await self.fetch()
         self._progress_s = time.monotonic()
         while not self._is_released and not self._is_declined and (num_coming := self._num_coming(num_blocks)) > 0:

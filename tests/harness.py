@@ -56,6 +56,9 @@ class ProcessCluster:
         await asyncio.gather(self.start_router(), *(self.start_node(f"{role}-{n}", role) for role, n in roles))
         await self.wait_for_nodes(len(roles))
 
+    async def launch(self, name: str, kind: str, config: dict[str, Any]) -> None:
+        self.processes[name] = await ServerProcess.start(kind, config)
+
     async def start_store(self, index: int = 0) -> None:
         config = {
             "dir": str(self.folder / f"store-{index}"),
@@ -65,7 +68,7 @@ class ProcessCluster:
             "memory_bytes": 64 << 20,
             "host": f"host-{index}",
         }
-        self.processes[f"store-{index}"] = await ServerProcess.start("store", config)
+        await self.launch(f"store-{index}", "store", config)
 
     async def start_node(self, name: str, role: str, store: int | None = 0) -> None:
         config = {
@@ -79,12 +82,12 @@ class ProcessCluster:
             "store_dir": "" if store is None else str(self.folder / f"store-{store}"),
             "host": f"host-{store}",
         }
-        self.processes[name] = await ServerProcess.start("node", config)
+        await self.launch(name, "node", config)
         self.baseline[name] = self.processes[name].record["total_blocks"]
 
     async def start_router(self) -> None:
         config = {"model_dir": str(self.model), "redis_url": self.redis_url, "cluster": "test"} | self.router_options
-        self.processes["router"] = await ServerProcess.start("router", config)
+        await self.launch("router", "router", config)
         self.address = self.processes["router"].record["address"]
         self.channel = grpc.aio.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceStub(self.channel)
