@@ -133,6 +133,10 @@ class Cluster:
         ray.wait(list(refs.values()), num_returns=len(refs), timeout=ANSWER_S)
         return {name: started.pid for name, ref in refs.items() if (started := _answer(ref)) is not None}
 
+    def check(self) -> None:
+        """What can be said of the cluster before anything is started. Raises `DeployError`."""
+        self._model()
+
     def start(self) -> None:
         """Returns when every server is up. Raises `DeployError`, and leaves nothing behind, when one is not."""
         try:

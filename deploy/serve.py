@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.config import ClusterConfig, ConfigError, DeployError, parse_bytes, temp_base
+from deploy.config_file import add_config_argument
 from deploy.locks import add_lock_arguments, locks_from
 from deploy.redis_url import redis_url_from
 from deploy.start_bar import StartBar
@@ -36,7 +37,8 @@ WIDTH = 120  # characters, where standard output is no terminal
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a Hugging Face model folder")
+    parser.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="a Hugging Face model folder")
+    add_config_argument(parser)
     add = parser.add_argument_group("nodes").add_argument
     add("--prefill", type=int, metavar="N", help="prefill nodes (default 1, or 0 with --both)")
     add("--decode", type=int, metavar="N", help="decode nodes (default 1, or 0 with --both)")
@@ -142,6 +144,8 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_from(args: argparse.Namespace) -> ClusterConfig:
     """Raises `ConfigError`."""
+    if args.model is None:
+        raise ConfigError("no MODEL: name its folder on the command line, or as `model` in the --config file")
     default = 0 if args.both else 1
     return ClusterConfig(
         model_dir=args.model,
