@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from deploy import admin, client, config_cli, explain, keys, kv, serve
+from deploy import admin, client, config_cli, explain, keys, kv, serve, size
 from deploy.config import DeployError
 from deploy.config_file import parse_with_file
 from loadtest import bench, compare, flags, plan, simulate
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("bench", _bench, _add_bench_arguments, "measure a router under load")
     add("simulate", simulate.run, simulate.add_arguments, "run a trace through a cluster under a virtual clock")
     add("plan", plan.run, plan.add_arguments, "find how many of N GPUs should prefill and how many decode")
+    add("size", size.size, size.add_arguments, "count what a model takes of a GPU's memory, and its KV of the network")
     return parser
 
 
