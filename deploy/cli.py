@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from deploy import admin, client, explain, keys, kv, serve
+from deploy import admin, client, config_cli, explain, keys, kv, serve, size
 from deploy.config import DeployError
+from deploy.config_file import parse_with_file
 from loadtest import bench, compare, flags, plan, simulate
 
 Command = Callable[[argparse.Namespace], int]
@@ -17,9 +18,9 @@ FAILED, INTERRUPTED = 1, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status. What goes wrong is one line on standard error."""
-    args = _parser().parse_args(argv)
-    command: Command = args.command
     try:
+        args = parse_with_file(_parser(), argv)
+        command: Command = args.command
         return command(args)
     except DeployError as error:
         print(f"baton: error: {error}", file=sys.stderr)
@@ -52,9 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, command: Command, arguments: Callable[[argparse.ArgumentParser], None], words: str) -> None:
         sub = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
         arguments(sub)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, parser=sub)
 
     add("serve", serve.serve, serve.add_serve_arguments, "start a cluster and run it in the foreground")
+    add("config", config_cli.check, config_cli.add_arguments, "check or show a file for `baton serve --config`")
     add("status", serve.status, serve.add_status_arguments, "show the nodes and arenas of the cluster that is up")
     add("kv", kv.run, kv.add_arguments, "show and change what the stores hold: stats, ls, inspect, evict, drain")
     add("nodes", admin.nodes, admin.add_nodes_arguments, "show the nodes as a router sees them")
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("bench", _bench, _add_bench_arguments, "measure a router under load")
     add("simulate", simulate.run, simulate.add_arguments, "run a trace through a cluster under a virtual clock")
     add("plan", plan.run, plan.add_arguments, "find how many of N GPUs should prefill and how many decode")
+    add("size", size.size, size.add_arguments, "count what a model takes of a GPU's memory, and its KV of the network")
     return parser
 
 

@@ -76,8 +76,11 @@ class ClusterConfig:
     num_threads: int = 0  # 0: the machine's cores shared out among its nodes
     pin_cores: bool = True  # each node computes on its share of them, where they suffice
     metrics: bool = True  # of each store, node and router, for Prometheus, over HTTP
-    prefill_hosts: tuple[str, ...] = ()  # addresses or names of Ray machines; (): any
+    metrics_port: int = 0  # of each machine's first server, and the next ports of the next ones; 0: any
+    prefill_hosts: tuple[str, ...] = ()  # addresses, names or custom resources of Ray machines; (): any
     decode_hosts: tuple[str, ...] = ()
+    router_hosts: tuple[str, ...] = ()  # (): the launcher's machine
+    min_machines: int = 0  # that a start waits for
     start_timeout_s: float = 300.0
     stop_timeout_s: float = 15.0
     log_level: str = "warning"
@@ -95,6 +98,8 @@ class ClusterConfig:
         check("--policy", self.policy in POLICIES, f"one of {', '.join(sorted(POLICIES))}")
         check("--port", 0 <= self.port <= 65535, f"between 0 and 65535, got {self.port}")
         check("--http-port", 0 <= self.http_port <= 65535, f"between 0 and 65535, got {self.http_port}")
+        check("--metrics-port", 0 <= self.metrics_port <= 65535, f"between 0 and 65535, got {self.metrics_port}")
+        check("--min-machines", self.min_machines >= 0, "0 or more")
         check("--block-size", 1 <= self.block_size <= 1024, f"between 1 and 1024 tokens, got {self.block_size}")
         check("--kv-memory", self.kv_bytes >= 2**20, f"1M or more, got {self.kv_bytes} bytes")
         check("--store-memory", self.store_bytes >= 2**20, f"1M or more, got {self.store_bytes} bytes")

@@ -23,9 +23,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.actors import ServerActor, Started
-from deploy.config import ClusterConfig, DeployError, cluster_dir
+from deploy.config import ClusterConfig, ConfigError, DeployError, cluster_dir
 from deploy.cores import num_usable_cores
-from deploy.placement import Machine, Placement, place
+from deploy.placement import Machine, Placement, place, router_machines, usable
 from deploy.processes import CLUSTER_VARIABLE, end_all, environment, processes_of, signals_kept
 from deploy.redis import EmbeddedRedis, check_given
 from deploy.specs import PlacedSpec, Specs
@@ -133,6 +133,10 @@ class Cluster:
         ray.wait(list(refs.values()), num_returns=len(refs), timeout=ANSWER_S)
         return {name: started.pid for name, ref in refs.items() if (started := _answer(ref)) is not None}
 
+    def check(self) -> None:
+        """What can be said of the cluster before anything is started. Raises `DeployError`."""
+        self._model()
+
     def start(self) -> None:
         """Returns when every server is up. Raises `DeployError`, and leaves nothing behind, when one is not."""
         try:
@@ -147,7 +151,7 @@ class Cluster:
             asyncio.run(check_given(self.redis_url, self.config.cluster))
         self.folders[0].mkdir(mode=0o700)
         self._start_ray()
-        machines, own = self._machines()
+        machines, own = self._wait_for_machines()
         placements = place(self.config, machines)
         self._start_redis(own)
         self._report(f"ray: {_count(len(machines), 'machine')}, redis: {'embedded' if self._redis else 'given'}")
@@ -172,8 +176,9 @@ class Cluster:
             for kind in ("router", "node", "store"):
                 members = [member for member in self._members if member.kind == kind]
                 self._call("stop", [member for member in members if member.started])
-                if kind == "store":
-                    self._call("remove_folder", members)
+                with_store = {m.placed.machine.ray_node_id for m in self._members if m.kind == "store"}
+                last = [m for m in members if kind == "store" or m.placed.machine.ray_node_id not in with_store]
+                self._call("remove_folder", last)
                 for member in members:
                     ray.kill(member.actor, no_restart=True)
             ray.shutdown()
@@ -234,6 +239,23 @@ class Cluster:
                 _temp_dir=str(self.folders[0] / "ray"),
             )
 
+    def _wait_for_machines(self) -> tuple[list[Machine], Machine]:
+        """`_machines`, once at least `min_machines` are there that this cluster may use."""
+        deadline = time.monotonic() + self.config.start_timeout_s
+        while True:
+            machines, own = self._machines()
+            if (count := self._num_wanted(machines, own)) >= self.config.min_machines:
+                return machines, own
+            self._check_patience(deadline, [f"{self.config.min_machines - count} machines more than the {count} there"])
+            time.sleep(POLL_S)
+
+    def _num_wanted(self, machines: Sequence[Machine], own: Machine) -> int:
+        try:
+            wanted = [*usable(self.config, machines), *router_machines(self.config, machines, own)]
+        except ConfigError:  # one that is named is not there, or not yet
+            return 0
+        return len({machine.ray_node_id for machine in wanted})
+
     def _machines(self) -> tuple[list[Machine], Machine]:
         """All machines of this Ray, and the one that this process runs on."""
         own_id = ray.get_runtime_context().get_node_id()
@@ -249,6 +271,7 @@ class Cluster:
             name=node["NodeManagerHostname"],
             cores=cores,
             gpus=int(resources.get("GPU", 0)),
+            tags=frozenset(resources),
         )
 
     def _start_redis(self, own: Machine) -> None:

@@ -173,7 +173,8 @@ class NodeServer:
         door = ScrapeDoor()
         stack.push_async_callback(door.close)
         collector = NodeCollector(self.intake, self.loop.engine)
-        return await door.open(collector, self.config.bind_host, self.config.advertise_host)
+        config = self.config
+        return await door.open(collector, config.bind_host, config.advertise_host, config.metrics_port)
 
     def _record(self, engine: Engine, address: str, metrics_address: str) -> NodeRecord:
         return NodeRecord(

@@ -45,6 +45,7 @@ class NodeConfig:
     start_wait_s: float = 300.0  # how long an admitted decode leg keeps its room without a Start
     max_message_bytes: int = 16 * 2**20
     metrics: bool = True  # for Prometheus, over HTTP, at a port of their own
+    metrics_port: int = 0  # 0: the kernel chooses
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

@@ -19,6 +19,7 @@ class Machine:
     name: str
     cores: int
     gpus: int = 0
+    tags: frozenset[str] = frozenset()  # names of its custom resources in Ray
 
     @property
     def label(self) -> str:
@@ -85,11 +86,32 @@ def gpu_share(nodes: int, gpus: int) -> float:
     return 1.0 / -(-nodes // gpus)
 
 
+def usable(config: ClusterConfig, machines: Sequence[Machine]) -> list[Machine]:
+    """Those that a node of any role may be on, now or later; the others need no store. Raises `ConfigError`."""
+    roles = sorted(set(config.roles))
+    ids = {m.ray_node_id for role in roles for m in _named(role, _hosts(config, role), machines)}
+    return [m for m in machines if m.ray_node_id in ids]
+
+
+def router_machines(config: ClusterConfig, machines: Sequence[Machine], own: Machine) -> list[Machine]:
+    """The machine of each router: the launcher's `own`, or --router-hosts in turn. Raises `ConfigError`."""
+    named = _named("router", config.router_hosts, machines) if config.router_hosts else [own]
+    return [named[index % len(named)] for index in range(config.routers)]
+
+
 def _allowed(config: ClusterConfig, role: str, machines: Sequence[Machine]) -> Sequence[Machine]:
-    names = {"prefill": config.prefill_hosts, "decode": config.decode_hosts}.get(role, ())
-    unknown = set(names) - {m.address for m in machines} - {m.name for m in machines}
-    if unknown:
-        known = ", ".join(m.address for m in machines)
-        raise ConfigError(f"--{role}-hosts: no Ray machine {', '.join(sorted(unknown))}; there are: {known}")
-    allowed = [m for m in machines if not names or m.address in names or m.name in names]
+    allowed = _named(role, _hosts(config, role), machines)
     return [m for m in allowed if m.gpus] or allowed
+
+
+def _hosts(config: ClusterConfig, role: str) -> tuple[str, ...]:
+    return {"prefill": config.prefill_hosts, "decode": config.decode_hosts}.get(role, ())
+
+
+def _named(role: str, names: Sequence[str], machines: Sequence[Machine]) -> list[Machine]:
+    """Those of one of these addresses, names or tags; all where nobody is named."""
+    known = {name for m in machines for name in (m.address, m.name, *m.tags)}
+    if unknown := set(names) - known:
+        there = ", ".join(m.address for m in machines)
+        raise ConfigError(f"--{role}-hosts: no Ray machine {', '.join(sorted(unknown))}; there are: {there}")
+    return [m for m in machines if not names or {m.address, m.name, *m.tags} & set(names)]

@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.config import ClusterConfig, ConfigError, DeployError, parse_bytes, temp_base
+from deploy.config_file import add_config_argument
 from deploy.locks import add_lock_arguments, locks_from
+from deploy.metrics_targets import TargetsFile
 from deploy.redis_url import redis_url_from
 from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
@@ -36,7 +38,8 @@ WIDTH = 120  # characters, where standard output is no terminal
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a Hugging Face model folder")
+    parser.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="a Hugging Face model folder")
+    add_config_argument(parser)
     add = parser.add_argument_group("nodes").add_argument
     add("--prefill", type=int, metavar="N", help="prefill nodes (default 1, or 0 with --both)")
     add("--decode", type=int, metavar="N", help="decode nodes (default 1, or 0 with --both)")
@@ -109,9 +112,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--redis-url", default="", metavar="URL", help="default: BATON_REDIS_URL, or an embedded Redis")
     add("--cluster", default="default", metavar="NAME", help="keeps clusters in one Redis apart")
     add("--ray-address", default="", metavar="HOST:PORT", help="a Ray that runs already; default: an own one")
-    add("--prefill-hosts", type=_names, default=(), metavar="A,B", help="Ray machines for prefill nodes; default: all")
+    words = "Ray machines for prefill nodes, each by its address, name or custom resource; default: all"
+    add("--prefill-hosts", type=_names, default=(), metavar="A,B", help=words)
     add("--decode-hosts", type=_names, default=(), metavar="A,B", help="Ray machines for decode nodes; default: all")
     add_lock_arguments(parser)
+    add("--router-hosts", type=_names, default=(), metavar="A,B", help="Ray machines for routers; default: this one")
+    add("--min-machines", type=int, default=0, metavar="N", help="wait at the start until so many may be used")
     add = parser.add_argument_group("running").add_argument
     add(
         "--metrics",
@@ -119,6 +125,19 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="each store, node and router shows /metrics to Prometheus at a port of its own (default; see `baton"
         " status`)",
+    )
+    add(
+        "--metrics-port",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="of each machine's first server, its next ones take the next ports (default: the kernel chooses)",
+    )
+    add(
+        "--metrics-targets",
+        type=Path,
+        metavar="FILE",
+        help="kept up to date with all these addresses, for Prometheus' file_sd_configs",
     )
     add("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     add("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
@@ -142,6 +161,8 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
 
 def config_from(args: argparse.Namespace) -> ClusterConfig:
     """Raises `ConfigError`."""
+    if args.model is None:
+        raise ConfigError("no MODEL: name its folder on the command line, or as `model` in the --config file")
     default = 0 if args.both else 1
     return ClusterConfig(
         model_dir=args.model,
@@ -177,8 +198,11 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         num_threads=args.num_threads,
         pin_cores=args.pin_cores,
         metrics=args.metrics,
+        metrics_port=args.metrics_port,
         prefill_hosts=args.prefill_hosts,
         decode_hosts=args.decode_hosts,
+        router_hosts=args.router_hosts,
+        min_machines=args.min_machines,
         start_timeout_s=args.start_timeout,
         log_level=args.log_level,
     )
@@ -194,12 +218,15 @@ def serve(args: argparse.Namespace) -> int:
     state_dir = StateDir(args.state_dir)
     state_dir.claim()
     try:
-        return _serve(config, interrupt, state_dir, begin)
+        targets = TargetsFile(args.metrics_targets, config.cluster)
+        return _serve(config, interrupt, state_dir, begin, targets)
     finally:
         state_dir.release()
 
 
-def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDir, begin: float) -> int:
+def _serve(
+    config: ClusterConfig, interrupt: threading.Event, state_dir: StateDir, begin: float, targets: TargetsFile
+) -> int:
     from deploy.launch import Cluster  # ray, which no other command needs
 
     bar = StartBar(len(config.roles))
@@ -224,9 +251,11 @@ def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDi
         nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"
         addresses = " ".join([*cluster.routers, *http_urls(cluster.router_http)])
         print(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s", flush=True)
-        asyncio.run(_watch(cluster.redis_url, config.cluster, interrupt))
+        targets.routers = cluster.router_metrics
+        asyncio.run(_watch(cluster.redis_url, config.cluster, interrupt, targets))
     finally:
         say("stopping")
+        targets.clear()
         left = cluster.stop()
     if left:
         raise DeployError("could not remove: " + ", ".join(left))
@@ -234,7 +263,7 @@ def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDi
     return 0
 
 
-async def _watch(redis_url: str, cluster: str, interrupt: threading.Event) -> None:
+async def _watch(redis_url: str, cluster: str, interrupt: threading.Event, targets: TargetsFile) -> None:
     """Tells of nodes that come and go until someone interrupts."""
     directory = Directory(redis_url, cluster)
     known: dict[str, str] = {}
@@ -243,7 +272,9 @@ async def _watch(redis_url: str, cluster: str, interrupt: threading.Event) -> No
         if time.monotonic() >= due:
             due = time.monotonic() + WATCH_S
             try:
-                now = {node.node_id: node.incarnation for node in await directory.nodes()}
+                nodes = await directory.nodes()
+                now = {node.node_id: node.incarnation for node in nodes}
+                targets.update(nodes, await directory.arenas() if targets.is_kept else ())
             except DirectoryUnavailable:
                 continue  # the nodes go on without Redis, and so does the watch
             for line in changes(known, now):

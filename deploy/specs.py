@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from deploy.actors import ServerSpec
 from deploy.config import ClusterConfig, machine_dir
 from deploy.node_config import NodeConfig
-from deploy.placement import Machine, Placement
+from deploy.placement import Machine, Placement, router_machines, usable
 from engine.config import EngineConfig
 from kvstore.blocks import KVLayout
 from kvstore.server import StoreConfig
@@ -45,15 +46,28 @@ class Specs:
         return machine_dir(self.config.store_base, self.cluster_id, machine.ray_node_id)
 
     def all(self, machines: Sequence[Machine], placements: Sequence[Placement], own: Machine) -> Iterator[PlacedSpec]:
-        """One store a machine, the nodes where they were placed, the routers on the launcher's `own` machine."""
-        for machine in machines:
-            yield PlacedSpec(self._store(machine), machine)
-        for placement in placements:
-            yield PlacedSpec(self._node(placement), placement.machine, placement.num_gpus)
-        for index in range(self.config.routers):
-            yield PlacedSpec(self._router(index, own), own)
+        """One store a machine that nodes may be on, the nodes where they were placed, the routers where they are to be.
 
-    def _store(self, machine: Machine) -> ServerSpec:
+        Servers of one machine that have ports by option take them in this order. Raises `ConfigError`.
+        """
+        servers: Counter[str] = Counter()
+        routers: Counter[str] = Counter()
+
+        def metrics_port(machine: Machine) -> int:
+            servers[machine.ray_node_id] += 1
+            return self.config.metrics_port and self.config.metrics_port + servers[machine.ray_node_id] - 1
+
+        for machine in usable(self.config, machines):
+            yield PlacedSpec(self._store(machine, metrics_port(machine)), machine)
+        for placement in placements:
+            spec = self._node(placement, metrics_port(placement.machine))
+            yield PlacedSpec(spec, placement.machine, placement.num_gpus)
+        for index, machine in enumerate(router_machines(self.config, machines, own)):
+            nth = routers[machine.ray_node_id]
+            routers[machine.ray_node_id] += 1
+            yield PlacedSpec(self._router(index, nth, machine, metrics_port(machine)), machine)
+
+    def _store(self, machine: Machine, metrics_port: int) -> ServerSpec:
         disk = self.config.store_disk_dir
         config = StoreConfig(
             dir=str(self.folder(machine)),
@@ -72,10 +86,11 @@ class Specs:
             trusts_network=not self.config.store_encryption,
             tcp=self.config.store_tcp,
             metrics=self.config.metrics,
+            metrics_port=metrics_port,
         )
         return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
 
-    def _node(self, placement: Placement) -> ServerSpec:
+    def _node(self, placement: Placement, metrics_port: int) -> ServerSpec:
         machine = placement.machine
         config = NodeConfig(
             node_id=placement.node_id,
@@ -94,6 +109,7 @@ class Specs:
             host=machine.label,
             wire_key=self.wire_key,
             metrics=self.config.metrics,
+            metrics_port=metrics_port,
         )
         environment = CROWDED if placement.is_crowded else {}
         return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level, environment)
@@ -110,14 +126,15 @@ class Specs:
             num_threads=placement.num_threads,
         )
 
-    def _router(self, index: int, own: Machine) -> ServerSpec:
+    def _router(self, index: int, nth: int, machine: Machine, metrics_port: int) -> ServerSpec:
+        """Router `index` of all, the `nth` one on its machine."""
         tenants = self.config.tenants_file
         config = RouterConfig(
             host=self.config.host,
-            port=self.config.port + index if self.config.port else 0,
+            port=self.config.port + nth if self.config.port else 0,
             http=self.config.http,
-            http_port=self.config.http_port + index if self.config.http_port else 0,
-            advertise_host=own.address if self.config.host in ANY_HOST else "",
+            http_port=self.config.http_port + nth if self.config.http_port else 0,
+            advertise_host=machine.address if self.config.host in ANY_HOST else "",
             redis_url=self.redis_url,
             cluster=self.config.cluster,
             model_dir=str(self.config.model_dir.resolve()),
@@ -126,6 +143,7 @@ class Specs:
             cluster_token=self.cluster_token,
             policy=self.config.policy,
             metrics=self.config.metrics,
-            **self.config.locks.router_options(index),
+            metrics_port=metrics_port,
+            **self.config.locks.router_options(nth),
         )
-        return ServerSpec("router", f"router-{index}", config, self.folder(own), self.config.log_level)
+        return ServerSpec("router", f"router-{index}", config, self.folder(machine), self.config.log_level)

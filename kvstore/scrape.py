@@ -24,14 +24,14 @@ class ScrapeDoor:
         self._visitors: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
-    async def open(self, collector: Collector, bind_host: str, advertise_host: str) -> str:
-        """Listens where the kernel chooses; returns "ip:port". "" and a line in the log where it cannot."""
+    async def open(self, collector: Collector, bind_host: str, advertise_host: str, port: int = 0) -> str:
+        """Listens, for port 0 where the kernel chooses; returns "ip:port". "" and a line in the log where it cannot."""
         self._registry.register(collector)
         host = None if bind_host == "*" else bind_host.strip("[]")
         try:
-            self._server = await asyncio.start_server(self._visit, host, 0, limit=_MAX_HEAD_BYTES)
+            self._server = await asyncio.start_server(self._visit, host, port, limit=_MAX_HEAD_BYTES)
         except OSError as error:
-            logger.warning("event=no_metrics host=%s error=%r", bind_host, str(error))
+            logger.warning("event=no_metrics host=%s port=%d error=%r", bind_host, port, str(error))
             return ""
         return f"{advertise_host}:{self._server.sockets[0].getsockname()[1]}"
 

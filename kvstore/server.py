@@ -77,6 +77,7 @@ class StoreConfig:
     trusts_network: bool = False  # without a wire_key, only this allows an address that other machines reach
     tcp: bool = True  # without a wire_key, blocks can also be read over plain TCP, which is faster
     metrics: bool = True  # for Prometheus, over HTTP, at a port of their own where blocks are read from
+    metrics_port: int = 0  # 0: the kernel chooses
     heartbeat_s: float = 1.0
     ttl_s: float = 5.0
 
@@ -120,7 +121,9 @@ class StoreServer:
             await self._open_sockets()
             if self.config.metrics:
                 host = self.config.advertise_host
-                self._metrics_address = await self._scrape_door.open(self._metrics, self._bind_host, host)
+                self._metrics_address = await self._scrape_door.open(
+                    self._metrics, self._bind_host, host, self.config.metrics_port
+                )
             Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
             await self._forget(predecessor)
             with suppress(DirectoryUnavailable):  # then it is told when it comes, and readers check each record

@@ -27,6 +27,7 @@ class RouterConfig:
     advertise_host: str = ""  # "" is `host`
     policy: str = DEFAULT  # a name of router.policy.POLICIES
     metrics: bool = False  # for Prometheus, over HTTP, at a port of its own
+    metrics_port: int = 0  # 0: the kernel chooses
     tenants_file: str = ""  # and read again when it changes; "": whoever reaches the port may use it, with one cache
     tls_cert: str = ""  # PEM files, read again when they change; "": no TLS
     tls_key: str = ""

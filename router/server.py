@@ -133,7 +133,7 @@ class RouterServer:
             return ""
         door = ScrapeDoor()
         stack.push_async_callback(door.close)
-        return await door.open(collector, config.host, config.advertise_host or config.host)
+        return await door.open(collector, config.host, config.advertise_host or config.host, config.metrics_port)
 
     async def _report_health(self, frontend: Frontend) -> None:
         """The process is well while it answers; its service is, while there is a node to serve it."""

@@ -131,7 +131,7 @@ def test_errors_are_one_line(argv: list[str], message: str, tmp_path: Path) -> N
     assert message in lines[0]
 
 
-@pytest.mark.parametrize("argv", [["serve"], ["nonsense"], ["serve", "x", "--kv-memory", "lots"], ["generate"]])
+@pytest.mark.parametrize("argv", [["config"], ["nonsense"], ["serve", "x", "--kv-memory", "lots"], ["generate"]])
 def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from deploy.actors import FREE_RESTARTS, MAX_BACKOFF_S, ServerActor, ServerSpec, StartLog, backoff_s, port_file
 from deploy.config import ClusterConfig, ConfigError, DeployError, machine_dir, parse_bytes
-from deploy.placement import Machine, gpu_share, place
+from deploy.placement import Machine, gpu_share, place, router_machines, usable
 from deploy.processes import command, end_all, is_running, processes_of
 from deploy.specs import PlacedSpec, Specs
 from deploy.state import AlreadyServing, ServeState, StateDir, folders_of, start_ticks
@@ -71,6 +71,8 @@ def test_parse_bytes_refuses(text: str) -> None:
         ({"routers": 0}, "--routers"),
         ({"port": 70000}, "between 0 and 65535, got 70000"),
         ({"http_port": -1}, "between 0 and 65535, got -1"),
+        ({"metrics_port": 70000}, "--metrics-port"),
+        ({"min_machines": -1}, "--min-machines"),
         ({"block_size": 0}, "--block-size"),
         ({"kv_bytes": 5}, "--kv-memory"),
         ({"store_bytes": 5}, "--store-memory"),
@@ -199,6 +201,35 @@ def test_roles_can_be_pinned(pin: str) -> None:
 def test_pin_to_an_unknown_machine() -> None:
     with pytest.raises(ConfigError, match=r"--decode-hosts: no Ray machine elsewhere; there are: 10.0.0.1, 10.0.0.2"):
         place(cluster_config(decode_hosts=("elsewhere",)), machines(2))
+
+
+def test_machines_are_named_by_custom_resource_and_others_are_left_alone() -> None:
+    """As on Kubernetes: a head and a launcher without work, a group of machines for each role, one for routers."""
+    tags = ["head", "prefill-pool", "decode-pool", "decode-pool", "router-pool", "router-pool"]
+    there = [dataclasses.replace(one, tags=frozenset({tag})) for one, tag in zip(machines(6), tags, strict=True)]
+    hosts = {"prefill_hosts": ("prefill-pool",), "decode_hosts": ("decode-pool",), "router_hosts": ("router-pool",)}
+    config = cluster_config(decode=3, routers=3, port=8200, metrics_port=9400, **hosts)
+    placements = place(config, there)
+    assert [p.machine.name for p in placements] == ["host-1", "host-2", "host-3", "host-2"]
+    layout = KVLayout("m", "float32", block_size=16, num_layers=1, num_kv_heads=1, head_dim=8)
+    specs = [*Specs(config, ID, "redis://r", layout).all(there, placements, there[0])]
+    on = {kind: [one.machine.name for one in specs if one.spec.kind == kind] for kind in ("store", "router")}
+    assert on == {"store": ["host-1", "host-2", "host-3"], "router": ["host-4", "host-5", "host-4"]}
+    given = [one.spec.config for one in specs if isinstance(one.spec.config, RouterConfig)]
+    assert [config.port for config in given] == [8200, 8200, 8201], "one port for all pods behind a Service"
+    ports = {(one.machine.name, one.spec.name): one.spec.config.metrics_port for one in specs}
+    assert {ports["host-2", name] for name in ("store-10.0.0.3", "decode-0", "decode-2")} == {9400, 9401, 9402}
+    assert ports["host-4", "router-0"] == 9400 and ports["host-4", "router-2"] == 9401
+    assert len({(one.machine.name, one.spec.config.metrics_port) for one in specs}) == len(specs)
+
+
+def test_without_names_every_machine_has_a_store_and_the_launcher_s_the_routers() -> None:
+    there = machines(3)
+    assert usable(cluster_config(), there) == there
+    assert usable(cluster_config(prefill_hosts=("host-1",)), there) == there, "decode nodes may be on any"
+    assert router_machines(cluster_config(routers=2), there, there[1]) == [there[1]] * 2
+    with pytest.raises(ConfigError, match=r"--router-hosts: no Ray machine elsewhere"):
+        router_machines(cluster_config(router_hosts=("elsewhere",)), there, there[0])
 
 
 def test_nodes_go_where_gpus_are() -> None:
