@@ -205,7 +205,7 @@ class Frontend:
         """Fills in what the model and this router decide, but for the seed: tokens, length, end tokens, whose cache."""
         pool = self._pool()
         check_model(checked.model, pool.model)
-        await self._grammars.check(checked.sampling)
+        await self._grammars.check(checked.sampling, checked.chat)
         prompt_ids = await self._tokenise(checked, pool)
         sampling = check_tokens(prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size)
         del sampling.stop[:]  # nodes know no text

@@ -225,6 +225,8 @@ def _choose_tool(chat: inference_pb2.ChatPrompt, request: ChatRequest) -> None:
         chat.tool_choice, chat.tool_name = inference_pb2.TOOL_CHOICE_REQUIRED, choice.function.name
     else:
         chat.tool_choice = TOOL_CHOICES[choice]
+    is_required = chat.tool_choice == inference_pb2.TOOL_CHOICE_REQUIRED
+    chat.single_tool_call = is_required and request.parallel_tool_calls is False
 
 
 # --- grammars ---
