@@ -193,13 +193,17 @@ class Frontend:
             token_ids = await self._encode(self._text_of(**prompt), is_template="chat" in prompt)
         return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=pool.max_model_len)
 
-    async def detokenize(self, message: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeResponse:
+    async def detokenize(
+        self, message: inference_pb2.DetokenizeRequest, caller: Caller
+    ) -> inference_pb2.DetokenizeResponse:
         """The text of tokens, without special ones.
 
-        Raises `InvalidRequest`, and `ClusterUnavailable` before any node has been seen.
+        Raises `InvalidRequest`, `RateLimited`, and `ClusterUnavailable` before any node has been seen.
         """
         token_ids = check_detokenize(message, self._pool().vocab_size)
-        return inference_pb2.DetokenizeResponse(text=await self._decode(token_ids))
+        with self._turnstile.admit(caller.tenant.name, caller.tenant.allowance):  # it counts as a request
+            text = await self._decode(token_ids)
+        return inference_pb2.DetokenizeResponse(text=text)
 
     async def _route(self, checked: CheckedRequest, caller: Caller) -> RoutedRequest:
         """Fills in what the model and this router decide, but for the seed: tokens, length, end tokens, whose cache."""

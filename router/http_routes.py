@@ -209,7 +209,7 @@ class Routes:
         check_model(request.model or "", self._frontend.model().model)
         call.renamed = {"token_ids": "tokens", "tokens": "tokens"}
         message = inference_pb2.DetokenizeRequest(token_ids=request.tokens)
-        response = await self._frontend.detokenize(message)
+        response = await self._frontend.detokenize(message, call.caller())
         return _json({"prompt": response.text})
 
     # --- what is served, and how it is ---
