@@ -110,8 +110,9 @@ class Tokenizer:
 
     @functools.cached_property
     def added_tokens(self) -> frozenset[str]:
-        """Texts that are one token whatever surrounds them, special or not."""
-        return frozenset(token.content for token in self._backend.get_added_tokens_decoder().values())
+        """Texts that are one token whatever surrounds them. Special ones are none: they are no text of an answer."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if not token.special)
 
     @functools.cached_property
     def _longest_token_bytes(self) -> int:
