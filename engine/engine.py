@@ -193,6 +193,17 @@ class Engine:
             adopted += 1
         return adopted
 
+    def pin_held(self, request_id: str, num_blocks: int) -> list[int]:
+        """Pins blocks of a held request, right behind what it has, for the ranks that follow to fill.
+
+        Whatever becomes of the request, nobody else gets them until `unpin`.
+        """
+        request = self._held(request_id)
+        first = request.num_computed_tokens // self.layout.block_size
+        block_ids = request.block_table[first : first + num_blocks]
+        self._pin(block_ids)
+        return block_ids
+
     def release(self, request_id: str, tokens: Sequence[int] = ()) -> None:
         """Lets a held request run, behind `tokens` that were sampled elsewhere. Raises `InvalidRequest` for those."""
         request = self._held(request_id)
@@ -313,6 +324,11 @@ class Engine:
         self._pins.update(block_ids)
 
     # --- questions ---
+
+    @property
+    def num_told_steps(self) -> int:
+        """Steps that the ranks that follow were told of. What is in a block now, they have once they ended these."""
+        return self._led.num_told_steps if self._led is not None else 0
 
     @property
     def long_prefill_tokens_per_s(self) -> float:

@@ -64,18 +64,30 @@ class Alone:
         raise AssertionError("there is no other stage")
 
 
+def open_meeting(address: str, leads: bool) -> dist.TCPStore:
+    """Where the ranks of one group meet: rank 0 listens at "ip:port", port 0 being any, and the others call there.
+
+    Raises `RuntimeError` where nobody listens.
+    """
+    host, _, port = address.rpartition(":")
+    return dist.TCPStore(
+        host, int(port), is_master=leads, wait_for_workers=False, timeout=timedelta(seconds=JOIN_S), multi_tenant=True
+    )
+
+
 class RankGroup:
     """This process's rank. Everything raises `RuntimeError` once another rank is gone: the model is of no use then."""
 
-    def __init__(self, shard: Shard, address: str, device: torch.device) -> None:
-        """Waits for all ranks; `address` is where rank 0 listens, "ip:port"."""
+    def __init__(self, shard: Shard, meeting: dist.Store, device: torch.device) -> None:
+        """Waits for all ranks."""
         self.shard = shard
+        self._meeting = meeting
         self._outgoing: list[tuple[dist.Work, Tensor]] = []
         self._word = threading.Lock()  # a message is a head and a body, with nothing in between
         self._closing = threading.Event()
         dist.init_process_group(
             "gloo",
-            init_method=f"tcp://{address}",
+            store=meeting,
             rank=shard.rank,
             world_size=shard.num_ranks,
             timeout=timedelta(seconds=JOIN_S),
@@ -88,6 +100,16 @@ class RankGroup:
         groups = [dist.new_group(stage, timeout, backend) for stage in stages]
         self._stage = groups[shard.pp_rank]
         logger.info("event=rank_joined rank=%d of=%d backend=%s", shard.rank, shard.num_ranks, backend)
+
+    # --- before the first step ---
+
+    def post(self, address: str) -> None:
+        """Tells the leader where this rank serves."""
+        self._meeting.set(f"address/{self.shard.rank}", address)
+
+    def addresses(self) -> list[str]:
+        """Where the others serve; waits until they have said so."""
+        return [str(self._meeting.get(f"address/{rank}"), "utf-8") for rank in range(1, self.shard.num_ranks)]
 
     # --- within a step ---
 

@@ -30,6 +30,7 @@ class LedModel:
 
     def __init__(self, model: Model, group: RankGroup, vocab_size: int) -> None:
         self._model, self._group, self._vocab_size = model, group, vocab_size
+        self.num_told_steps = 0
 
     def __call__(self, batch: ForwardBatch, cache: Tensor) -> Tensor:
         """Logits float32 `[R, vocab]` of `batch.logits_indices`. Raises `RuntimeError` once a rank is gone."""
@@ -54,6 +55,7 @@ class LedModel:
 
     def _tell(self, batch: ForwardBatch, block_size: int) -> None:
         shape = BatchShape.of(batch, block_size)
+        self.num_told_steps += 1
         self._group.tell(_head(STEP, *dataclasses.astuple(shape)), pack(batch, shape, block_size))
 
     def _receive(self, num_logits: int, device: torch.device) -> Tensor:
@@ -61,14 +63,18 @@ class LedModel:
         return self._group.receive_logits(logits) if num_logits else logits
 
 
-def follow(model: Model, group: RankGroup, cache: Tensor) -> None:
-    """Runs the leader's steps until it says stop. Raises `RuntimeError` when it, or another rank, is gone."""
+def follow(model: Model, group: RankGroup, cache: Tensor, on_step: Callable[[], None] = lambda: None) -> None:
+    """Runs the leader's steps until it says stop. `on_step` hears of each one's end.
+
+    Raises `RuntimeError` when the leader, or another rank, is gone.
+    """
     shard = group.shard
     tells_logits = shard.is_last and shard.pp_size > 1 and shard.tp_rank == 0
     for batch in _steps(group):
         logits = model(batch, cache)
         if tells_logits and len(logits):
             group.send_logits(logits)
+        on_step()
     group.close()
 
 

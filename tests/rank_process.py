@@ -1,6 +1,7 @@
-"""An engine on several ranks, each in a process of its own, that answers prompts: `python tests/rank_process.py JSON`.
+"""One rank of models on several: `python tests/rank_process.py RANK`. Each line of its input is a job, as JSON.
 
-Rank 0 reads JSON lines of prompts and answers with lines of tokens; the others follow it.
+A job names a folder, how it is cut, where its ranks meet, and prompts; rank 0 answers with a line of tokens, the others
+follow it. One process does many jobs, for most of the time of each would go into importing torch.
 """
 
 from __future__ import annotations
@@ -14,27 +15,30 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.follower import Follower
-from engine.parallel import RankGroup
+from engine.parallel import RankGroup, open_meeting
 from engine.request import SamplingParams
 from engine.shard import Shard
 
 
 def main() -> None:
-    options = json.loads(sys.argv[1])
+    rank = int(sys.argv[1])
     torch.set_num_threads(1)
-    shard = Shard.of_rank(options["rank"], options["tp"], options["pp"])
-    group = RankGroup(shard, options["address"], torch.device("cpu"))
-    config = EngineConfig(**options["engine"])
-    if shard.rank:
-        Follower(Path(options["folder"]), config, group).run()
-        return
-    engine = Engine.from_pretrained(Path(options["folder"]), config, group)
-    print("READY", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        print(json.dumps(engine.generate(job["prompts"], SamplingParams(**job["params"]))), flush=True)
-    engine.check_integrity()
-    engine.close()
+        shard = Shard.of_rank(rank, job["tp"], job["pp"])
+        group = RankGroup(shard, open_meeting(job["address"], leads=rank == 0), torch.device("cpu"))
+        config, folder = EngineConfig(**job["engine"]), Path(job["folder"])
+        if rank:
+            Follower(folder, config, group).run()
+            continue
+        engine = Engine.from_pretrained(folder, config, group)
+        print("READY", flush=True)
+        if job.get("waits"):
+            sys.stdin.readline()
+        answers = [engine.generate(job["prompts"], SamplingParams(**params)) for params in job["params"]]
+        engine.check_integrity()
+        engine.close()
+        print(json.dumps(answers), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_port
 from engine_driver import BLOCK, MODELS, SIZES, make_engine, make_prompt
 
 from engine.attention import ForwardBatch, SequenceSpan
@@ -38,53 +38,57 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    model_class, config_class, options = MODELS[request.param]
-    torch.manual_seed(7)
-    sizes = SIZES | {"num_hidden_layers": 4}
-    model_class(config_class(**sizes, **options)).to(torch.float32).eval().save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {name: tmp_path_factory.mktemp(name) for name in sorted(MODELS)}
+    for name, folder in made.items():
+        model_class, config_class, options = MODELS[name]
+        torch.manual_seed(7)
+        sizes = SIZES | {"num_hidden_layers": 4}
+        model_class(config_class(**sizes, **options)).to(torch.float32).eval().save_pretrained(folder)
+    return made
+
+
+@pytest.fixture(params=sorted(MODELS))
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
 
 
 class Ranks:
-    """Processes of one model, the leader first."""
+    """Processes for models on several ranks, the leader first; they do one job after another."""
 
     def __init__(self, processes: Sequence[subprocess.Popen[str]]) -> None:
         self.processes = processes
 
-    def ask(self, prompts: Sequence[Sequence[int]], params: dict[str, object]) -> list[list[int]]:
+    def send(self, folder: Path, tp: int, pp: int, waits: bool = False) -> None:
+        """A job, which begins once the leader says that it is ready; where it `waits`, at a line to the leader."""
+        pieces = {"kv_layer_pieces": pp, "kv_head_pieces": min(tp, SIZES["num_key_value_heads"])}
+        job = {"folder": str(folder), "tp": tp, "pp": pp, "address": f"127.0.0.1:{free_port()}", "waits": waits}
+        work = {"engine": OPTIONS | pieces, "prompts": PROMPTS, "params": [GREEDY, SAMPLED]}
+        for process in self.processes[: tp * pp]:
+            self.say(process, json.dumps(job | work))
+        assert self.hear() == "READY\n"
+
+    def say(self, process: subprocess.Popen[str], line: str) -> None:
+        assert process.stdin is not None
+        print(line, file=process.stdin, flush=True)
+
+    def hear(self) -> str:
+        """The leader's next line; "" when it has ended."""
         leader = self.processes[0]
-        assert leader.stdin is not None and leader.stdout is not None
-        print(json.dumps({"prompts": prompts, "params": params}), file=leader.stdin, flush=True)
-        answer: list[list[int]] = json.loads(leader.stdout.readline())
-        return answer
+        assert leader.stdout is not None
+        return leader.stdout.readline()
 
 
 @contextmanager
-def ranks(folder: Path, tp: int, pp: int) -> Iterator[Ranks]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    engine = OPTIONS | {"kv_layer_pieces": pp, "kv_head_pieces": min(tp, SIZES["num_key_value_heads"])}
-    shared = {"tp": tp, "pp": pp, "address": address, "folder": str(folder), "engine": engine}
+def running_ranks(number: int) -> Iterator[Ranks]:
+    program = str(Path(__file__).with_name("rank_process.py"))
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("rank_process.py")), json.dumps(shared | {"rank": rank})],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(tp * pp)
+        subprocess.Popen([sys.executable, program, str(rank)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for rank in range(number)
     ]
     try:
-        leader = processes[0]
-        assert leader.stdin is not None and leader.stdout is not None
-        assert leader.stdout.readline() == "READY\n"
         yield Ranks(processes)
-        leader.stdin.close()
-        assert [process.wait(60) for process in processes] == [0] * len(processes)
     finally:
         for process in processes:
             process.kill()
@@ -94,20 +98,37 @@ def ranks(folder: Path, tp: int, pp: int) -> Iterator[Ranks]:
                 pipe.close()
 
 
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with running_ranks(4) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def alone(folders: dict[str, Path]) -> dict[Path, list[list[list[int]]]]:
+    """What one rank puts out for each model."""
+    tokens = {}
+    for folder in folders.values():
+        engine = make_engine(folder, max_num_batched_tokens=48)
+        tokens[folder] = [engine.generate(PROMPTS, SamplingParams(**params)) for params in (GREEDY, SAMPLED)]
+    return tokens
+
+
 @pytest.mark.parametrize("width", sorted(WIDTHS))
-def test_tokens_are_those_of_one_rank(folder: Path, width: str) -> None:
-    alone = make_engine(folder, max_num_batched_tokens=48)
-    with ranks(folder, *WIDTHS[width]) as group:
-        for params in (GREEDY, SAMPLED):
-            assert group.ask(PROMPTS, params) == alone.generate(PROMPTS, SamplingParams(**params))
+def test_tokens_are_those_of_one_rank(
+    ranks: Ranks, alone: dict[Path, list[list[list[int]]]], folder: Path, width: str
+) -> None:
+    ranks.send(folder, *WIDTHS[width])
+    assert json.loads(ranks.hear()) == alone[folder]
 
 
-def test_who_loses_a_rank_ends(folder: Path) -> None:
-    with pytest.raises(AssertionError), ranks(folder, 2, 1) as group:
-        leader, follower = group.processes
+def test_who_loses_a_rank_ends(folders: dict[str, Path]) -> None:
+    with running_ranks(2) as ranks:
+        leader, follower = ranks.processes
+        ranks.send(folders["llama"], 2, 1, waits=True)
         follower.send_signal(signal.SIGKILL)
-        with pytest.raises(json.JSONDecodeError):
-            group.ask(PROMPTS, GREEDY)
+        ranks.say(leader, "go on")
+        assert ranks.hear() == ""
         assert leader.wait(60) != 0
 
 
