@@ -22,14 +22,12 @@ STAGED_BLOCKS = 8  # on their way at once, in each direction
 
 
 class BlockCopies:
-    """`blocks` is `[num_blocks, num_pieces, ...]` on a device. One thread writes; any may read.
-
-    A piece is `blocks[divmod(piece_id, num_pieces)]`, and may be anything but one run of bytes.
+    """`blocks` is `[num_blocks, rows, columns, ...]` on a device, with rows and columns of pieces. One thread writes,
+    any reads. A piece may be anything but one run of bytes.
     """
 
     def __init__(self, blocks: Tensor) -> None:
         self._blocks = blocks
-        self._num_pieces = blocks.shape[1]
         self._runtime: Any = torch.get_device_module(blocks.device)
         self._incoming, self._outgoing = _Staging(blocks, self._runtime), _Staging(blocks, self._runtime)
         self._next_slot = 0
@@ -62,15 +60,16 @@ class BlockCopies:
         return sums
 
     def _piece(self, piece_id: int) -> Tensor:
-        block_id, piece = divmod(piece_id, self._num_pieces)
-        return self._blocks[block_id, piece]
+        _, rows, columns = self._blocks.shape[:3]
+        block_id, piece = divmod(piece_id, rows * columns)
+        return self._blocks[block_id, piece // columns, piece % columns]
 
 
 class _Staging:
     """Slots of pinned memory for one direction; each event tells when the last copy to or from its slot is done."""
 
     def __init__(self, blocks: Tensor, runtime: Any) -> None:
-        shape = (STAGED_BLOCKS, *blocks.shape[2:])
+        shape = (STAGED_BLOCKS, *blocks.shape[3:])
         self.shaped = torch.empty(shape, dtype=blocks.dtype, pin_memory=blocks.is_cuda)
         self.host = self.shaped.view(STAGED_BLOCKS, -1).view(torch.uint8).numpy()
         self.stream = runtime.Stream(blocks.device)

@@ -50,9 +50,11 @@ class KVCache:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.spare_block = num_blocks
         # As words without a type, which numpy has, too: [block, row, column, layer, k/v, token, values of the heads].
+        # A view, and rows and columns are not to be merged: with several of both that would be a copy.
         words = self.tensor.view(WORDS[self.tensor.element_size()])
         split = words.view(num_blocks + 1, rows, layout.num_layers, 2, size, columns, -1)
-        self._pieces = split.permute(0, 1, 5, 2, 3, 4, 6).flatten(1, 2) if self.num_pieces > 1 else words.unsqueeze(1)
+        self._columns = columns
+        self._pieces = split.permute(0, 1, 5, 2, 3, 4, 6) if self.num_pieces > 1 else words[:, None, None]
         # On the CPU the same memory as numpy sees it: its copies are plain, and they let other threads run.
         self._host = self._pieces.numpy() if device.type == "cpu" else None
         self._copies = None if device.type == "cpu" else BlockCopies(self._pieces)
@@ -65,7 +67,7 @@ class KVCache:
         if source.nbytes != self.piece_bytes:
             return False
         if self._host is not None:
-            piece = self._host[divmod(piece_id, self.num_pieces)]
+            piece = self._host[self._place(piece_id)]
             if piece.flags.c_contiguous:
                 copy(piece.view(np.uint8).reshape(-1), source)
             else:
@@ -93,8 +95,12 @@ class KVCache:
         if self._copies is not None:
             return self._copies.read(piece_ids, targets)
         assert self._host is not None
-        pieces = [self._host[divmod(piece_id, self.num_pieces)] for piece_id in piece_ids]
+        pieces = [self._host[self._place(piece_id)] for piece_id in piece_ids]
         return [_copied_out(target, piece) for target, piece in zip(targets, pieces, strict=True)]
+
+    def _place(self, piece_id: int) -> tuple[int, int, int]:
+        block_id, piece = divmod(piece_id, self.num_pieces)
+        return block_id, *divmod(piece, self._columns)
 
 
 def make_cache(model: ModelConfig, engine: EngineConfig, group: RankGroup | None = None) -> KVCache:

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -64,21 +64,22 @@ class Alone:
         raise AssertionError("there is no other stage")
 
 
-def open_meeting(address: str, leads: bool) -> dist.TCPStore:
-    """Where the ranks of one group meet: rank 0 listens at "ip:port", port 0 being any, and the others call there.
+def open_meeting(address: str, leads: bool) -> Any:
+    """A TCPStore, where the ranks of a group meet: rank 0 listens at "ip:port" (0: any port), the others call there.
 
     Raises `RuntimeError` where nobody listens.
     """
     host, _, port = address.rpartition(":")
-    return dist.TCPStore(
-        host, int(port), is_master=leads, wait_for_workers=False, timeout=timedelta(seconds=JOIN_S), multi_tenant=True
+    timeout = timedelta(seconds=JOIN_S)
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, int(port), is_master=leads, wait_for_workers=False, timeout=timeout
     )
 
 
 class RankGroup:
     """This process's rank. Everything raises `RuntimeError` once another rank is gone: the model is of no use then."""
 
-    def __init__(self, shard: Shard, meeting: dist.Store, device: torch.device) -> None:
+    def __init__(self, shard: Shard, meeting: Any, device: torch.device) -> None:
         """Waits for all ranks."""
         self.shard = shard
         self._meeting = meeting

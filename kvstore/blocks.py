@@ -65,6 +65,13 @@ def piece_hash(block_hash: BlockHash, piece: int) -> BlockHash:
     return BlockHash(hashlib.sha256(b"baton-piece\0" + block_hash + piece.to_bytes(4, "little")).digest()[:HASH_BYTES])
 
 
+def piece_hashes(hashes: Sequence[BlockHash], pieces: Sequence[int]) -> list[BlockHash]:
+    """The names of those pieces of each block, block by block."""
+    if len(pieces) == 1 and pieces[0] == 0:
+        return list(hashes)
+    return [piece_hash(block_hash, piece) for block_hash in hashes for piece in pieces]
+
+
 def hash_blocks(parent: BlockHash, token_ids: Sequence[int], block_size: int) -> list[BlockHash]:
     """The names of the full blocks of `token_ids`, in order; a tail that fills no block has none.
 

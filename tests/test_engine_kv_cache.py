@@ -92,3 +92,25 @@ def test_other_sizes_are_not_copied(way: str) -> None:
     with pytest.raises(ValueError):
         cache.read([1, 2], [memoryview(bytearray(cache.piece_bytes))])
     assert not cache.tensor.any()
+
+
+@pytest.mark.parametrize("pieces", [(1, 2), (3, 1), (3, 2)])
+def test_pieces_are_the_rows_and_columns_of_a_block(way: str, pieces: tuple[int, int]) -> None:
+    rows, columns = pieces
+    layout = KVLayout("m", "float32", block_size=4, num_layers=3 // rows, num_kv_heads=2 // columns, head_dim=6)
+    device = torch.device("cuda" if way == "cuda" else "cpu")
+    source, target = (KVCache(layout, NUM_BLOCKS, device, pieces) for _ in range(2))
+    if way == "staged":
+        for cache in (source, target):
+            cache._host, cache._copies = None, BlockCopies(cache._pieces)
+    source.tensor.copy_(torch.randn(source.tensor.shape))
+    num_pieces = rows * columns
+    out = read(source, [5 * num_pieces + piece for piece in range(num_pieces)])
+    for piece, payload in enumerate(out):
+        row, column = divmod(piece, columns)
+        layers, heads = 3 // rows, 2 // columns
+        part = source.tensor[5, row * layers : (row + 1) * layers, :, :, column * heads : (column + 1) * heads]
+        assert payload == part.cpu().contiguous().numpy().tobytes()
+        assert target.write(2 * num_pieces + piece, memoryview(bytearray(payload)))
+    assert torch.equal(target.tensor[2], source.tensor[5])
+    assert not target.tensor[[0, 1, *range(3, NUM_BLOCKS + 1)]].any()

@@ -1,0 +1,71 @@
+"""Nodes of several ranks: blocks go from each width to each other, and the text is that of one engine on one rank."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from conftest import RedisProcess
+from node_harness import node_request, prompt_of
+from wide_nodes import ENGINE, WideCluster, WideNode, running_cluster
+
+from batonpb import common_pb2
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.request import SamplingParams
+
+pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
+
+WIDTHS = {"tp1": (1, 1), "tp2": (2, 1), "tp4": (4, 1), "pp2": (1, 2)}  # of a model with 2 layers and 2 key heads
+GREEDY = {"temperature": 0.0, "seed": 7, "max_tokens": 12, "ignore_eos": True}
+SAMPLED = {"temperature": 1.0, "top_p": 0.9, "seed": 3, "max_tokens": 12, "ignore_eos": True}
+NUM_PROMPT_TOKENS = 150  # nine blocks and a tail, in three chunks
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tiny_model_dir: Path) -> AsyncIterator[WideCluster]:
+    redis_process = RedisProcess()
+    folder = Path(tempfile.mkdtemp(prefix="baton-", dir="/dev/shm"))
+    try:
+        async with running_cluster(tiny_model_dir, redis_process.url, folder, 2, 2) as cluster:
+            # Without its own cache even a node's own blocks come out of the store.
+            options = {"engine": {"enable_prefix_caching": False}}
+            await asyncio.gather(*(cluster.start_node(name, *width, **options) for name, width in WIDTHS.items()))
+            yield cluster
+    finally:
+        redis_process.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model_dir: Path) -> Engine:
+    return Engine.from_pretrained(tiny_model_dir, EngineConfig(**ENGINE))
+
+
+async def journey(
+    prefill: WideNode, decode: WideNode, prompt: Sequence[int], params: common_pb2.SamplingParams
+) -> tuple[list[int], int]:
+    """All tokens of both legs, and how many blocks came from the store into the second."""
+    answer = await prefill.prefill(node_request(prompt, sampling=params))
+    decoded = await decode.decode(node_request(prompt, sampling=params), [answer.token.token_id], answer.coming_blocks)
+    return [answer.token.token_id, *decoded.token_ids], decoded.store_hit_tokens // ENGINE["block_size"]
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(WIDTHS, WIDTHS)))
+async def test_every_width_reads_what_every_width_wrote(
+    cluster: WideCluster, alone: Engine, first: str, second: str
+) -> None:
+    pair = list(itertools.product(WIDTHS, WIDTHS)).index((first, second))
+    for given, seed in ((GREEDY, 2 * pair), (SAMPLED, 2 * pair + 1)):
+        prompt = prompt_of(NUM_PROMPT_TOKENS, seed=seed + 1)
+        tokens, num_fetched = await journey(
+            cluster.nodes[first], cluster.nodes[second], prompt, common_pb2.SamplingParams(**given)
+        )
+        assert tokens == alone.generate([prompt], SamplingParams(**given))[0]
+        assert num_fetched == NUM_PROMPT_TOKENS // ENGINE["block_size"]
