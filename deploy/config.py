@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.widths import Width
 from router import amounts
 from router.errors import UnusableTenants
 from router.policy import DEFAULT, POLICIES
@@ -45,6 +46,12 @@ class ClusterConfig:
     prefill: int = 1
     decode: int = 1
     both: int = 0
+    tensor_parallel_size: int = 1  # of each node, but where its role has another
+    pipeline_parallel_size: int = 1
+    prefill_tensor_parallel_size: int = 0
+    decode_tensor_parallel_size: int = 0
+    prefill_pipeline_parallel_size: int = 0
+    decode_pipeline_parallel_size: int = 0
     routers: int = 1
     policy: str = DEFAULT  # of the routers
     host: str = "127.0.0.1"
@@ -56,7 +63,7 @@ class ClusterConfig:
     tenants_file: Path | None = None  # None: whoever reaches a router may use it, and all share one cache
     dtype: str = "auto"
     block_size: int = 16  # tokens
-    kv_bytes: int = 256 * 2**20
+    kv_bytes: int = 256 * 2**20  # of a wide node, for each rank
     store_bytes: int = 256 * 2**20
     store_base: Path = Path("/dev/shm")
     store_encryption: bool = True  # between machines, blocks go to holders of this cluster's key alone, encrypted
@@ -85,6 +92,9 @@ class ClusterConfig:
         check("--prefill, --decode and --both", min(counts) >= 0, "0 or more")
         check("nodes", 1 <= sum(counts) <= MAX_NODES, f"between 1 and {MAX_NODES}, got {sum(counts)}")
         check("--decode", self.both > 0 or self.decode > 0, "1 or more where there is no --both node")
+        for kind, sizes in (("tensor", "tp"), ("pipeline", "pp")):
+            least = min(getattr(width, sizes) for width in self.widths)
+            check(f"--{kind}-parallel-size", least >= 1, f"1 or more, got {least}")
         check("--routers", 1 <= self.routers <= MAX_NODES, f"between 1 and {MAX_NODES}, got {self.routers}")
         check("--policy", self.policy in POLICIES, f"one of {', '.join(sorted(POLICIES))}")
         check("--port", 0 <= self.port <= 65535, f"between 0 and 65535, got {self.port}")
@@ -113,6 +123,16 @@ class ClusterConfig:
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model_dir.resolve().name
+
+    @property
+    def widths(self) -> tuple[Width, ...]:
+        """Of nodes of all roles, also of those that have none yet."""
+        return self.width("prefill"), self.width("decode"), self.width("both")
+
+    def width(self, role: str) -> Width:
+        tp = {"prefill": self.prefill_tensor_parallel_size, "decode": self.decode_tensor_parallel_size}.get(role)
+        pp = {"prefill": self.prefill_pipeline_parallel_size, "decode": self.decode_pipeline_parallel_size}.get(role)
+        return Width(tp or self.tensor_parallel_size, pp or self.pipeline_parallel_size)
 
     @property
     def roles(self) -> tuple[str, ...]:

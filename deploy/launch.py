@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from deploy.actors import ServerActor, Started
 from deploy.client import Client
@@ -30,6 +32,7 @@ from deploy.placement import Machine, Placement, place
 from deploy.processes import CLUSTER_VARIABLE, end_all, environment, processes_of, signals_kept
 from deploy.redis import EmbeddedRedis, check_given
 from deploy.specs import PlacedSpec, Specs
+from deploy.widths import kv_pieces
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from engine.errors import UnsupportedModel
 from kvstore.blocks import KVLayout
@@ -65,6 +68,7 @@ class _Member:
 
     placed: PlacedSpec
     actor: Any
+    group: PlacementGroup | None = None  # of a wide node's ranks
     started: Started | None = None
     asked_part: Any = None  # what part of its start is done; it has not answered yet
 
@@ -143,12 +147,29 @@ class Cluster:
             for address, cores in sorted({(p.machine.address, p.machine.cores) for p in placements if p.is_crowded}):
                 self._report(f"{address}: more threads than its {_count(cores, 'core')}, so no node is pinned to any")
         self.wire_key = new_wire_key() if self.config.store_encryption else ""
-        specs = Specs(self.config, self.cluster_id, self.redis_url, self._layout(model, placements), self.wire_key)
-        self.folders.append(specs.folder(own))
-        for placed in specs.all(machines, placements, own):
-            self._members.append(_Member(placed, _actor(placed)))
-        self._wait_until_started()
+        layout, pieces = self._layout(model, placements), kv_pieces(self.config.widths, model)
+        self._specs = Specs(self.config, self.cluster_id, self.redis_url, layout, pieces, self.wire_key)
+        self.folders.append(self._specs.folder(own))
+        self._add(self._specs.all(machines, placements, own))
+        self._wait_until_started(self._members)
         self._wait_until_routed()
+
+    def _add(self, placed: Iterable[PlacedSpec]) -> list[_Member]:
+        """Actors for these, each rank of a wide node in its bundle of the node's placement group."""
+        placed = list(placed)
+        groups = {
+            name: _group([one for one in placed if one.group == name])
+            for name in {one.group for one in placed if one.group}
+        }
+        numbers: dict[str, int] = dict.fromkeys(groups, 0)
+        added = []
+        for one in placed:
+            group = groups.get(one.group)
+            added.append(_Member(one, _actor(one, group, numbers.get(one.group, 0)), group))
+            if group is not None:
+                numbers[one.group] += 1
+        self._members += added
+        return added
 
     def stop(self) -> list[str]:
         """Stops everything, in the order of the requests' way: routers, nodes, stores. Idempotent.
@@ -156,10 +177,11 @@ class Cluster:
         Returns what it could not remove, in words; an empty list is how it should be.
         """
         if ray.is_initialized():
-            for kind in ("router", "node", "store"):
-                members = [member for member in self._members if member.kind == kind]
+            for kinds in (("router",), ("node", "rank"), ("store",)):
+                members = [member for member in self._members if member.kind in kinds]
+                # Ranks that follow are told with their leader, and leave behind it.
                 self._call("stop", [member for member in members if member.started])
-                if kind == "store":
+                if "store" in kinds:
                     self._call("remove_folder", members)
                 for member in members:
                     ray.kill(member.actor, no_restart=True)
@@ -187,9 +209,9 @@ class Cluster:
         """One layout for all nodes, whatever they run on: their blocks are to fit each other."""
         device = "cuda" if any(placement.num_gpus for placement in placements) else "cpu"
         try:
-            return kv_layout(
-                model, EngineConfig(dtype=self.config.dtype, device=device, block_size=self.config.block_size)
-            )
+            layers, heads = kv_pieces(self.config.widths, model)
+            engine = EngineConfig(self.config.dtype, device, self.config.block_size)
+            return kv_layout(model, dataclasses.replace(engine, kv_layer_pieces=layers, kv_head_pieces=heads))
         except UnsupportedModel as error:
             raise StartFailed(str(error)) from None
 
@@ -235,6 +257,7 @@ class Cluster:
             name=node["NodeManagerHostname"],
             cores=cores,
             gpus=int(resources.get("GPU", 0)),
+            ray_resource=f"node:{node['NodeManagerAddress']}",
         )
 
     def _start_redis(self, own: Machine) -> None:
@@ -243,8 +266,8 @@ class Cluster:
             self._redis.start()
             self.redis_url = self._redis.url
 
-    def _wait_until_started(self) -> None:
-        waiting = {member.actor.ready.remote(): member for member in self._members}
+    def _wait_until_started(self, members: Sequence[_Member]) -> None:
+        waiting = {member.actor.ready.remote(): member for member in members}
         deadline = time.monotonic() + self.config.start_timeout_s
         while waiting:
             done, _ = ray.wait(list(waiting), timeout=POLL_S)
@@ -304,8 +327,17 @@ class Cluster:
                 logger.warning("%s failed name=%s error=%s", method, member.name, _first_line(error))
 
 
-def _actor(placed: PlacedSpec) -> Any:
-    where = NodeAffinitySchedulingStrategy(placed.machine.ray_node_id, soft=False)
+def _group(ranks: Sequence[PlacedSpec]) -> PlacementGroup:
+    """One bundle for each rank, so that a wide node has all its GPUs or none; each on the machine that was chosen."""
+    bundles = [{rank.machine.ray_resource: 0.001} | ({"GPU": rank.num_gpus} if rank.num_gpus else {}) for rank in ranks]
+    is_packed = len({rank.machine.ray_node_id for rank in ranks}) == 1
+    return placement_group(bundles, strategy="STRICT_PACK" if is_packed else "PACK")
+
+
+def _actor(placed: PlacedSpec, group: PlacementGroup | None = None, bundle: int = 0) -> Any:
+    where: Any = NodeAffinitySchedulingStrategy(placed.machine.ray_node_id, soft=False)
+    if group is not None:
+        where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
     options = {"num_cpus": 0, "num_gpus": placed.num_gpus, "max_restarts": -1, "scheduling_strategy": where}
     return ray.remote(ServerActor).options(**options).remote(placed.spec)
 

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 TTL_S = int(JOIN_S)
+SPOILED = "spoiled"
 
 
 class NobodyMet(RuntimeError):
@@ -51,6 +52,8 @@ async def _lead(config: NodeConfig, client: Any, key: str) -> RankGroup:
     address = f"{config.advertise_host}:{meeting.port}"
     try:
         while not await asyncio.to_thread(meeting.check, others):
+            if await asyncio.to_thread(meeting.check, [SPOILED]):
+                raise NobodyMet("a rank ended while others were still to come")
             with contextlib.suppress(redis.exceptions.RedisError, OSError):
                 await client.set(key, address, ex=TTL_S)
             await asyncio.sleep(POLL_S)
@@ -67,7 +70,8 @@ async def _follow(config: NodeConfig, client: Any, key: str) -> RankGroup:
             if address and await _answers(address):
                 meeting = await asyncio.to_thread(open_meeting, address, False)
                 if meeting.add(_came(config.rank), 1) > 1:
-                    raise NobodyMet("a rank ended while the others were coming")
+                    meeting.set(SPOILED, "")  # nobody would find whom this one comes after: all begin again
+                    raise NobodyMet("this rank ended while others were still to come")
                 return await _enter(config, meeting)
         await asyncio.sleep(POLL_S)
 

@@ -29,6 +29,9 @@ from router.policy import DEFAULT as DEFAULT_ROUTING
 from router.policy import POLICIES as ROUTING
 
 WATCH_S = 1.0
+PARALLEL_SIZES = tuple(
+    f"{role}{kind}_parallel_size" for kind in ("tensor", "pipeline") for role in ("", "prefill_", "decode_")
+)
 DOWN_TIMEOUT_S = 60.0
 WIDTH = 120  # characters, where standard output is no terminal
 
@@ -39,9 +42,14 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill", type=int, metavar="N", help="prefill nodes (default 1, or 0 with --both)")
     add("--decode", type=int, metavar="N", help="decode nodes (default 1, or 0 with --both)")
     add("--both", type=int, default=0, metavar="N", help="nodes for both legs")
+    for option, letter, what in (("tensor", "TP", "ranks, on one machine"), ("pipeline", "PP", "stages")):
+        add(f"--{option}-parallel-size", type=int, default=1, metavar=letter, help=f"{what}, of each node (default 1)")
+        for role in ("prefill", "decode"):
+            name = f"--{role}-{option}-parallel-size"
+            add(name, type=int, default=0, metavar=letter, help=f"likewise, of {role} nodes where theirs differ")
     add("--dtype", default="auto", help="float32, bfloat16 or float16; default: float32 on CPUs, else the model's")
     add("--block-size", type=int, default=16, metavar="TOKENS")
-    add("--kv-memory", type=_bytes, default="256M", metavar="BYTES", help="KV cache of each node (default 256M)")
+    add("--kv-memory", type=_bytes, default="256M", metavar="BYTES", help="KV cache of each rank (default 256M)")
     add("--store-memory", type=_bytes, default="256M", metavar="BYTES", help="arena of each machine (default 256M)")
     add("--store-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="where arenas lie (default /dev/shm)")
     add(
@@ -132,6 +140,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         prefill=default if args.prefill is None else args.prefill,
         decode=default if args.decode is None else args.decode,
         both=args.both,
+        **{name: getattr(args, name) for name in PARALLEL_SIZES},
         routers=args.routers,
         policy=args.policy,
         host=args.host,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from deploy.actors import ServerSpec
 from deploy.config import ClusterConfig, machine_dir
@@ -28,6 +29,7 @@ class PlacedSpec:
     spec: ServerSpec
     machine: Machine
     num_gpus: float = 0.0
+    group: str = ""  # the wide node that it is a rank of; those of a group are placed together
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Specs:
     cluster_id: str
     redis_url: str
     layout: KVLayout  # of the model that is served
+    kv_pieces: tuple[int, int] = (1, 1)  # of layers and of heads, that blocks travel in
     wire_key: str = field(default="", repr=False)  # of its stores and their readers; "": none is asked for
 
     def folder(self, machine: Machine) -> Path:
@@ -47,10 +50,15 @@ class Specs:
         """One store a machine, the nodes where they were placed, the routers on the launcher's `own` machine."""
         for machine in machines:
             yield PlacedSpec(self._store(machine), machine)
-        for placement in placements:
-            yield PlacedSpec(self._node(placement), placement.machine, placement.num_gpus)
+        yield from self.nodes(placements)
         for index in range(self.config.routers):
             yield PlacedSpec(self._router(index, own), own)
+
+    def nodes(self, placements: Sequence[Placement]) -> Iterator[PlacedSpec]:
+        """A server for each rank."""
+        for placement in placements:
+            node_id = placement.node_id if self.config.width(placement.role).num_ranks > 1 else ""
+            yield PlacedSpec(self._node(placement), placement.machine, placement.num_gpus, node_id)
 
     def _store(self, machine: Machine) -> ServerSpec:
         disk = self.config.store_disk_dir
@@ -74,7 +82,7 @@ class Specs:
         return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
 
     def _node(self, placement: Placement) -> ServerSpec:
-        machine = placement.machine
+        machine, width = placement.machine, self.config.width(placement.role)
         config = NodeConfig(
             node_id=placement.node_id,
             model_dir=str(self.config.model_dir.resolve()),
@@ -83,6 +91,9 @@ class Specs:
             role=placement.role,
             cluster=self.config.cluster,
             engine=self._engine(placement),
+            tensor_parallel_size=width.tp,
+            pipeline_parallel_size=width.pp,
+            rank=placement.rank,
             core_share=placement.core_share,
             num_core_shares=placement.num_core_shares,
             store_dir=str(self.folder(machine)),
@@ -93,7 +104,9 @@ class Specs:
             metrics=self.config.metrics,
         )
         environment = CROWDED if placement.is_crowded else {}
-        return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level, environment)
+        kind: Literal["node", "rank"] = "rank" if placement.rank else "node"
+        name = f"{placement.node_id}.{placement.rank}" if placement.rank else placement.node_id
+        return ServerSpec(kind, name, config, self.folder(machine), self.config.log_level, environment)
 
     def _engine(self, placement: Placement) -> EngineConfig:
         return EngineConfig(
@@ -105,6 +118,8 @@ class Specs:
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             max_num_requests=self.config.max_num_requests,
             num_threads=placement.num_threads,
+            kv_layer_pieces=self.kv_pieces[0],
+            kv_head_pieces=self.kv_pieces[1],
         )
 
     def _router(self, index: int, own: Machine) -> ServerSpec:

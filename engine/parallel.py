@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 PING_S = 1.0  # how soon an idle leader finds out that a rank is gone
 TIMEOUT_S = 60.0  # a rank that says nothing for so long is as good as gone
 JOIN_S = 300.0  # for all ranks to come
+FORM_S = 60.0  # for those that have come to find each other
 
 
 class Parallel(Protocol):
@@ -91,7 +92,7 @@ class RankGroup:
             store=meeting,
             rank=shard.rank,
             world_size=shard.num_ranks,
-            timeout=timedelta(seconds=JOIN_S),
+            timeout=timedelta(seconds=FORM_S),
         )
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=TIMEOUT_S)
         everyone = range(shard.num_ranks)
