@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from deploy import client, explain, kv, serve
+from deploy import client, explain, kv, scale, serve
 from deploy.config import DeployError
 from loadtest import bench, plan, simulate
 
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("serve", serve.serve, serve.add_serve_arguments, "start a cluster and run it in the foreground")
     add("status", serve.status, serve.add_status_arguments, "show the nodes and arenas of the cluster that is up")
     add("kv", kv.run, kv.add_arguments, "show and change what the stores hold: stats, ls, inspect, evict, drain")
+    add("scale", scale.run, scale.add_arguments, "add nodes to the cluster that is up, or drain and remove some")
     add("down", serve.down, serve.add_state_argument, "stop the cluster that is up")
     add("generate", client.generate, client.add_generate_arguments, "send one prompt and stream the answer")
     add("chat", client.chat, client.add_chat_arguments, "talk to the model, turn by turn")

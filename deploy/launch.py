@@ -16,18 +16,21 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from deploy.actors import ServerActor, Started
 from deploy.client import Client
 from deploy.config import ClusterConfig, DeployError, cluster_dir
 from deploy.cores import num_usable_cores
+from deploy.drain import drain
 from deploy.placement import Machine, Placement, place
 from deploy.processes import CLUSTER_VARIABLE, end_all, environment, processes_of, signals_kept
 from deploy.redis import EmbeddedRedis, check_given
@@ -47,6 +50,7 @@ ROUTER_POLL_S = 0.5  # a router looks for nodes more often than this
 ANSWER_S = 2.0
 KILL_WAIT_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
+DRAIN_S = 600.0  # for the requests of a node that is to go; what is left then goes on elsewhere
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # a node's memory is bounded by its options, and is no leak to kill it for
@@ -75,6 +79,11 @@ class _Member:
     @property
     def name(self) -> str:
         return self.placed.spec.name
+
+    @property
+    def node_id(self) -> str:
+        """The node's, of a rank too; "" for other servers."""
+        return self.placed.placement.node_id if self.placed.placement is not None else ""
 
     @property
     def kind(self) -> str:
@@ -156,20 +165,73 @@ class Cluster:
 
     def _add(self, placed: Iterable[PlacedSpec]) -> list[_Member]:
         """Actors for these, each rank of a wide node in its bundle of the node's placement group."""
-        placed = list(placed)
-        groups = {
-            name: _group([one for one in placed if one.group == name])
-            for name in {one.group for one in placed if one.group}
-        }
-        numbers: dict[str, int] = dict.fromkeys(groups, 0)
-        added = []
+        added: list[_Member] = []
+        ranks: dict[str, list[PlacedSpec]] = {}
         for one in placed:
-            group = groups.get(one.group)
-            added.append(_Member(one, _actor(one, group, numbers.get(one.group, 0)), group))
-            if group is not None:
-                numbers[one.group] += 1
+            if one.placement is not None and one.is_wide:
+                ranks.setdefault(one.placement.node_id, []).append(one)
+            else:
+                added.append(_Member(one, _actor(one)))
+        for node in ranks.values():
+            group = _group(node)
+            added += [_Member(rank, _actor(rank, group, bundle), group) for bundle, rank in enumerate(node)]
         self._members += added
         return added
+
+    def scale(self, config: ClusterConfig) -> list[str]:
+        """Adds nodes, then drains and removes others, until there are as many as `config` says; returns what was done.
+
+        Raises `DeployError`; what was new is gone then, and the rest as it was.
+        """
+        placements = [member.placed.placement for member in self._members if member.placed.placement is not None]
+        wanted = Counter(config.roles)
+        by_role = {
+            role: [p.node_id for p in placements if p.role == role and p.rank == 0]
+            for role in wanted | Counter(p.role for p in placements)
+        }
+        gone = {name for role, names in by_role.items() for name in sorted(names, key=_number)[wanted[role] :]}
+        machines, _ = self._machines()
+        new = place(config, machines, [placement for placement in placements if placement.node_id not in gone])
+        lines = self._grow(new) + self._shrink(gone)
+        self.config = config
+        return lines or ["nothing to do"]
+
+    def _grow(self, placements: Sequence[Placement]) -> list[str]:
+        with_stores = {member.placed.machine.ray_node_id for member in self._members if member.kind == "store"}
+        machines = {p.machine.ray_node_id: p.machine for p in placements if p.machine.ray_node_id not in with_stores}
+        added = self._add([*self._specs.stores(machines.values()), *self._specs.nodes(placements)])
+        try:
+            self._wait_until_started(added)
+        except DeployError:
+            self._remove(added)
+            raise
+        return [f"{member.name} is up on {member.placed.machine.address}" for member in added]
+
+    def _shrink(self, node_ids: Collection[str]) -> list[str]:
+        gone = [member for member in self._members if member.node_id in node_ids]
+        leaders = [member for member in gone if member.kind == "node" and member.started]
+        addresses = [self._address(member) for member in leaders]
+        with ThreadPoolExecutor(max(1, len(leaders))) as threads:
+            left = list(threads.map(drain, addresses, [DRAIN_S] * len(leaders)))
+        self._call("stop", gone)
+        self._remove(gone)
+        return [
+            f"{member.name} is drained and gone" + (f", but {n} requests had to move" if n else "")
+            for member, n in zip(leaders, left, strict=True)
+        ]
+
+    def _remove(self, members: Collection[_Member]) -> None:
+        for member in members:
+            ray.kill(member.actor, no_restart=True)
+            self._members.remove(member)
+        for group in {id(member.group): member.group for member in members}.values():
+            if group is not None:
+                remove_placement_group(group)
+
+    def _address(self, member: _Member) -> str:
+        """Where a node listens now: it has another port after each restart."""
+        started: Started = ray.get(member.actor.ready.remote(), timeout=self.config.start_timeout_s)
+        return str(started.record["address"])
 
     def stop(self) -> list[str]:
         """Stops everything, in the order of the requests' way: routers, nodes, stores. Idempotent.
@@ -355,6 +417,10 @@ def _check_address(address: str) -> None:
     if address and address != "auto":
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+
+
+def _number(node_id: str) -> int:
+    return int(node_id.rpartition("-")[2])
 
 
 def _first_line(error: BaseException) -> str:

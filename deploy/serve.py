@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.config import ClusterConfig, DeployError, parse_bytes, temp_base
+from deploy.scale import Mailbox, Request
 from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
 from kvstore.directory import ArenaRecord, Directory, NodeRecord
@@ -191,7 +192,7 @@ def serve(args: argparse.Namespace) -> int:
 def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDir, begin: float) -> int:
     from deploy.launch import Cluster  # ray, which no other command needs
 
-    bar = StartBar(len(config.roles))
+    bar, mailbox = StartBar(len(config.roles)), Mailbox(state_dir.folder)
     cluster = Cluster(config, say, interrupt, bar.show)
     state = ServeState(
         pid=os.getpid(),
@@ -211,7 +212,11 @@ def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDi
         nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"
         addresses = " ".join(cluster.routers)
         print(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s", flush=True)
-        asyncio.run(_watch(cluster.redis_url, config.cluster, interrupt))
+
+        def scale(request: Request) -> list[str]:
+            return cluster.scale(request.apply(cluster.config))
+
+        asyncio.run(_watch(cluster.redis_url, config.cluster, interrupt, lambda: mailbox.serve(scale)))
     finally:
         say("stopping")
         left = cluster.stop()
@@ -221,12 +226,13 @@ def _serve(config: ClusterConfig, interrupt: threading.Event, state_dir: StateDi
     return 0
 
 
-async def _watch(redis_url: str, cluster: str, interrupt: threading.Event) -> None:
-    """Tells of nodes that come and go until someone interrupts."""
+async def _watch(redis_url: str, cluster: str, interrupt: threading.Event, work: Callable[[], None]) -> None:
+    """Tells of nodes that come and go, and does `work` now and then, until someone interrupts."""
     directory = Directory(redis_url, cluster)
     known: dict[str, str] = {}
     due = 0.0
     while not interrupt.is_set():
+        work()
         if time.monotonic() >= due:
             due = time.monotonic() + WATCH_S
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,8 @@ class PlacedSpec:
     spec: ServerSpec
     machine: Machine
     num_gpus: float = 0.0
-    group: str = ""  # the wide node that it is a rank of; those of a group are placed together
+    placement: Placement | None = None  # of a node's rank
+    is_wide: bool = False  # one of several ranks, which are placed together
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,20 @@ class Specs:
 
     def all(self, machines: Sequence[Machine], placements: Sequence[Placement], own: Machine) -> Iterator[PlacedSpec]:
         """One store a machine, the nodes where they were placed, the routers on the launcher's `own` machine."""
-        for machine in machines:
-            yield PlacedSpec(self._store(machine), machine)
+        yield from self.stores(machines)
         yield from self.nodes(placements)
         for index in range(self.config.routers):
             yield PlacedSpec(self._router(index, own), own)
 
+    def stores(self, machines: Iterable[Machine]) -> Iterator[PlacedSpec]:
+        for machine in machines:
+            yield PlacedSpec(self._store(machine), machine)
+
     def nodes(self, placements: Sequence[Placement]) -> Iterator[PlacedSpec]:
         """A server for each rank."""
         for placement in placements:
-            node_id = placement.node_id if self.config.width(placement.role).num_ranks > 1 else ""
-            yield PlacedSpec(self._node(placement), placement.machine, placement.num_gpus, node_id)
+            is_wide = self.config.width(placement.role).num_ranks > 1
+            yield PlacedSpec(self._node(placement), placement.machine, placement.num_gpus, placement, is_wide)
 
     def _store(self, machine: Machine) -> ServerSpec:
         disk = self.config.store_disk_dir

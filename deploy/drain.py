@@ -1,0 +1,31 @@
+"""Empties a node before it is removed: it takes nothing more, and what it has is run to its end."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import grpc
+
+from batonpb import node_pb2, node_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+CALL_S = 5.0
+
+
+def drain(address: str, timeout_s: float) -> int:
+    """How many requests were left after `timeout_s`; 0 too where the node does not answer, for then it has none."""
+    deadline = time.monotonic() + timeout_s
+    with grpc.insecure_channel(address) as channel:
+        control = node_pb2_grpc.NodeControlStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            load = control.Drain(node_pb2.DrainRequest(), timeout=CALL_S)
+            while (num_left := load.num_running + load.num_waiting) and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+                load = control.GetLoad(node_pb2.GetLoadRequest(), timeout=CALL_S)
+        except grpc.RpcError as error:
+            logger.warning("event=drain_failed address=%s error=%s", address, error)
+            return 0
+    return int(num_left)
