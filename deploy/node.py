@@ -103,6 +103,7 @@ class NodeServer:
         loop.start()
         loop.post(lambda _: hold_to(cores))  # first of all: the OpenMP workers that this thread makes inherit it
         stack.push_async_callback(loop.stop)
+        engine.watch_ranks(_die)  # also where the warm-up takes long: to the others, silence is the leader's end
         await loop.call(lambda engine: engine.warm_up(self._on_warm_up))
         load = await loop.call(Engine.load)
         ranks = await _open_ranks(stack, loop, group)
@@ -209,10 +210,9 @@ def server_options(config: NodeConfig) -> list[tuple[str, int]]:
 
 
 async def _open_ranks(stack: AsyncExitStack, loop: EngineLoop, group: RankGroup | None) -> Ranks | None:
-    """Channels to the ranks that follow, and the watch over them; None for a node of one rank."""
+    """Channels to the ranks that follow; None for a node of one rank."""
     if group is None:
         return None
-    loop.engine.watch_ranks(_die)
     addresses = await asyncio.to_thread(group.addresses)
     ranks = Ranks(loop, [grpc.aio.insecure_channel(address) for address in addresses], _die)
     stack.push_async_callback(ranks.close)

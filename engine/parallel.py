@@ -96,7 +96,9 @@ class RankGroup:
         )
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=TIMEOUT_S)
         everyone = range(shard.num_ranks)
-        self._control = dist.new_group(list(everyone), timeout, "gloo")
+        self._control = dist.new_group(
+            list(everyone), timedelta(seconds=JOIN_S), "gloo"
+        )  # ranks load at their own pace
         self._data = dist.new_group(list(everyone), timeout, backend)
         stages = [[rank for rank in everyone if rank // shard.tp_size == stage] for stage in range(shard.pp_size)]
         groups = [dist.new_group(stage, timeout, backend) for stage in stages]
