@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import grpc
 
@@ -15,14 +16,17 @@ POLL_S = 0.1
 CALL_S = 5.0
 
 
-def drain(address: str, timeout_s: float) -> int:
-    """How many requests were left after `timeout_s`; 0 too where the node does not answer, for then it has none."""
+def drain(address: str, timeout_s: float, is_over: Callable[[], bool] = lambda: False) -> int:
+    """How many requests were left after `timeout_s`, or when it `is_over`.
+
+    0 too where the node does not answer, for then it has none.
+    """
     deadline = time.monotonic() + timeout_s
     with grpc.insecure_channel(address) as channel:
         control = node_pb2_grpc.NodeControlStub(channel)  # type: ignore[no-untyped-call]
         try:
             load = control.Drain(node_pb2.DrainRequest(), timeout=CALL_S)
-            while (num_left := load.num_running + load.num_waiting) and time.monotonic() < deadline:
+            while (num_left := load.num_running + load.num_waiting) and time.monotonic() < deadline and not is_over():
                 time.sleep(POLL_S)
                 load = control.GetLoad(node_pb2.GetLoadRequest(), timeout=CALL_S)
         except grpc.RpcError as error:

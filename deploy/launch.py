@@ -212,7 +212,8 @@ class Cluster:
         leaders = [member for member in gone if member.kind == "node" and member.started]
         addresses = [self._address(member) for member in leaders]
         with ThreadPoolExecutor(max(1, len(leaders))) as threads:
-            left = list(threads.map(drain, addresses, [DRAIN_S] * len(leaders)))
+            is_over = self._interrupt.is_set
+            left = list(threads.map(lambda address: drain(address, DRAIN_S, is_over) if address else 0, addresses))
         self._call("stop", gone)
         self._remove(gone)
         return [
@@ -229,8 +230,11 @@ class Cluster:
                 remove_placement_group(group)
 
     def _address(self, member: _Member) -> str:
-        """Where a node listens now: it has another port after each restart."""
-        started: Started = ray.get(member.actor.ready.remote(), timeout=self.config.start_timeout_s)
+        """Where a node listens now, for it has another port after each restart; "" where it is just coming back."""
+        try:
+            started: Started = ray.get(member.actor.ready.remote(), timeout=ANSWER_S)
+        except ray.exceptions.RayError:
+            return ""
         return str(started.record["address"])
 
     def stop(self) -> list[str]:
@@ -242,7 +246,10 @@ class Cluster:
             for kinds in (("router",), ("node", "rank"), ("store",)):
                 members = [member for member in self._members if member.kind in kinds]
                 # Ranks that follow are told with their leader, and leave behind it.
-                self._call("stop", [member for member in members if member.started])
+                leaderless = {member.node_id for member in members if member.kind == "node" and not member.started}
+                self._call(
+                    "stop", [member for member in members if member.started and member.node_id not in leaderless]
+                )
                 if "store" in kinds:
                     self._call("remove_folder", members)
                 for member in members:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from deploy.config import ClusterConfig, ConfigError, DeployError
 from deploy.state import StateDir, default_state_dir
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 ROLES = ("prefill", "decode", "both")
@@ -76,6 +79,9 @@ class Mailbox:
             error = "the cluster that is up is of another version"
         except DeployError as problem:
             error = str(problem)
+        except Exception as problem:  # the cluster goes on
+            logger.exception("event=scale_failed")
+            error = f"{type(problem).__name__}: {problem}"
         _put(self._answered, {"request_id": fields.get("request_id"), "lines": lines, "error": error})
 
 

@@ -53,25 +53,28 @@ class WideNode:
 
 
 class WideCluster:
-    """One machine: a store whose slots hold pieces, and nodes of any width."""
+    """Stores whose slots hold pieces, each as on a machine of its own, and nodes of any width beside them."""
 
     def __init__(self, model_dir: Path, redis_url: str, folder: Path, layer_pieces: int, head_pieces: int) -> None:
         self.model_dir, self.redis_url, self.folder = model_dir, redis_url, folder
         self.engine = ENGINE | {"kv_layer_pieces": layer_pieces, "kv_head_pieces": head_pieces}
         self.layout = kv_layout(ModelConfig.from_pretrained(model_dir), EngineConfig(**self.engine))
         self.nodes: dict[str, WideNode] = {}
-        self.store: StoreServer | None = None
+        self.stores: dict[str, StoreServer] = {}
 
-    async def open_store(self) -> None:
+    async def open_store(self, host: str) -> StoreServer:
         slots = {"slot_bytes": self.layout.block_bytes, "memory_bytes": 4096 * self.layout.block_bytes}
-        self.store = StoreServer(StoreConfig(dir=str(self.folder / "store"), redis_url=self.redis_url, **slots))
-        await self.store.start()
+        config = StoreConfig(dir=str(self.folder / host), redis_url=self.redis_url, host=host, **slots)
+        store = self.stores[host] = StoreServer(config)
+        await store.start()
+        return store
 
     def config(self, name: str, rank: int, tp: int, pp: int, **fields: Any) -> dict[str, Any]:
         shared = {"node_id": name, "model_dir": str(self.model_dir), "model": "tiny", "redis_url": self.redis_url}
         engine = self.engine | fields.pop("engine", {})
         sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "rank": rank, "engine": engine}
-        return shared | sizes | {"store_dir": str(self.folder / "store"), "host": "here"} | fields
+        host = fields.pop("host", "here")
+        return shared | sizes | {"store_dir": str(self.folder / host), "host": host} | fields
 
     async def start_node(self, name: str, tp: int = 1, pp: int = 1, **fields: Any) -> WideNode:
         kinds = ["node"] + ["rank"] * (tp * pp - 1)
@@ -86,8 +89,8 @@ class WideCluster:
         for node in self.nodes.values():
             await node.channel.close()
         await asyncio.gather(*(rank.stop() for node in self.nodes.values() for rank in node.ranks))
-        if self.store is not None:
-            await self.store.stop()
+        for store in self.stores.values():
+            await store.stop()
 
 
 @asynccontextmanager
@@ -97,10 +100,12 @@ async def running_cluster(
     """Its nodes must hold nothing any more, and its store's books must balance, when the test is over."""
     cluster = WideCluster(model_dir, redis_url, folder, layer_pieces, head_pieces)
     try:
-        await cluster.open_store()
+        await cluster.open_store("here")
         yield cluster
         for node in cluster.nodes.values():
             if node.ranks[0].process.returncode is None:
                 await eventually(node.is_clean, what=f"{node.name} gives all blocks back")
+        for store in cluster.stores.values():
+            store.arena.check_integrity()
     finally:
         await asyncio.shield(cluster.close())
