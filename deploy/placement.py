@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,10 +70,8 @@ def place(config: ClusterConfig, machines: Sequence[Machine], existing: Sequence
     for node_id, role, rank, machine in chosen:
         index, ranks = placed_on[machine.ray_node_id], ranks_on[machine.ray_node_id]
         placed_on[machine.ray_node_id] += 1
-        num_gpus = gpu_share(ranks, machine.gpus)
-        if config.width(role).num_ranks > 1 and 0.0 < num_gpus < 1.0:
-            problem = f"{ranks} ranks on {machine.address}, which has {machine.gpus} GPUs: each needs one of its own"
-            raise ConfigError(f"--tensor-parallel-size, --pipeline-parallel-size: {problem}")
+        here = [placement.num_gpus for placement in existing if placement.machine.ray_node_id == machine.ray_node_id]
+        num_gpus = _gpu_share(machine, here, ranks - len(here), is_wide=config.width(role).num_ranks > 1)
         is_crowded = ranks * (config.num_threads or 1) > machine.cores
         is_pinned = config.pin_cores and not is_crowded and not machine.gpus and not existing
         placements.append(
@@ -96,6 +95,18 @@ def gpu_share(ranks: int, gpus: int) -> float:
     if gpus == 0 or ranks == 0:
         return 0.0
     return 1.0 / -(-ranks // gpus)
+
+
+def _gpu_share(machine: Machine, taken: Sequence[float], num_new: int, is_wide: bool) -> float:
+    """How much of a GPU each of `num_new` ranks gets beside those that have `taken` theirs."""
+    free = machine.gpus - math.ceil(sum(taken))
+    if machine.gpus and free <= 0:
+        raise ConfigError(f"nodes: all {machine.gpus} GPUs of {machine.address} are taken")
+    num_gpus = gpu_share(num_new, free)
+    if is_wide and 0.0 < num_gpus < 1.0:
+        problem = f"{num_new} ranks on {machine.address}, which has {free} GPUs free: each needs one of its own"
+        raise ConfigError(f"--tensor-parallel-size, --pipeline-parallel-size: {problem}")
+    return num_gpus
 
 
 def _new_nodes(config: ClusterConfig, existing: Sequence[Placement]) -> list[tuple[str, str]]:

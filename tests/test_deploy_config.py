@@ -375,6 +375,10 @@ def test_a_rank_has_a_gpu_of_its_own() -> None:
     assert {p.num_gpus for p in place(config, machines(1, gpus=8))} == {1.0}
     with pytest.raises(ConfigError, match="each needs one of its own"):
         place(config, machines(1, gpus=4))
+    one = place(cluster_config(prefill=1, decode=1), machines(1, gpus=2))
+    with pytest.raises(ConfigError, match=r"all 2 GPUs of 10\.0\.0\.1 are taken"):
+        place(cluster_config(prefill=1, decode=2), machines(1, gpus=2), one)
+    assert place(cluster_config(prefill=1, decode=2), machines(1, gpus=3), one)[0].num_gpus == 1.0
 
 
 def test_new_nodes_join_those_that_are_there() -> None:
