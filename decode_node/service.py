@@ -70,6 +70,8 @@ def _tokens(leg: DecodeLeg, tokens: Sequence[OutputToken]) -> node_pb2.DecodeRes
         local_hit_tokens=leg.request.num_local_hit_tokens + leg.request.num_late_hit_tokens,
         store_hit_tokens=leg.request.num_store_hit_tokens,
         compute_s=leg.compute_s,
+        queue_s=leg.queue_s,
+        fetch_s=min(leg.fetch_s, leg.queue_s),
     )
     return node_pb2.DecodeResponse(tokens=message)
 

@@ -169,7 +169,7 @@ class NodeServer:
             return ""
         door = ScrapeDoor()
         stack.push_async_callback(door.close)
-        collector = NodeCollector(self.intake, self.loop.engine)
+        collector = NodeCollector(self.intake, self.loop.engine, lambda: self._heartbeat.record)
         return await door.open(collector, self.config.bind_host, self.config.advertise_host)
 
     def _record(self, engine: Engine, address: str, metrics_address: str) -> NodeRecord:

@@ -145,11 +145,14 @@ class Fetcher:
         self._is_declined = chosen.num_blocks < match.num_blocks
         limit_s = self._intake.wire_limit_s(chosen.num_blocks)
         if not chosen.arenas:  # all of it is mapped
-            return await self._import(await self._store.fetch(chosen, limit_s))
+            num_imported_blocks = await self._import(await self._store.fetch(chosen, limit_s))
+            self._intake.arrived(chosen, num_imported_blocks)
+            return num_imported_blocks
         with landing(self._loop, self._request, chosen.num_blocks) as strip:
             payloads = await self._store.fetch(chosen, limit_s, strip.views)
             num_imported_blocks = await self._import(payloads)
             strip.keep(self._intake, chosen, payloads[:num_imported_blocks], self._owner)
+        self._intake.arrived(chosen, num_imported_blocks)
         return num_imported_blocks
 
     async def _match(self) -> Match:

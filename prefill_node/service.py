@@ -37,6 +37,7 @@ def _response(prefilled: Prefilled) -> node_pb2.PrefillResponse:
         local_hit_tokens=prefilled.local_hit_tokens,
         store_hit_tokens=prefilled.store_hit_tokens,
         queue_s=prefilled.queue_s,
+        fetch_s=prefilled.fetch_s,
         compute_s=prefilled.compute_s,
         coming_blocks=prefilled.num_coming_blocks,
     )

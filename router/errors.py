@@ -11,7 +11,8 @@ RouterError
 ├── LegFailed           a node died, hung or broke off in the middle of a leg; the request goes on elsewhere
 ├── LegRefused          a node has no room for a leg now, or is draining; another one is asked
 ├── UnusableTokenizer   the model's folder has no tokenizer that can be read; the router does not start
-└── UnusableTenants     the tenants' file cannot be read, or breaks a rule; neither router nor cluster starts
+├── UnusableTenants     the tenants' file cannot be read, or breaks a rule; neither router nor cluster starts
+└── UnusableTraces      traces are asked for, and what makes them is not installed; the router does not start
 """
 
 from __future__ import annotations
@@ -89,3 +90,7 @@ class UnusableTokenizer(RouterError):
 
 class UnusableTenants(RouterError):
     """The tenants' file cannot be read, or a field of it is not what it must be; names the field and its line."""
+
+
+class UnusableTraces(RouterError):
+    """Traces are to be sent somewhere, but the packages for it are missing."""

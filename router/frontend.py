@@ -23,10 +23,12 @@ from router.grammar import GrammarChecker
 from router.journal import part_id
 from router.journey import RoutedRequest
 from router.merge import merge
+from router.observer import Observer
 from router.registry import Pool, Registry
 from router.tenants import EVERYBODY, Tenant, Tenants
 from router.timeline import Timeline
 from router.tokenizer import Tokenizer
+from router.traces import NO_TRACE, PassedOn, Trace, Traces
 from router.validate import (
     CheckedRequest,
     Limits,
@@ -53,6 +55,7 @@ class Caller:
     tenant: Tenant = EVERYBODY
     received_s: float = field(default_factory=time.monotonic)
     deadline_s: float | None = None
+    trace: Trace = NO_TRACE
 
 
 class Frontend:
@@ -67,8 +70,11 @@ class Frontend:
         tokenizer: Tokenizer,
         rng: random.Random,
         tenants: Tenants | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.limits = limits
+        self.observer = Observer()
+        self.traces = traces or PassedOn()
         self._registry = registry
         self._dispatcher = dispatcher
         self._decider = decider
@@ -113,20 +119,24 @@ class Frontend:
         Raises what reaches clients of `RouterError`; a failure of one answer is one of the call. Close the generator to
         abandon the request.
         """
-        received = Timeline(time.monotonic)
-        checked = check(message, self.limits)
-        timelines = [received, *(Timeline(time.monotonic) for _ in range(checked.num_answers - 1))]
-        request = await self._route(checked, caller)
-        form = Form(
-            request_id=request.request_id,
-            stops=tuple(checked.sampling.stop),
-            echo=await self._echo(checked, request),
-            calls_tools=checked.chat is not None and bool(checked.chat.tools),
-        )
-        parts = self._parts(request, checked.num_answers)
-        async with aclosing(self._answers(parts, form, timelines)) as responses:
-            async for response in responses:
-                yield response
+        received = self._timeline()
+        with self.observer.call():
+            checked = check(message, self.limits)
+            timelines = [received, *(self._timeline() for _ in range(checked.num_answers - 1))]
+            request = await self._route(checked, caller)
+            form = Form(
+                request_id=request.request_id,
+                stops=tuple(checked.sampling.stop),
+                echo=await self._echo(checked, request),
+                calls_tools=checked.chat is not None and bool(checked.chat.tools),
+            )
+            parts = self._parts(request, checked.num_answers)
+            async with aclosing(self._answers(parts, form, timelines)) as responses:
+                async for response in responses:
+                    yield response
+
+    def _timeline(self) -> Timeline:
+        return Timeline(time.monotonic, self.observer.tally.inter_token)
 
     def _parts(self, request: RoutedRequest, count: int) -> list[RoutedRequest]:
         """The requests that so many answers take: each with a seed of its own, and a name of its own if not alone."""
@@ -159,15 +169,17 @@ class Frontend:
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """One answer. `begins` is set with its first response."""
         answer = Answer(request, form, self._tokenizer, timeline)
-        async with aclosing(self._dispatcher.run(request, timeline)) as journey:
-            async for progress in journey:
-                response = answer.respond(progress)
-                if response.finish_reason:
-                    self._decider.finished(request, response.timeline)
-                begins.set()
-                yield response
-                if response.finish_reason:
-                    return
+        with self.observer.answer() as watched:
+            async with aclosing(self._dispatcher.run(request, timeline)) as journey:
+                async for progress in journey:
+                    response = answer.respond(progress)
+                    if response.finish_reason:
+                        self._decider.finished(request, response.timeline)
+                        self.observer.finished(watched, request, response)
+                    begins.set()
+                    yield response
+                    if response.finish_reason:
+                        return
 
     async def tokenize(self, message: inference_pb2.TokenizeRequest, caller: Caller) -> inference_pb2.TokenizeResponse:
         """The tokens that a prompt would be, also one that is too long for the model.
@@ -209,6 +221,7 @@ class Frontend:
             priority=checked.priority,
             first_due_s=None if checked.ttft_slo_s is None else caller.received_s + checked.ttft_slo_s,
             tpot_limit_s=checked.tpot_slo_s,
+            trace=caller.trace,
         )
 
     async def _tokenise(self, checked: CheckedRequest, pool: Pool) -> list[int]:

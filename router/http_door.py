@@ -95,7 +95,7 @@ class HttpDoor:
             logger.exception("event=call_failed path=%s request_id=%s", request.path, call.request_id)
             response = _refusal(call, failure_of(error, call.renamed))
         if not response.prepared:
-            response.headers[REQUEST_ID] = call.request_id
+            response.headers.update(call.headers)
             response.headers["Server"] = "baton"
         return response
 

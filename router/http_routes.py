@@ -29,6 +29,7 @@ from router.http_openapi import openapi
 from router.http_requests import Asked, ask_chat, ask_completion, ask_tokens
 from router.http_stream import STALL_S, ClientGone, EventStream, answers
 from router.tenants import EVERYBODY, Tenant
+from router.traces import NO_TRACE, TRACEPARENT, TRACERESPONSE, TRACESTATE, Trace
 from router.validate import check_model
 
 logger = logging.getLogger(__name__)
@@ -49,19 +50,21 @@ class Call:
     received_s: float  # monotonic
     tenant: Tenant = EVERYBODY
     renamed: Mapping[str, str] = field(default_factory=dict)
+    trace: Trace = NO_TRACE
 
     @property
     def headers(self) -> dict[str, str]:
-        return {REQUEST_ID: self.request_id}
+        traced = {TRACERESPONSE: self.trace.context} if self.trace.context else {}
+        return {REQUEST_ID: self.request_id} | traced
 
     def caller(self) -> Caller:
         """Raises `InvalidRequest` for a time limit that is none."""
         text = self.request.headers.get(TIMEOUT)
         if text is None:
-            return Caller(self.tenant, self.received_s)
+            return Caller(self.tenant, self.received_s, trace=self.trace)
         if not (text.isascii() and text.isdigit() and 1 <= int(text[:11]) <= MAX_TIMEOUT_MS):
             raise InvalidRequest(TIMEOUT, f"must be an integer in [1, {MAX_TIMEOUT_MS}]")
-        return Caller(self.tenant, self.received_s, self.received_s + int(text) / 1000)
+        return Caller(self.tenant, self.received_s, self.received_s + int(text) / 1000, self.trace)
 
 
 Endpoint = Callable[[Call], Awaitable[web.StreamResponse]]
@@ -110,6 +113,19 @@ class Routes:
     # --- answers of the model ---
 
     async def _chat(self, call: Call) -> web.StreamResponse:
+        with self._trace(call):
+            return await self._traced_chat(call)
+
+    async def _complete(self, call: Call) -> web.StreamResponse:
+        with self._trace(call):
+            return await self._traced_completion(call)
+
+    def _trace(self, call: Call) -> Trace:
+        headers = call.request.headers
+        call.trace = self._frontend.traces.begin(headers.get(TRACEPARENT, ""), headers.get(TRACESTATE, ""))
+        return call.trace
+
+    async def _traced_chat(self, call: Call) -> web.StreamResponse:
         asked = await self._ask(call, lambda body: ask_chat(read(ChatRequest, body), call.request_id))
         choices = [
             ChatChoice(index, self._frontend.piece, asked.num_logprobs, asked.is_single_call)
@@ -117,7 +133,7 @@ class Routes:
         ]
         return await self._answer(call, asked, choices, "chatcmpl", "chat.completion")
 
-    async def _complete(self, call: Call) -> web.StreamResponse:
+    async def _traced_completion(self, call: Call) -> web.StreamResponse:
         asked = await self._ask(call, lambda body: ask_completion(read(CompletionRequest, body), call.request_id))
         num_choices = len(asked.messages) * asked.num_answers
         choices = [CompletionChoice(index, self._frontend.piece, asked.num_logprobs) for index in range(num_choices)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -59,6 +59,13 @@ class Node:
         self.record, self._is_news = record, True
         for leg in self.legs:
             leg.is_reported = leg.is_reported or leg.sent_s < last_poll_s
+
+    @property
+    def state(self) -> Literal["up", "draining", "down"]:
+        """Whether it can be given work: not while it drains, nor while it does not answer."""
+        if self.down_since_s is not None:
+            return "down"
+        return "draining" if self.record.draining else "up"
 
     def learn(self) -> None:
         """What the last record says of the node's speeds; before all nodes' speeds are compared."""

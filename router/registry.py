@@ -90,6 +90,11 @@ class Registry:
         """The nodes' common ground; the last one known while no node is alive, None before the first."""
         return self._pool
 
+    @property
+    def nodes(self) -> list[Node]:
+        """All that are known, by name; to be looked at."""
+        return [self._nodes[node_id] for node_id in sorted(self._nodes)]
+
     def snapshot(self, pool: Pool | None = None) -> Cluster:
         """The nodes of `pool` (None: of the one that most nodes are in) that can be given work, as of now.
 

@@ -85,7 +85,7 @@ class RouterServer:
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         port = server.add_insecure_port(f"{config.host}:{config.port}")
         await server.start()
-        collector = RouterCollector(decider.accuracy)
+        collector = RouterCollector(decider.accuracy, frontend.observer.tally, registry)
         http, http_address = await self._open_http(stack, frontend, collector)
         stack.push_async_callback(_drain, server, http, config.drain_s)
         reporting = asyncio.create_task(self._report_health(frontend))
