@@ -27,6 +27,8 @@ class RouterConfig:
     policy: str = DEFAULT  # a name of router.policy.POLICIES
     metrics: bool = False  # for Prometheus, over HTTP, at a port of its own
     tenants_file: str = ""  # read at the start; "": whoever reaches the port may use it, and all share one cache
+    status_page: str = "auto"  # the live page at / of the HTTP door: "on", "off", or "auto": where there are no tenants
+    otlp_endpoint: str = ""  # "http://host:port" of an OTLP receiver for traces; "": as OpenTelemetry's variables say
     max_message_bytes: int = 16 * 2**20
     max_prompt_bytes: int = 4 * 2**20
     poll_s: float = 0.25
@@ -38,6 +40,11 @@ class RouterConfig:
     max_attempts: int = 8
     node_wait_s: float = 20.0
     drain_s: float = 10.0  # how long a stopping router waits for its requests
+
+    @property
+    def shows_page(self) -> bool:
+        """Whether the HTTP door has the live page, which asks nobody for a key."""
+        return self.status_page == "on" or (self.status_page == "auto" and not self.tenants_file)
 
     @property
     def limits(self) -> Limits:

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from router.errors import InvalidRequest, RouterError
 from router.frontend import Frontend
 from router.http_errors import Failure, failure_of
+from router.http_page import StatusPage
 from router.http_routes import REQUEST_ID, Call, Routes
 from router.http_stream import STALL_S
 from router.tenants import AUTHORIZATION
@@ -30,11 +31,17 @@ KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCN
 
 
 class HttpDoor:
-    """Answers from `open` to `close`. `metrics` None: there is no /metrics."""
+    """Answers from `open` to `close`. `metrics` None: there is no /metrics; likewise `page`."""
 
-    def __init__(self, frontend: Frontend, metrics: CollectorRegistry | None = None, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        metrics: CollectorRegistry | None = None,
+        stall_s: float = STALL_S,
+        page: StatusPage | None = None,
+    ) -> None:
         self._frontend = frontend
-        self._routes = Routes(frontend, metrics, stall_s)
+        self._routes = Routes(frontend, metrics, stall_s, page)
         self._calls: set[asyncio.Task[object]] = set()
         self._runner: web.ServerRunner | None = None
         self._site: web.SockSite | None = None

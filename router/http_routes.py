@@ -26,6 +26,7 @@ from router.http_body import INLINE_BYTES, parse_object, read_body
 from router.http_errors import RefusedCall, failure_of
 from router.http_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read
 from router.http_openapi import openapi
+from router.http_page import StatusPage
 from router.http_requests import Asked, ask_chat, ask_completion, ask_tokens
 from router.http_stream import STALL_S, ClientGone, EventStream, answers
 from router.tenants import EVERYBODY, Tenant
@@ -78,9 +79,15 @@ class Route:
 
 
 class Routes:
-    """All endpoints of one router. `metrics` None: it shows none."""
+    """All endpoints of one router. `metrics` None: it shows none; likewise `page`."""
 
-    def __init__(self, frontend: Frontend, metrics: CollectorRegistry | None, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        metrics: CollectorRegistry | None,
+        stall_s: float = STALL_S,
+        page: StatusPage | None = None,
+    ) -> None:
         self._frontend = frontend
         self._metrics = metrics
         self._stall_s = stall_s
@@ -98,6 +105,9 @@ class Routes:
         }
         if metrics is not None:
             self._routes["/metrics"] = Route("GET", self._show_metrics, False)
+        if page is not None:
+            for path in page.paths:
+                self._routes[path] = Route("GET", functools.partial(_show_page, page), False)
 
     def find(self, method: str, path: str) -> Route:
         """Raises `RefusedCall`: no such route, or none for the method."""
@@ -262,6 +272,10 @@ class Routes:
     async def _show_metrics(self, _call: Call) -> web.StreamResponse:
         assert self._metrics is not None
         return web.Response(body=generate_latest(self._metrics), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _show_page(page: StatusPage, call: Call) -> web.StreamResponse:
+    return await page.answer(call.request.path)
 
 
 def _check_whole(num_finished: int, choices: Sequence[Choice]) -> None:

@@ -21,7 +21,9 @@ from router.dispatch import Dispatcher, Persistence
 from router.frontend import Frontend
 from router.grpc_door import SERVICE, InferenceService, server_options
 from router.http_door import HttpDoor
+from router.http_page import StatusPage
 from router.metrics import RouterCollector
+from router.otel import open_traces
 from router.registry import Registry
 from router.tenants import read_tenants
 from router.tokenizer import Tokenizer
@@ -41,7 +43,7 @@ class RouterServer:
     async def start(self) -> dict[str, object]:
         """Listens. Returns the address and what else a launcher wants to print.
 
-        Raises `UnusableTokenizer`, `UnusableTenants`, and `RuntimeError` where the port is taken.
+        Raises `UnusableTokenizer`, `UnusableTenants`, `UnusableTraces`, and `RuntimeError` where the port is taken.
         """
         async with AsyncExitStack() as stack:
             address, http_address, metrics_address = await self._open(stack)
@@ -78,7 +80,9 @@ class RouterServer:
         persistence = Persistence(config.max_attempts, config.node_wait_s)
         decider = Decider(self._rng, config.policy)
         dispatcher = Dispatcher(registry, directory, decider, persistence)
-        frontend = Frontend(config.limits, registry, dispatcher, decider, tokenizer, self._rng, tenants)
+        traces = open_traces(config.otlp_endpoint, config.model)
+        stack.push_async_callback(asyncio.to_thread, traces.close)
+        frontend = Frontend(config.limits, registry, dispatcher, decider, tokenizer, self._rng, tenants, traces)
         server = grpc.aio.server(options=server_options(config.limits))
         server.add_generic_rpc_handlers((InferenceService(frontend).handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -86,7 +90,8 @@ class RouterServer:
         port = server.add_insecure_port(f"{config.host}:{config.port}")
         await server.start()
         collector = RouterCollector(decider.accuracy, frontend.observer.tally, registry)
-        http, http_address = await self._open_http(stack, frontend, collector)
+        page = StatusPage(registry, frontend.observer, directory, config.cluster, shows_ids=tenants is None)
+        http, http_address = await self._open_http(stack, frontend, collector, page if config.shows_page else None)
         stack.push_async_callback(_drain, server, http, config.drain_s)
         reporting = asyncio.create_task(self._report_health(frontend))
         stack.callback(reporting.cancel)
@@ -95,7 +100,7 @@ class RouterServer:
         return f"{config.advertise_host or config.host}:{port}", http_address, metrics_address
 
     async def _open_http(
-        self, stack: AsyncExitStack, frontend: Frontend, collector: RouterCollector
+        self, stack: AsyncExitStack, frontend: Frontend, collector: RouterCollector, page: StatusPage | None
     ) -> tuple[HttpDoor | None, str]:
         """The door, and where it is; None and "" where there is none."""
         config = self._config
@@ -104,7 +109,7 @@ class RouterServer:
         metrics = CollectorRegistry() if config.metrics else None
         if metrics is not None:
             metrics.register(collector)
-        door = HttpDoor(frontend, metrics)
+        door = HttpDoor(frontend, metrics, page=page)
         port = await door.open(config.host, config.http_port, ssl_context=None)
         stack.push_async_callback(door.close, 0.0)
         return door, f"{config.advertise_host or config.host}:{port}"
