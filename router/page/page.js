@@ -64,9 +64,9 @@ function tiles(state) {
     ["output tokens/s", whole(now.tokens)],
     ["TTFT, last", seconds(now.ttft)],
     ["TPOT, last", seconds(now.tpot)],
-    ["hit rate, since the start", percent(totals.prompt_tokens ? hits / totals.prompt_tokens : null)],
-    ["answers, since the start", whole(totals.finished)],
-    ["calls that failed", whole(totals.failed)],
+    ["hit rate in all", percent(totals.prompt_tokens ? hits / totals.prompt_tokens : null)],
+    ["answers in all", whole(totals.finished)],
+    ["calls failed", whole(totals.failed)],
   ];
   byId("tiles").replaceChildren(
     ...shown.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
