@@ -40,6 +40,10 @@ class Specs:
     layout: KVLayout  # of the model that is served
     wire_key: str = field(default="", repr=False)  # of its stores and their readers; "": none is asked for
 
+    @property
+    def _logs(self) -> tuple[str, str]:
+        return self.config.log_level, self.config.log_format
+
     def folder(self, machine: Machine) -> Path:
         return machine_dir(self.config.store_base, self.cluster_id, machine.ray_node_id)
 
@@ -72,7 +76,7 @@ class Specs:
             tcp=self.config.store_tcp,
             metrics=self.config.metrics,
         )
-        return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
+        return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), *self._logs)
 
     def _node(self, placement: Placement) -> ServerSpec:
         machine = placement.machine
@@ -94,7 +98,7 @@ class Specs:
             metrics=self.config.metrics,
         )
         environment = CROWDED if placement.is_crowded else {}
-        return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level, environment)
+        return ServerSpec("node", placement.node_id, config, self.folder(machine), *self._logs, environment)
 
     def _engine(self, placement: Placement) -> EngineConfig:
         return EngineConfig(
@@ -123,5 +127,7 @@ class Specs:
             tenants_file=str(tenants.resolve()) if tenants is not None else "",
             policy=self.config.policy,
             metrics=self.config.metrics,
+            status_page=self.config.status_page,
+            otlp_endpoint=self.config.otlp_endpoint,
         )
-        return ServerSpec("router", f"router-{index}", config, self.folder(own), self.config.log_level)
+        return ServerSpec("router", f"router-{index}", config, self.folder(own), *self._logs)

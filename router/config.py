@@ -10,6 +10,8 @@ from router.policy import DEFAULT
 from router.registry import Patience
 from router.validate import Limits
 
+PAGES = ("auto", "on", "off")
+
 
 @dataclass(frozen=True)
 class RouterConfig:
