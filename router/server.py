@@ -82,7 +82,9 @@ class RouterServer:
         dispatcher = Dispatcher(registry, directory, decider, persistence)
         traces = open_traces(config.otlp_endpoint, config.model)
         stack.push_async_callback(asyncio.to_thread, traces.close)
-        frontend = Frontend(config.limits, registry, dispatcher, decider, tokenizer, self._rng, tenants, traces)
+        self.frontend = frontend = Frontend(
+            config.limits, registry, dispatcher, decider, tokenizer, self._rng, tenants, traces
+        )
         server = grpc.aio.server(options=server_options(config.limits))
         server.add_generic_rpc_handlers((InferenceService(frontend).handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
