@@ -13,7 +13,7 @@ from decode_node.worker import DecodeLeg, DecodeWorker
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import OutputToken
-from node.convert import FINISH_REASONS, started_with, statuses, to_owner, to_request, to_token
+from node.convert import FINISH_REASONS, note_trace, started_with, statuses, to_owner, to_request, to_token
 from node.grammar import GrammarMasks
 
 ADMIT_WAIT_S = 10.0
@@ -32,6 +32,7 @@ class DecodeService(node_pb2_grpc.DecodeServicer):
         """A coroutine that writes, not a generator: only so does its end run for certain when the caller is gone."""
         async with statuses(context):
             admit = (await _read(context, "admit", ADMIT_WAIT_S)).admit
+            note_trace(context, admit.request.request_id)
             mask = await self._masks.mask(admit.request.sampling)
             request = to_request(admit.request, self._engine, mask=mask)
             owner = to_owner(admit.request, self._engine.layout.block_bytes)
@@ -72,6 +73,8 @@ def _tokens(leg: DecodeLeg, tokens: Sequence[OutputToken]) -> node_pb2.DecodeRes
         local_hit_tokens=leg.request.num_local_hit_tokens + leg.request.num_late_hit_tokens,
         store_hit_tokens=leg.request.num_store_hit_tokens,
         compute_s=leg.compute_s,
+        queue_s=leg.queue_s,
+        fetch_s=min(leg.fetch_s, leg.queue_s),
     )
     return node_pb2.DecodeResponse(tokens=message)
 

@@ -33,6 +33,9 @@ class DecodeLeg:
         self.free_blocks = free_blocks  # of the node, behind this request's
         self.finish_reason: FinishReason | None = None
         self.compute_s = 0.0  # from its first step to its first token
+        self.queue_s = 0.0  # from `run` to its first step
+        self.fetch_s = 0.0  # of that, until it had its blocks
+        self._ran_s = 0.0
         self._fetcher = fetcher
         self._publish = publish
         self._waiting: list[RequestOutput] = []  # not yet taken by `run`
@@ -50,6 +53,7 @@ class DecodeLeg:
         """
         # 1. The tokens, before the last blocks: behind them even the block that ends the prompt need not be computed.
         # The engine looks at a held request when it is told to, and nobody tells it now.
+        self._ran_s = time.perf_counter()
         self._is_started.set()
         await self._fetching
         for token_id in token_ids:
@@ -57,6 +61,7 @@ class DecodeLeg:
         # 2. What is still missing: the last blocks of prefill are published while its token travels. Whatever does not
         # come is computed.
         await self._fetcher.release(num_coming_blocks)
+        self.fetch_s = time.perf_counter() - self._ran_s
         # 3. The tokens, until the last.
         while self.finish_reason is None:
             outputs = await self._take()
@@ -76,6 +81,7 @@ class DecodeLeg:
             async for output in outputs:
                 if output.tokens and not self.compute_s and self.request.started_s is not None:
                     self.compute_s = time.perf_counter() - self.request.started_s  # the engine's clock
+                    self.queue_s = max(0.0, self.request.started_s - self._ran_s)
                 self._publish(output.full_blocks)
                 self._waiting.append(output)
                 self._has_waiting.set()

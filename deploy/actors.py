@@ -11,12 +11,13 @@ import dataclasses
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from deploy import logs
 
 if TYPE_CHECKING:  # each process imports its own kind's packages only: this is most of what a start costs
     from deploy.node_config import NodeConfig
@@ -51,6 +52,7 @@ class ServerSpec:
     config: StoreConfig | NodeConfig | RouterConfig
     folder: Path
     log_level: str = "warning"
+    log_format: str = "text"
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -109,7 +111,7 @@ class ServerActor:
     the process, and Ray tries again."""
 
     def __init__(self, spec: ServerSpec) -> None:
-        logging.basicConfig(stream=sys.stderr, level=spec.log_level.upper(), format="%(levelname)s %(message)s")
+        logs.configure(spec.log_level, spec.log_format)
         self._spec = spec
         self._server: Server | None = None
         self._part = 0.0

@@ -91,6 +91,9 @@ class ClusterConfig:
     start_timeout_s: float = 300.0
     stop_timeout_s: float = 15.0
     log_level: str = "warning"
+    log_format: str = "text"  # or "json"
+    status_page: str = "auto"  # of each router; see `RouterConfig`
+    otlp_endpoint: str = ""  # likewise
 
     def __post_init__(self) -> None:
         def check(option: str, ok: bool, limit: str) -> None:

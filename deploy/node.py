@@ -167,7 +167,7 @@ class NodeServer:
             return ""
         door = ScrapeDoor()
         stack.push_async_callback(door.close)
-        collector = NodeCollector(self.intake, self.loop.engine)
+        collector = NodeCollector(self.intake, self.loop.engine, lambda: self._heartbeat.record)
         config = self.config
         return await door.open(collector, config.bind_host, config.advertise_host, config.metrics_port)
 

@@ -1,31 +1,53 @@
-"""A node's numbers for Prometheus, read when they are asked for: the sums that `GetLoad` sends, and no others.
+"""A node's numbers for Prometheus, read when they are asked for: its load as its heartbeat tells it, and the sums that
+`GetLoad` sends.
 
 Series are by source, choice and phase alone, so there are as many after a year as after a minute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.engine import Engine
-from node.intake import Intake
+from kvstore.directory import NodeRecord
+from node.intake import TIERS, Intake
 
 
 class NodeCollector(Collector):
     """What came from the store, what was chosen, and where the time of steps went."""
 
-    def __init__(self, intake: Intake, engine: Engine) -> None:
+    def __init__(self, intake: Intake, engine: Engine, record: Callable[[], NodeRecord]) -> None:
+        """`record` gives the last heartbeat's."""
         self._intake = intake
         self._engine = engine
+        self._record = record
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._load()
         yield from self._fetches()
         yield from self._choices()
         yield from self._steps()
+
+    def _load(self) -> Iterator[Metric]:
+        """As of the last heartbeat: a look at the engine would wait for its step."""
+        record = self._record()
+        used = 1.0 - record.free_blocks / record.total_blocks if record.total_blocks else 0.0
+        for name, words, value in (
+            ("num_requests_running", "Requests in the engine's batch.", record.num_running),
+            ("num_requests_waiting", "Requests that wait for their turn or for blocks.", record.num_waiting),
+            ("kv_cache_usage_perc", "Part of the engine's KV blocks that requests hold; 1 is all.", used),
+            ("queued_prefill_tokens", "Prompt tokens that are still to be computed.", record.queued_prefill_tokens),
+            ("prefill_tokens_per_second", "Speed of prompts, measured; 0: not yet.", record.prefill_tokens_per_s),
+            ("decode_step_seconds", "Seconds of a decode step, measured; 0: not yet.", record.decode_step_s),
+            ("node_draining", "1 while the node takes no requests.", float(record.draining)),
+        ):
+            family = GaugeMetricFamily(f"baton_{name}", words, labels=["model_name", "role"])
+            family.add_metric([record.model, record.role], value)
+            yield family
 
     def _fetches(self) -> Iterator[Metric]:
         """By source: `local` is the mapped arena, `remote` the wire: other arenas, and the disk behind this one."""
@@ -40,6 +62,9 @@ class NodeCollector(Collector):
             ),
         ):
             yield _by("source", f"baton_kv_fetch_{name}", words, values)
+
+        hits = {tier: self._intake.hits[tier] for tier in TIERS}
+        yield _by("tier", "baton_kv_prefix_hit_blocks", "Blocks of prompts that came out of a store, by where.", hits)
 
     def _choices(self) -> Iterator[Metric]:
         choices = self._intake.choices

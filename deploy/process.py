@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from deploy import logs
 from deploy.actors import Server, as_dict
 from deploy.redis_url import redis_url_from
 
@@ -39,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", choices=("node", "rank", "store", "router"))
     parser.add_argument("config", help="the server's config as JSON")
     parser.add_argument("--log-level", default="warning")
+    parser.add_argument("--log-format", choices=logs.FORMATS, default="text")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, level=arguments.log_level.upper(), format="%(levelname)s %(message)s")
+    logs.configure(arguments.log_level, arguments.log_format)
     try:
         return asyncio.run(serve(build(arguments.kind, arguments.config)))
     except Exception as error:

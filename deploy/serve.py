@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import logging
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from deploy import logs
 from deploy.config import ClusterConfig, ConfigError, DeployError, parse_bytes, temp_base
 from deploy.config_file import add_config_argument
 from deploy.locks import add_lock_arguments, locks_from
@@ -30,6 +30,7 @@ from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
 from kvstore.directory import ArenaRecord, Directory, NodeRecord
 from kvstore.errors import DirectoryUnavailable
 from kvstore.eviction import ADMISSIONS, POLICIES
+from router.config import PAGES
 from router.policy import DEFAULT as DEFAULT_ROUTING
 from router.policy import POLICIES as ROUTING
 
@@ -150,6 +151,20 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     add("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    add("--log-format", default="text", choices=logs.FORMATS, help="json: one object a line (default text)")
+    add(
+        "--status-page",
+        default="auto",
+        choices=PAGES,
+        help="the live page at / of the HTTP door, which asks for no key; auto (default): where there are no tenants",
+    )
+    add(
+        "--otlp-endpoint",
+        default="",
+        metavar="URL",
+        help="OpenTelemetry's receiver (OTLP over HTTP, as http://localhost:4318) for traces; needs baton[otel]."
+        " Default: its own variables, OTEL_EXPORTER_OTLP_ENDPOINT and so on",
+    )
     add_state_argument(parser)
 
 
@@ -215,6 +230,9 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         min_machines=args.min_machines,
         start_timeout_s=args.start_timeout,
         log_level=args.log_level,
+        log_format=args.log_format,
+        status_page=args.status_page,
+        otlp_endpoint=args.otlp_endpoint,
     )
 
 
@@ -224,7 +242,9 @@ def serve(args: argparse.Namespace) -> int:
     config, interrupt = config_from(args), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: interrupt.set())
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="%(levelname)s %(message)s")
+    if config.log_format == "json":
+        sys.stderr = logs.JsonLines(sys.stderr)  # what Ray forwards and what is said comes there, too
+    logs.configure(config.log_level, config.log_format)
     state_dir = StateDir(args.state_dir)
     state_dir.claim()
     try:

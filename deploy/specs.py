@@ -47,6 +47,10 @@ class Specs:
     cluster_token: str = field(default="", repr=False)  # of its nodes and their callers
     _num_on: Counter[str] = field(default_factory=Counter, repr=False, compare=False)  # servers of a machine, so far
 
+    @property
+    def _logs(self) -> tuple[str, str]:
+        return self.config.log_level, self.config.log_format
+
     def folder(self, machine: Machine) -> Path:
         return machine_dir(self.config.store_base, self.cluster_id, machine.ray_node_id)
 
@@ -101,7 +105,7 @@ class Specs:
             metrics=self.config.metrics,
             metrics_port=metrics_port,
         )
-        return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
+        return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), *self._logs)
 
     def _node(self, placement: Placement, metrics_port: int) -> ServerSpec:
         machine, width = placement.machine, self.config.width(placement.role)
@@ -130,7 +134,7 @@ class Specs:
         environment = CROWDED if placement.is_crowded else {}
         kind: Literal["node", "rank"] = "rank" if placement.rank else "node"
         name = f"{placement.node_id}.{placement.rank}" if placement.rank else placement.node_id
-        return ServerSpec(kind, name, config, self.folder(machine), self.config.log_level, environment)
+        return ServerSpec(kind, name, config, self.folder(machine), *self._logs, environment)
 
     def _engine(self, placement: Placement) -> EngineConfig:
         return EngineConfig(
@@ -164,6 +168,8 @@ class Specs:
             policy=self.config.policy,
             metrics=self.config.metrics,
             metrics_port=metrics_port,
+            status_page=self.config.status_page,
+            otlp_endpoint=self.config.otlp_endpoint,
             **self.config.locks.router_options(nth),
         )
-        return ServerSpec("router", f"router-{index}", config, self.folder(machine), self.config.log_level)
+        return ServerSpec("router", f"router-{index}", config, self.folder(machine), *self._logs)

@@ -117,6 +117,14 @@ def to_token(token: OutputToken) -> common_pb2.Token:
     return common_pb2.Token(token_id=token.token_id, logprobs=common_pb2.TokenLogprobs(logprob=token.logprob, top=top))
 
 
+def note_trace(context: grpc.aio.ServicerContext, request_id: str) -> None:
+    """One line that joins a leg to the trace that its call came with (W3C traceparent)."""
+    if logger.isEnabledFor(logging.INFO):
+        given = dict(context.invocation_metadata() or ()).get("traceparent")
+        if isinstance(given, str) and len(given) == 55 and given.isprintable():
+            logger.info("event=leg request_id=%s trace_id=%s", request_id, given[3:35])
+
+
 @asynccontextmanager
 async def statuses(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
     """Ends the call with the status that an error of its body stands for."""

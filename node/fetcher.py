@@ -160,6 +160,7 @@ class Fetcher:
         payloads = await self._fetch_chosen(chosen)
         num_imported_blocks = await self._import(payloads)
         self._intake.keep(chosen, payloads, self._owner, {})
+        self._intake.arrived(chosen, num_imported_blocks)
         return num_imported_blocks
 
     async def _land(self, chosen: Match) -> int:
@@ -169,6 +170,7 @@ class Fetcher:
             payloads = await self._store.fetch(chosen, limit_s, strip.views)
             num_imported_blocks = await self._import(payloads)
             strip.keep(self._intake, chosen, payloads[:num_imported_blocks], self._owner)
+        self._intake.arrived(chosen, num_imported_blocks)
         return num_imported_blocks
 
     async def _fetch_chosen(self, chosen: Match) -> Sequence[Payload]:

@@ -6,12 +6,14 @@ One for each node, shared by its fetchers, on the event loop.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from batonpb import node_pb2
 from kvstore.blocks import Payload
 from kvstore.client import KVClient, Match
+from kvstore.directory import ON_DISK
 from kvstore.links import Traffic
 from kvstore.quotas import Owner
 from kvstore.wire import ReceivedPayload
@@ -21,6 +23,8 @@ from node.replicator import Replica, Replicator, nothing
 
 PATIENCE_S = 0.5  # for blocks on their way, while it is not known how long computing them takes
 MIN_WIRE_LIMIT_S = 0.25  # a busy store answers late, and who is cut off is left alone for seconds
+# Where a block came from: this machine's arena; another machine's; a disk, of whichever machine.
+TIERS = ("memory", "remote", "disk")
 MIN_PATIENCE_S, MAX_PATIENCE_S = 0.05, 2.0  # publishing takes round trips, however small the blocks are
 
 
@@ -55,6 +59,7 @@ class Intake:
     block_bytes: int  # of a piece, as the store's slots have them
     prefill_tokens_per_s: float = 0.0
     choices: Choices = field(default_factory=Choices)
+    hits: Counter[str] = field(default_factory=Counter)  # blocks that came, by `TIERS`
     replicator: Replicator | None = None  # None: what comes from other machines is not kept on this one
     pieces: Sequence[int] = (0,)  # this rank's, by their numbers in a block
     ranks: Ranks | None = None  # that follow
@@ -72,6 +77,12 @@ class Intake:
         choice = replace(choice, num_blocks=choice.num_blocks // num_pieces)
         self.choices.count(choice, match.num_blocks // num_pieces)
         return match.head(choice.num_blocks * num_pieces)
+
+    def arrived(self, match: Match, num_blocks: int) -> None:
+        """The first `num_blocks` of `match` are in the engine."""
+        here = self.store.local_arena_id
+        for arena_id, slot in match.places[:num_blocks]:
+            self.hits["disk" if slot == ON_DISK else "memory" if arena_id == here else "remote"] += 1
 
     def keep(
         self, match: Match, payloads: Sequence[Payload], owner: Owner, let_go: Mapping[int, Callable[[], object]]

@@ -6,7 +6,7 @@ import grpc
 
 from batonpb import node_pb2, node_pb2_grpc
 from engine.engine import Engine
-from node.convert import FINISH_REASONS, statuses, to_owner, to_request, to_token
+from node.convert import FINISH_REASONS, note_trace, statuses, to_owner, to_request, to_token
 from node.grammar import GrammarMasks
 from prefill_node.worker import Prefilled, PrefillWorker
 
@@ -23,6 +23,7 @@ class PrefillService(node_pb2_grpc.PrefillServicer):
         self, message: node_pb2.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> node_pb2.PrefillResponse:
         async with statuses(context):
+            note_trace(context, message.request.request_id)
             mask = await self._masks.mask(message.request.sampling)
             request = to_request(message.request, self._engine, handoff_after=1, mask=mask)
             owner = to_owner(message.request, self._engine.layout.block_bytes)
@@ -37,6 +38,7 @@ def _response(prefilled: Prefilled) -> node_pb2.PrefillResponse:
         local_hit_tokens=prefilled.local_hit_tokens,
         store_hit_tokens=prefilled.store_hit_tokens,
         queue_s=prefilled.queue_s,
+        fetch_s=prefilled.fetch_s,
         compute_s=prefilled.compute_s,
         coming_blocks=prefilled.num_coming_blocks,
     )

@@ -22,8 +22,8 @@ class Prefilled:
     """What a prefill leg leaves: its token, and how it came to it. Hits in tokens.
 
     `queue_s` goes from receipt until the first step with this request: room, the store's blocks and the engine's queue
-    are waited for. `compute_s` goes from there to the token. The last of the `num_coming_blocks` may still be on their
-    way into the arena: the token does not wait for them.
+    are waited for, the blocks for `fetch_s` of it. `compute_s` goes from there to the token. The last of the
+    `num_coming_blocks` may still be on their way into the arena: the token does not wait for them.
     """
 
     token: OutputToken
@@ -31,6 +31,7 @@ class Prefilled:
     local_hit_tokens: int
     store_hit_tokens: int
     queue_s: float
+    fetch_s: float
     compute_s: float
     num_coming_blocks: int  # leading ones; 0 where anything was not taken for publishing
 
@@ -52,7 +53,9 @@ class PrefillWorker:
         received = time.perf_counter()  # the engine's clock
         with self._admission.leg(request) as outputs:
             await self._admission.hold_in_turn(request)
+            held = time.perf_counter()
             await Fetcher(self._loop, self._intake, request, owner).fetch()
+            fetched = time.perf_counter()
             await self._loop.call(lambda engine: engine.release(request.request_id))
             token, finish_reason, is_coming = await self._first_token(outputs, owner)
             computed = time.perf_counter()
@@ -63,6 +66,7 @@ class PrefillWorker:
             local_hit_tokens=request.num_local_hit_tokens + request.num_late_hit_tokens,
             store_hit_tokens=request.num_store_hit_tokens,
             queue_s=request.started_s - received,
+            fetch_s=fetched - held,
             compute_s=computed - request.started_s,
             num_coming_blocks=request.num_computed_tokens // request.block_size if is_coming else 0,
         )

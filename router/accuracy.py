@@ -17,6 +17,7 @@ class Errors:
     def __init__(self, size: int = MAX_REQUESTS) -> None:
         self._seconds: deque[float] = deque(maxlen=size)
         self._ratios: deque[float] = deque(maxlen=size)
+        self.predicted_s = self.actual_s = 0.0  # sums over all requests
 
     def __len__(self) -> int:
         return len(self._seconds)
@@ -26,6 +27,8 @@ class Errors:
         if actual_s > 0.0:
             self._seconds.append(abs(predicted_s - actual_s))
             self._ratios.append(abs(predicted_s - actual_s) / actual_s)
+            self.predicted_s += predicted_s
+            self.actual_s += actual_s
 
     def seconds(self, quantile: float) -> float:
         """Of absolute errors; 0.0 where there are none."""

@@ -37,7 +37,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, _message: admin_pb2.ListNodesRequest, context: grpc.aio.ServicerContext
     ) -> admin_pb2.ListNodesResponse:
         async with self._authenticated(context):
-            nodes = sorted(self._registry.nodes(), key=lambda node: node.record.node_id)
+            nodes = self._registry.nodes
             return admin_pb2.ListNodesResponse(nodes=map(_status, nodes))
         raise AssertionError("an aborted call goes on")
 
@@ -45,7 +45,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, message: admin_pb2.DrainNodeRequest, context: grpc.aio.ServicerContext
     ) -> admin_pb2.NodeStatus:
         async with self._authenticated(context):
-            found = [node for node in self._registry.nodes() if node.record.node_id == message.node_id]
+            found = [node for node in self._registry.nodes if node.record.node_id == message.node_id]
             if not found:
                 await context.abort(grpc.StatusCode.NOT_FOUND, f"node_id: there is no node {message.node_id!r}")
             try:

@@ -88,9 +88,13 @@ class Answer:
         response.timeline.CopyFrom(timeline)
         response.usage.CopyFrom(usage)
         logger.info(
-            "request_id=%s event=finished reason=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d prefill=%s "
-            "decode=%s migrations=%d predicted_ttft_s=%.4f ttft_s=%.4f tpot_s=%.4f total_s=%.4f",
-            *(self._request.request_id, common_pb2.FinishReason.Name(response.finish_reason)),
+            "request_id=%s event=finished trace_id=%s reason=%s prompt_tokens=%d cached_tokens=%d output_tokens=%d "
+            "prefill=%s decode=%s migrations=%d predicted_ttft_s=%.4f ttft_s=%.4f tpot_s=%.4f total_s=%.4f",
+            *(
+                self._request.request_id,
+                self._request.trace.trace_id,
+                common_pb2.FinishReason.Name(response.finish_reason),
+            ),
             *(usage.prompt_tokens, usage.cached_tokens, usage.output_tokens),
             *(timeline.prefill_node or "-", timeline.decode_node, timeline.migrations, timeline.predicted_ttft_s),
             *(timeline.first_token_s, timeline.tpot_s, timeline.finished_s),

@@ -11,6 +11,8 @@ from router.policy import DEFAULT
 from router.registry import Patience
 from router.validate import Limits
 
+PAGES = ("auto", "on", "off")
+
 
 @dataclass(frozen=True)
 class RouterConfig:
@@ -37,6 +39,8 @@ class RouterConfig:
     admin_host: str = "127.0.0.1"
     admin_key_file: str = ""  # needed where admin_host is no loopback address
     max_concurrent_requests: int = 1024  # over all doors and tenants; 0: no bound
+    status_page: str = "auto"  # the live page at / of the HTTP door: "on", "off", or "auto": where there are no tenants
+    otlp_endpoint: str = ""  # "http://host:port" of an OTLP receiver for traces; "": as OpenTelemetry's variables say
     max_message_bytes: int = 16 * 2**20
     max_prompt_bytes: int = 4 * 2**20
     poll_s: float = 0.25
@@ -53,6 +57,11 @@ class RouterConfig:
     def is_local(self) -> bool:
         """Whether clients of this machine alone reach the doors."""
         return is_loopback(self.host)
+
+    @property
+    def shows_page(self) -> bool:
+        """Whether the HTTP door has the live page, which asks nobody for a key."""
+        return self.status_page == "on" or (self.status_page == "auto" and not self.tenants_file)
 
     @property
     def limits(self) -> Limits:

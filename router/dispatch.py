@@ -118,6 +118,7 @@ class Dispatcher:
         """Both legs once. Ends with a finish reason, or raises `LegFailed` or `LegRefused`."""
         timeline.planned(plan)
         message, is_first = journey.message(), not journey.output_ids
+        metadata = journey.request.trace.metadata
         own_s = 0.0 if plan.prefill_node else plan.prefill.compute_s
         with (
             self._registry.decode_leg(plan.decode_node, Burden(own_s, plan.blocks)) as decode,
@@ -126,16 +127,17 @@ class Dispatcher:
             # 1) Both legs count from now on: whoever is planned next must see them.
             with self._prefill_leg(plan) as prefill:
                 # 2) Room on the decode node, before any prefill is spent.
-                await decode.admit(message, self._remaining_s(journey), runs_alone=prefill is None)
+                await decode.admit(message, self._remaining_s(journey), prefill is None, metadata)
                 timeline.admitted()
                 timeline.prefill_started()
-                first = await prefill.run(message, self._remaining_s(journey)) if prefill else None
+                first = await prefill.run(message, self._remaining_s(journey), metadata) if prefill else None
                 if prefill and first:
                     has_computed(prefill, first.local_hit_tokens + first.store_hit_tokens, first.compute_s)
             # 3) The first token. It goes to the client while Start is on its way.
             if first is not None:
                 if is_first:
                     timeline.hit(first.local_hit_tokens, first.store_hit_tokens)
+                    timeline.waited(first.queue_s, first.fetch_s)
                 if not first.finish_reason:
                     decode.start([first.token], first.coming_blocks)
                 yield _take(journey, timeline, [first.token], first.finish_reason)
@@ -150,6 +152,9 @@ class Dispatcher:
                     has_computed(decode, tokens.local_hit_tokens + tokens.store_hit_tokens, tokens.compute_s)
                     if is_first:
                         timeline.hit(tokens.local_hit_tokens, tokens.store_hit_tokens)
+                        timeline.waited(tokens.queue_s, tokens.fetch_s)
+                elif first is not None and is_first:
+                    timeline.transferred(tokens.fetch_s)
                 timeline.decode_hit(tokens.store_hit_tokens)
                 yield _take(journey, timeline, tokens.tokens)
             yield Progress((), reply.finished.finish_reason)

@@ -15,7 +15,8 @@ RouterError
 ├── UnusableTokenizer   the model's folder has no tokenizer that can be read; the router does not start
 ├── UnusableTenants     the tenants' file cannot be read, or breaks a rule; neither router nor cluster starts
 ├── UnusableKeys        the same of the file of admin keys
-└── UnusableTls         a certificate or key cannot be read, does not fit or is out of date; the same
+├── UnusableTls         a certificate or key cannot be read, does not fit or is out of date; the same
+└── UnusableTraces      traces are asked for, and what makes them is not installed; the router does not start
 """
 
 from __future__ import annotations
@@ -109,3 +110,7 @@ class UnusableKeys(RouterError):
 
 class UnusableTls(RouterError):
     """A file of a certificate, a key or an authority is not what it must be; names the file."""
+
+
+class UnusableTraces(RouterError):
+    """Traces are to be sent somewhere, but the packages for it are missing."""

@@ -24,10 +24,12 @@ from router.journal import part_id
 from router.journey import RoutedRequest
 from router.limits import Turnstile, Visit
 from router.merge import merge
+from router.observer import Observer
 from router.registry import Pool, Registry
 from router.tenants import EVERYBODY, Tenant, Tenants
 from router.timeline import Timeline
 from router.tokenizer import Tokenizer
+from router.traces import NO_TRACE, PassedOn, Trace, Traces
 from router.validate import (
     CheckedRequest,
     Limits,
@@ -54,6 +56,7 @@ class Caller:
     tenant: Tenant = EVERYBODY
     received_s: float = field(default_factory=time.monotonic)
     deadline_s: float | None = None
+    trace: Trace = NO_TRACE
 
 
 class Frontend:
@@ -69,8 +72,11 @@ class Frontend:
         rng: random.Random,
         tenants: Tenants | None = None,
         turnstile: Turnstile | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.limits = limits
+        self.observer = Observer()
+        self.traces = traces or PassedOn()
         self._registry = registry
         self._dispatcher = dispatcher
         self._decider = decider
@@ -116,7 +122,7 @@ class Frontend:
         Raises what reaches clients of `RouterError`; a failure of one answer is one of the call. Close the generator to
         abandon the request.
         """
-        with self._turnstile.admit(caller.tenant.name, caller.tenant.allowance) as visit:
+        with self.observer.call(), self._turnstile.admit(caller.tenant.name, caller.tenant.allowance) as visit:
             async with aclosing(self._generate(message, caller, visit)) as responses:
                 async for response in responses:
                     visit.charge_output(len(response.tokens))
@@ -125,9 +131,9 @@ class Frontend:
     async def _generate(
         self, message: inference_pb2.GenerateRequest, caller: Caller, visit: Visit
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        received = Timeline(time.monotonic)
+        received = self._timeline()
         checked = check(message, self.limits)
-        timelines = [received, *(Timeline(time.monotonic) for _ in range(checked.num_answers - 1))]
+        timelines = [received, *(self._timeline() for _ in range(checked.num_answers - 1))]
         request = await self._route(checked, caller)
         visit.charge_prompt(len(request.prompt_ids))
         form = Form(
@@ -140,6 +146,9 @@ class Frontend:
         async with aclosing(self._answers(parts, form, timelines)) as responses:
             async for response in responses:
                 yield response
+
+    def _timeline(self) -> Timeline:
+        return Timeline(time.monotonic, self.observer.tally.inter_token)
 
     def _parts(self, request: RoutedRequest, count: int) -> list[RoutedRequest]:
         """The requests that so many answers take: each with a seed of its own, and a name of its own if not alone."""
@@ -172,15 +181,17 @@ class Frontend:
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """One answer. `begins` is set with its first response."""
         answer = Answer(request, form, self._tokenizer, timeline)
-        async with aclosing(self._dispatcher.run(request, timeline)) as journey:
-            async for progress in journey:
-                response = answer.respond(progress)
-                if response.finish_reason:
-                    self._decider.finished(request, response.timeline)
-                begins.set()
-                yield response
-                if response.finish_reason:
-                    return
+        with self.observer.answer() as watched:
+            async with aclosing(self._dispatcher.run(request, timeline)) as journey:
+                async for progress in journey:
+                    response = answer.respond(progress)
+                    if response.finish_reason:
+                        self._decider.finished(request, response.timeline)
+                        self.observer.finished(watched, request, response)
+                    begins.set()
+                    yield response
+                    if response.finish_reason:
+                        return
 
     async def tokenize(self, message: inference_pb2.TokenizeRequest, caller: Caller) -> inference_pb2.TokenizeResponse:
         """The tokens that a prompt would be, also one that is too long for the model.
@@ -227,6 +238,7 @@ class Frontend:
             priority=checked.priority,
             first_due_s=None if checked.ttft_slo_s is None else caller.received_s + checked.ttft_slo_s,
             tpot_limit_s=checked.tpot_slo_s,
+            trace=caller.trace,
         )
 
     async def _tokenise(self, checked: CheckedRequest, pool: Pool) -> list[int]:

@@ -26,6 +26,7 @@ from router.errors import (
 from router.frontend import Caller, Frontend
 from router.rejection import metadata_of
 from router.tenants import AUTHORIZATION, Tenant
+from router.traces import TRACEPARENT, TRACERESPONSE, TRACESTATE, Trace
 from router.validate import Limits, parse
 
 logger = logging.getLogger(__name__)
@@ -99,11 +100,19 @@ class InferenceService:
         received_s, remaining_s = time.monotonic(), context.time_remaining()
         deadline_s = None if remaining_s is None else received_s + remaining_s
         async with _statuses(context, "Generate"):
-            caller = Caller(self._authenticate(context), received_s, deadline_s)
-            message = self._parse(body, inference_pb2.GenerateRequest)
-            async with aclosing(self._frontend.generate(message, caller)) as responses:
-                async for response in responses:
-                    await context.write(response)
+            tenant = self._authenticate(context)
+            with self._trace(context) as trace:
+                caller = Caller(tenant, received_s, deadline_s, trace)
+                message = self._parse(body, inference_pb2.GenerateRequest)
+                if trace.context:
+                    await context.send_initial_metadata(((TRACERESPONSE, trace.context),))
+                async with aclosing(self._frontend.generate(message, caller)) as responses:
+                    async for response in responses:
+                        await context.write(response)
+
+    def _trace(self, context: grpc.aio.ServicerContext) -> Trace:
+        given = dict(context.invocation_metadata() or ())
+        return self._frontend.traces.begin(given.get(TRACEPARENT, ""), given.get(TRACESTATE, ""))
 
     def _parse(self, body: bytes, kind: type[M]) -> M:
         return parse(body, self._frontend.limits, kind)

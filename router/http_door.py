@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from router.errors import ClusterUnavailable, InvalidRequest, RouterError
 from router.frontend import Frontend
 from router.http_errors import Failure, RefusedCall, failure_of
+from router.http_page import StatusPage
 from router.http_routes import REQUEST_ID, Call, Routes
 from router.http_stream import STALL_S
 from router.tenants import AUTHORIZATION
@@ -30,11 +31,17 @@ KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCN
 
 
 class HttpDoor:
-    """Answers from `open` to `close`. `metrics` None: there is no /metrics."""
+    """Answers from `open` to `close`. `metrics` None: there is no /metrics; likewise `page`."""
 
-    def __init__(self, frontend: Frontend, metrics: CollectorRegistry | None = None, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        metrics: CollectorRegistry | None = None,
+        stall_s: float = STALL_S,
+        page: StatusPage | None = None,
+    ) -> None:
         self._frontend = frontend
-        self._routes = Routes(frontend, metrics, stall_s)
+        self._routes = Routes(frontend, metrics, stall_s, page)
         self._calls: set[asyncio.Task[object]] = set()
         self._runner: web.ServerRunner | None = None
         self._site: web.SockSite | None = None
@@ -99,7 +106,8 @@ class HttpDoor:
             logger.exception("event=call_failed path=%s request_id=%s", request.path, call.request_id)
             response = _refusal(failure_of(error, call.renamed))
         if not response.prepared:
-            _mark(response, call.request_id)
+            response.headers.update(call.headers)
+            response.headers["Server"] = "baton"
             if self._is_closing:
                 response.force_close()
         return response

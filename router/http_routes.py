@@ -26,9 +26,11 @@ from router.http_body import INLINE_BYTES, parse_object, read_body
 from router.http_errors import RefusedCall, failure_of
 from router.http_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read
 from router.http_openapi import openapi
+from router.http_page import StatusPage
 from router.http_requests import Asked, ask_chat, ask_completion, ask_tokens
 from router.http_stream import STALL_S, ClientGone, EventStream, answers
 from router.tenants import EVERYBODY, Tenant
+from router.traces import NO_TRACE, TRACEPARENT, TRACERESPONSE, TRACESTATE, Trace
 from router.validate import check_model
 
 logger = logging.getLogger(__name__)
@@ -49,19 +51,21 @@ class Call:
     received_s: float  # monotonic
     tenant: Tenant = EVERYBODY
     renamed: Mapping[str, str] = field(default_factory=dict)
+    trace: Trace = NO_TRACE
 
     @property
     def headers(self) -> dict[str, str]:
-        return {REQUEST_ID: self.request_id}
+        traced = {TRACERESPONSE: self.trace.context} if self.trace.context else {}
+        return {REQUEST_ID: self.request_id} | traced
 
     def caller(self) -> Caller:
         """Raises `InvalidRequest` for a time limit that is none."""
         text = self.request.headers.get(TIMEOUT)
         if text is None:
-            return Caller(self.tenant, self.received_s)
+            return Caller(self.tenant, self.received_s, trace=self.trace)
         if not (text.isascii() and text.isdigit() and 1 <= int(text[:11]) <= MAX_TIMEOUT_MS):
             raise InvalidRequest(TIMEOUT, f"must be an integer in [1, {MAX_TIMEOUT_MS}]")
-        return Caller(self.tenant, self.received_s, self.received_s + int(text) / 1000)
+        return Caller(self.tenant, self.received_s, self.received_s + int(text) / 1000, self.trace)
 
 
 Endpoint = Callable[[Call], Awaitable[web.StreamResponse]]
@@ -75,9 +79,15 @@ class Route:
 
 
 class Routes:
-    """All endpoints of one router. `metrics` None: it shows none."""
+    """All endpoints of one router. `metrics` None: it shows none; likewise `page`."""
 
-    def __init__(self, frontend: Frontend, metrics: CollectorRegistry | None, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        metrics: CollectorRegistry | None,
+        stall_s: float = STALL_S,
+        page: StatusPage | None = None,
+    ) -> None:
         self._frontend = frontend
         self._metrics = metrics
         self._stall_s = stall_s
@@ -95,6 +105,9 @@ class Routes:
         }
         if metrics is not None:
             self._routes["/metrics"] = Route("GET", self._show_metrics, False)
+        if page is not None:
+            for path in page.paths:
+                self._routes[path] = Route("GET", functools.partial(_show_page, page), False)
 
     def find(self, method: str, path: str) -> Route:
         """Raises `RefusedCall`: no such route, or none for the method."""
@@ -110,6 +123,19 @@ class Routes:
     # --- answers of the model ---
 
     async def _chat(self, call: Call) -> web.StreamResponse:
+        with self._trace(call):
+            return await self._traced_chat(call)
+
+    async def _complete(self, call: Call) -> web.StreamResponse:
+        with self._trace(call):
+            return await self._traced_completion(call)
+
+    def _trace(self, call: Call) -> Trace:
+        headers = call.request.headers
+        call.trace = self._frontend.traces.begin(headers.get(TRACEPARENT, ""), headers.get(TRACESTATE, ""))
+        return call.trace
+
+    async def _traced_chat(self, call: Call) -> web.StreamResponse:
         asked = await self._ask(call, lambda body: ask_chat(read(ChatRequest, body), call.request_id))
         choices = [
             ChatChoice(index, self._frontend.piece, asked.num_logprobs, asked.is_single_call)
@@ -117,7 +143,7 @@ class Routes:
         ]
         return await self._answer(call, asked, choices, "chatcmpl", "chat.completion")
 
-    async def _complete(self, call: Call) -> web.StreamResponse:
+    async def _traced_completion(self, call: Call) -> web.StreamResponse:
         asked = await self._ask(call, lambda body: ask_completion(read(CompletionRequest, body), call.request_id))
         num_choices = len(asked.messages) * asked.num_answers
         choices = [CompletionChoice(index, self._frontend.piece, asked.num_logprobs) for index in range(num_choices)]
@@ -250,6 +276,10 @@ class Routes:
     async def _show_metrics(self, _call: Call) -> web.StreamResponse:
         assert self._metrics is not None
         return web.Response(body=generate_latest(self._metrics), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _show_page(page: StatusPage, call: Call) -> web.StreamResponse:
+    return await page.answer(call.request.path)
 
 
 def _check_whole(num_finished: int, choices: Sequence[Choice]) -> None:

@@ -11,6 +11,7 @@ from router.errors import LegFailed, LegRefused, RouterError
 from router.hits import Hit
 from router.plan import RequestView
 from router.registry import Pool
+from router.traces import NO_TRACE, Trace
 
 UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
 LASTING_TOKENS = 32  # so many new tokens between two failures, and the second one begins a new count
@@ -31,6 +32,7 @@ class RoutedRequest:
     first_due_s: float | None = None  # when its first token is to be there by its SLO, on the dispatcher's clock
     tpot_limit_s: float | None = None
     has_begun: bool = False  # the client has part of the call's answer already: another of its n answers
+    trace: Trace = NO_TRACE  # of the call
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from router.errors import InvalidRequest, LegFailed, LegRefused
 
 # What gRPC's core says where no connection could be made; where it says anything else, the call counts as taken.
 UNREACHED = "failed to connect to all addresses"
+Metadata = tuple[tuple[str, str], ...] | None  # of a call to a node
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,12 @@ class PrefillLeg(Leg):
 
     kind = "prefill"
 
-    async def run(self, request: node_pb2.NodeRequest, timeout_s: float | None) -> node_pb2.PrefillResponse:
+    async def run(
+        self, request: node_pb2.NodeRequest, timeout_s: float | None, metadata: Metadata = None
+    ) -> node_pb2.PrefillResponse:
         """Raises `InvalidRequest`, `LegRefused`, `LegFailed`."""
-        self._call = self.callee.method(node_pb2.PrefillRequest(request=request), timeout=timeout_s)
+        message = node_pb2.PrefillRequest(request=request)
+        self._call = self.callee.method(message, timeout=timeout_s, metadata=metadata)
         with self._waiting(may_refuse=True):
             answer: node_pb2.PrefillResponse = await self._call
         return answer
@@ -134,16 +138,22 @@ class DecodeLeg(Leg):
     kind = "decode"
     _starting: asyncio.Task[None] | None = None
 
-    async def admit(self, request: node_pb2.NodeRequest, timeout_s: float | None, runs_alone: bool = False) -> None:
+    async def admit(
+        self,
+        request: node_pb2.NodeRequest,
+        timeout_s: float | None,
+        runs_alone: bool = False,
+        metadata: Metadata = None,
+    ) -> None:
         """Waits until the node holds room. A leg that runs alone needs no `start`, and half the messages.
 
         Raises `InvalidRequest`, `LegRefused`, `LegFailed`.
         """
         message = node_pb2.DecodeRequest(admit=node_pb2.Admit(request=request, runs_alone=runs_alone))
         if runs_alone:
-            self._call = self.callee.lone_method(message, timeout=timeout_s)
+            self._call = self.callee.lone_method(message, timeout=timeout_s, metadata=metadata)
         else:
-            self._call = self.callee.method(timeout=timeout_s)
+            self._call = self.callee.method(timeout=timeout_s, metadata=metadata)
         with self._waiting(may_refuse=True):
             if not runs_alone:
                 await self._write(message)

@@ -1,27 +1,74 @@
-"""A router's numbers for Prometheus, read when they are asked for. Their number does not grow."""
+"""A router's numbers for Prometheus, read when they are asked for. Their number does not grow.
+
+What vLLM has too is called as there, with `baton_` before it, and has its label `model_name`: the one that is served.
+Other labels take the router's own words alone. docs/observability.md has them all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from router.accuracy import Accuracy
 from router.plan import Reason
+from router.registry import ROLES, Registry
+from router.tally import ABORT, ERRORS, HISTOGRAMS, INTERNAL, REASONS, Tally
 
 OUTCOMES = ("both legs", "one leg", "rejected")
 QUANTILES = (0.5, 0.9)
+STATES = ("up", "draining", "down")
 
 
 class RouterCollector(Collector):
-    """Decisions by kind, rejections by reason, and predictions against what became of them."""
+    """What became of requests; decisions by kind, rejections by reason, predictions against what became of them."""
 
-    def __init__(self, accuracy: Accuracy) -> None:
+    def __init__(self, accuracy: Accuracy, tally: Tally, registry: Registry) -> None:
         self._accuracy = accuracy
+        self._tally = tally
+        self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
+        pool = self._registry.pool
+        model = pool.model if pool is not None else ""
+        yield from self._requests(model)
+        yield from self._histograms(model)
+        yield from self._decisions()
+        yield from self._errors()
+        yield self._nodes()
+
+    def _requests(self, model: str) -> Iterator[Metric]:
+        tally, named = self._tally, {"model_name": model}
+        finished = {reason: tally.finished[reason] for reason in (*REASONS.values(), ABORT)}
+        words = "Answers that ended, by why; abort: the client left."
+        yield _counts("finished_reason", "baton_request_success", words, finished, named)
+        failed = {error: tally.failed[error] for error in (*ERRORS.values(), INTERNAL)}
+        yield _counts("error", "baton_request_failures", "Calls that ended with an error.", failed, named)
+        for name, words, value in (
+            ("prompt_tokens", "Tokens of prompts.", tally.num_prompt_tokens),
+            ("generation_tokens", "Tokens of answers.", tally.num_output_tokens),
+            ("prefix_cache_queries", "Prompt tokens that were looked for in caches: all.", tally.num_prompt_tokens),
+            ("request_migrations", "Times that answers went on elsewhere, after a leg failed.", tally.num_migrations),
+        ):
+            yield _counts("", f"baton_{name}", words, {"": value}, named)
+        hits = {"local": tally.num_local_hit_tokens, "store": tally.num_store_hit_tokens}
+        words = "Prompt tokens that a first leg had not to compute: its engine had them, or a store."
+        yield _counts("tier", "baton_prefix_cache_hits", words, hits, named)
+        words = "Answers on their way through this router."
+        family = GaugeMetricFamily("baton_router_requests_in_flight", words, labels=["model_name"])
+        family.add_metric([model], tally.num_in_flight)
+        yield family
+
+    def _histograms(self, model: str) -> Iterator[Metric]:
+        for field, (name, words) in HISTOGRAMS.items():
+            histogram = getattr(self._tally, field)
+            family = HistogramMetricFamily(f"baton_{name}", words, labels=["model_name"])
+            family.add_metric([model], histogram.buckets(), histogram.total)
+            yield family
+
+    def _decisions(self) -> Iterator[Metric]:
         accuracy = self._accuracy
         outcomes = {outcome.replace(" ", "_"): accuracy.outcomes[outcome] for outcome in OUTCOMES}
         yield _counts("outcome", "baton_router_decisions", "Decisions: one leg is a skipped prefill leg.", outcomes)
@@ -32,7 +79,6 @@ class RouterCollector(Collector):
         for quantile in QUANTILES:
             family.add_metric([str(quantile)], accuracy.decision_s(quantile))
         yield family
-        yield from self._errors()
 
     def _errors(self) -> Iterator[Metric]:
         both = {"ttft": self._accuracy.ttft, "tpot": self._accuracy.tpot}
@@ -45,10 +91,28 @@ class RouterCollector(Collector):
                 ratios.add_metric([name, str(quantile)], errors.ratio(quantile))
         yield seconds
         yield ratios
+        words = "Seconds of requests that did not migrate, from the plan on"
+        for kind in ("predicted", "actual"):
+            sums = {name: getattr(errors, f"{kind}_s") for name, errors in both.items()}
+            yield _counts("of", f"baton_router_{kind}_seconds", f"{words}: {kind}.", sums)
+
+    def _nodes(self) -> Metric:
+        words = "Nodes in the registry; down: they did not answer this router."
+        family = GaugeMetricFamily("baton_router_nodes", words, labels=["role", "state"])
+        nodes: list[tuple[str, str]] = [(node.record.role, node.state) for node in self._registry.nodes]
+        for role in ROLES:
+            for state in STATES:
+                family.add_metric([role, state], nodes.count((role, state)))
+        return family
 
 
-def _counts(label: str, name: str, words: str, values: Mapping[str, int]) -> Metric:
-    family = CounterMetricFamily(name, words, labels=[label])
+def _counts(
+    label: str, name: str, words: str, values: Mapping[str, float], common: Mapping[str, str] | None = None
+) -> Metric:
+    """One counter. `label` "": it has none of its own, and one value."""
+    given = common or {}
+    labels: Sequence[str] = [*given, *([label] if label else [])]
+    family = CounterMetricFamily(name, words, labels=labels)
     for value, number in values.items():
-        family.add_metric([value], number)
+        family.add_metric([*given.values(), *([value] if label else [])], number)
     return family

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,7 +15,7 @@ from batonpb import node_pb2, node_pb2_grpc
 from kvstore.directory import NodeRecord
 from router.backlog import Backlog
 from router.cluster import NodeView
-from router.legs import Burden, Callee, DecodeLeg, Leg, PrefillLeg, Work
+from router.legs import Burden, Callee, DecodeLeg, Leg, Metadata, PrefillLeg, Work
 from router.speeds import GUESSED_PREFILL, GUESSED_STEP, NodeSpeeds, PrefillSpeed, StepSpeed
 from router.tenants import AUTHORIZATION
 
@@ -51,16 +51,16 @@ class Node:
         prefill = node_pb2_grpc.PrefillStub(self._channel)  # type: ignore[no-untyped-call]
         decode = node_pb2_grpc.DecodeStub(self._channel)  # type: ignore[no-untyped-call]
         control = node_pb2_grpc.NodeControlStub(self._channel)  # type: ignore[no-untyped-call]
-        metadata = ((AUTHORIZATION, f"Bearer {token}"),) if token else None
-        self._prefill = partial(prefill.Prefill, metadata=metadata)
-        self._decode = partial(decode.Decode, metadata=metadata)
+        metadata: Metadata = ((AUTHORIZATION, f"Bearer {token}"),) if token else None
+        self._prefill = partial(_called, prefill.Prefill, metadata)
+        self._decode = partial(_called, decode.Decode, metadata)
         # A stream that takes a single message costs half of one that takes more, and looks the same to the node.
         alone = self._channel.unary_stream(
             "/baton.v1.Decode/Decode",
             request_serializer=node_pb2.DecodeRequest.SerializeToString,
             response_deserializer=node_pb2.DecodeResponse.FromString,
         )
-        self._decode_alone = partial(alone, metadata=metadata)
+        self._decode_alone = partial(_called, alone, metadata)
         self._drain = partial(control.Drain, metadata=metadata)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -74,6 +74,13 @@ class Node:
         self.record, self._is_news = record, True
         for leg in self.legs:
             leg.is_reported = leg.is_reported or leg.sent_s < last_poll_s
+
+    @property
+    def state(self) -> Literal["up", "draining", "down"]:
+        """Whether it can be given work: not while it drains, nor while it does not answer."""
+        if self.down_since_s is not None:
+            return "down"
+        return "draining" if self.record.draining else "up"
 
     def learn(self) -> None:
         """What the last record says of the node's speeds; before all nodes' speeds are compared."""
@@ -171,3 +178,9 @@ class Node:
             leg.close()
             self.legs.discard(leg)
             self._backlog.over(leg)
+
+
+def _called(method: Any, own: Metadata, *arguments: Any, metadata: Metadata = None, **options: Any) -> Any:
+    """A call of a method with metadata of its own beside the caller's."""
+    both = (*(own or ()), *(metadata or ()))
+    return method(*arguments, metadata=both or None, **options)

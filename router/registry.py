@@ -93,6 +93,11 @@ class Registry:
         """The nodes' common ground; the last one known while no node is alive, None before the first."""
         return self._pool
 
+    @property
+    def nodes(self) -> list[Node]:
+        """All that are known, by name, to be looked at; those that take no work are among them."""
+        return [self._nodes[node_id] for node_id in sorted(self._nodes)]
+
     def snapshot(self, pool: Pool | None = None) -> Cluster:
         """The nodes of `pool` (None: of the one that most nodes are in) that can be given work, as of now.
 
@@ -101,10 +106,6 @@ class Registry:
         pool = pool or self._pool
         cluster = self._clusters.get((pool.model, pool.root)) if pool is not None else None
         return Cluster(1, 1) if cluster is None else cluster
-
-    def nodes(self) -> list[Node]:
-        """All that are alive, for who wants to look at them: those that take no work are among them."""
-        return list(self._nodes.values())
 
     def prefill_leg(self, node_id: str, burden: Burden) -> AbstractContextManager[PrefillLeg]:
         """A leg to `run` inside the context. Raises `LegFailed` where the node is gone by now."""

@@ -23,9 +23,11 @@ from router.dispatch import Dispatcher, Persistence
 from router.frontend import Frontend
 from router.grpc_door import SERVICE, InferenceService, max_calls, server_options
 from router.http_door import HttpDoor
+from router.http_page import StatusPage
 from router.limits import Turnstile
 from router.locks import Locks, open_locks
 from router.metrics import RouterCollector
+from router.otel import open_traces
 from router.registry import Registry
 from router.tokenizer import Tokenizer
 
@@ -40,14 +42,14 @@ class RouterServer:
         self._rng = rng or random.Random()
         self._health = health.aio.HealthServicer()
         self._stack = AsyncExitStack()
-        self._frontend: Frontend | None = None
+        self.frontend: Frontend | None = None  # while it is open
         self._admin_address = ""
 
     async def start(self) -> dict[str, object]:
         """Listens. Returns the address and what else a launcher wants to print.
 
-        Raises `UnusableTokenizer`, `UnusableTenants`, `UnusableTls`, `UnusableKeys`, and `RuntimeError` where a port
-        is taken.
+        Raises `UnusableTokenizer`, `UnusableTenants`, `UnusableTls`, `UnusableKeys`, `UnusableTraces`, and
+        `RuntimeError` where a port is taken.
         """
         async with AsyncExitStack() as stack:
             address, http_address, metrics_address = await self._open(stack)
@@ -66,7 +68,7 @@ class RouterServer:
     @property
     def is_ready(self) -> bool:
         """Whether there is a node to serve a request."""
-        return self._frontend is not None and self._frontend.is_ready
+        return self.frontend is not None and self.frontend.is_ready
 
     async def stop(self) -> None:
         """Takes no new requests, lets those that run end within `drain_s`, closes. Idempotent."""
@@ -89,10 +91,11 @@ class RouterServer:
         decider = Decider(self._rng, config.policy)
         dispatcher = Dispatcher(registry, directory, decider, persistence)
         turnstile = Turnstile(config.max_concurrent_requests, time.monotonic)
-        frontend = Frontend(
-            config.limits, registry, dispatcher, decider, tokenizer, self._rng, locks.tenants, turnstile
+        traces = open_traces(config.otlp_endpoint, config.model)
+        stack.push_async_callback(asyncio.to_thread, traces.close)
+        self.frontend = frontend = Frontend(
+            config.limits, registry, dispatcher, decider, tokenizer, self._rng, locks.tenants, turnstile, traces
         )
-        self._frontend = frontend
         server = grpc.aio.server(
             options=server_options(config.limits), maximum_concurrent_rpcs=max_calls(config.max_concurrent_requests)
         )
@@ -101,8 +104,11 @@ class RouterServer:
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         port = locks.add_port(server, f"{config.host}:{config.port}")
         await server.start()
-        collector = RouterCollector(decider.accuracy)
-        http, http_address = await self._open_http(stack, frontend, collector, locks)
+        collector = RouterCollector(decider.accuracy, frontend.observer.tally, registry)
+        page = StatusPage(registry, frontend.observer, directory, config.cluster, shows_ids=locks.tenants is None)
+        http, http_address = await self._open_http(
+            stack, frontend, collector, locks, page if config.shows_page else None
+        )
         stack.push_async_callback(_drain, server, http, config.drain_s)
         self._admin_address = await open_admin(config, stack, registry, locks)
         reporting = asyncio.create_task(self._report_health(frontend))
@@ -112,7 +118,12 @@ class RouterServer:
         return f"{config.advertise_host or config.host}:{port}", http_address, metrics_address
 
     async def _open_http(
-        self, stack: AsyncExitStack, frontend: Frontend, collector: RouterCollector, locks: Locks
+        self,
+        stack: AsyncExitStack,
+        frontend: Frontend,
+        collector: RouterCollector,
+        locks: Locks,
+        page: StatusPage | None,
     ) -> tuple[HttpDoor | None, str]:
         """The door, and where it is; None and "" where there is none."""
         config = self._config
@@ -121,7 +132,7 @@ class RouterServer:
         metrics = CollectorRegistry() if config.metrics else None
         if metrics is not None:
             metrics.register(collector)
-        door = HttpDoor(frontend, metrics)
+        door = HttpDoor(frontend, metrics, page=page)
         port = await door.open(config.host, config.http_port, ssl_context=locks.ssl_context)
         stack.push_async_callback(door.close, 0.0)
         return door, f"{config.advertise_host or config.host}:{port}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from batonpb import inference_pb2
+from router.histogram import Histogram
 from router.plan import Plan
 
 NEVER_S = -1.0
@@ -16,11 +17,14 @@ NEVER_S = -1.0
 class Timeline:
     """The stamps of one request, from its receipt on. All seconds are since then.
 
-    Until the first token, a stamp made by a later attempt replaces that of an earlier one.
+    Until the first token, a stamp made by a later attempt replaces that of an earlier one. `gaps` takes the seconds
+    between tokens.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], gaps: Histogram | None = None) -> None:
         self._clock = clock
+        self._gaps = gaps
+        self._last_token_s = 0.0
         self._received_s = clock()
         self._num_tokens = 0
         self._hits: tuple[int, int] | None = None  # (local, store) tokens of the first leg
@@ -30,6 +34,7 @@ class Timeline:
             prefill_start_s=NEVER_S,
             first_token_s=NEVER_S,
             finished_s=NEVER_S,
+            second_token_s=NEVER_S,
         )
 
     @property
@@ -54,14 +59,32 @@ class Timeline:
             self._message.prefill_start_s = self._now_s()
 
     def took(self, num_tokens: int) -> None:
-        if num_tokens and not self._num_tokens:
-            self._message.first_token_s = self._now_s()
+        """Tokens that came together. Of several, each is taken to have come behind an equal part of the gap."""
+        if not num_tokens:
+            return
+        now_s = self._now_s()
+        if not self._num_tokens:
+            self._message.first_token_s = now_s
+        else:
+            if self._message.second_token_s < 0.0:
+                self._message.second_token_s = now_s
+            if self._gaps is not None:
+                self._gaps.observe((now_s - self._last_token_s) / num_tokens, num_tokens)
         self._num_tokens += num_tokens
+        self._last_token_s = now_s
 
     def hit(self, local_tokens: int, store_tokens: int) -> None:
         """What the leg that computed the first token had not to compute. Only the first report counts."""
         if self._hits is None:
             self._hits = local_tokens, store_tokens
+
+    def waited(self, queue_s: float, fetch_s: float) -> None:
+        """What the leg that computed the first token waited: in all, and for blocks of the store."""
+        self._message.queue_s, self._message.fetch_s = max(0.0, queue_s - fetch_s), max(0.0, fetch_s)
+
+    def transferred(self, seconds: float) -> None:
+        """What the second leg waited for the prompt's blocks."""
+        self._message.transfer_s = max(0.0, seconds)
 
     def decode_hit(self, store_tokens: int) -> None:
         self._message.decode_store_hit_tokens = store_tokens

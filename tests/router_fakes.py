@@ -116,7 +116,8 @@ class FakeNode:
         self.tokens_per_message = 1
         self.step_s = 0.0
         self.hits = (0, 0)  # (local, store) tokens that each leg reports
-        self.compute_s = 0.0  # likewise
+        self.compute_s = self.queue_s = self.fetch_s = 0.0  # likewise
+        self.metadata: list[dict[str, str]] = []  # of each call, as it came
         self.health = health.aio.HealthServicer()
         self._directory = Directory(redis_url, CLUSTER)
         self._role = role
@@ -182,6 +183,7 @@ class FakeNode:
         self, message: node_pb2.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> node_pb2.PrefillResponse:
         self.seen.prefills.append(message.request)
+        self.metadata.append(dict(context.invocation_metadata() or ()))
         with self._working():
             await self._moment("prefill", context)
             token, reason = self._next(message.request, [])
@@ -193,11 +195,14 @@ class FakeNode:
             local_hit_tokens=local,
             store_hit_tokens=store,
             compute_s=self.compute_s,
+            queue_s=self.queue_s,
+            fetch_s=self.fetch_s,
         )
 
     async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         admit = (await context.read()).admit
         request = admit.request
+        self.metadata.append(dict(context.invocation_metadata() or ()))
         self.seen.admits.append(request)
         with self._working():
             await self._moment("admit", context)
@@ -218,7 +223,8 @@ class FakeNode:
                 tokens.append(token)
                 if reason or len(tokens) == self.tokens_per_message:
                     local, store = self.hits
-                    message = node_pb2.Tokens(tokens=tokens, local_hit_tokens=local, store_hit_tokens=store)
+                    hits = {"local_hit_tokens": local, "store_hit_tokens": store}
+                    message = node_pb2.Tokens(tokens=tokens, queue_s=self.queue_s, fetch_s=self.fetch_s, **hits)
                     await context.write(node_pb2.DecodeResponse(tokens=message))
                     tokens = []
                 count += 1

@@ -17,6 +17,8 @@ from kvstore.links import Links
 from kvstore.server import StoreConfig, StoreServer
 from node.intake import Intake
 
+LOAD = ("num_running", "num_waiting", "queued_prefill_tokens", "free_blocks", "total_blocks", "draining")
+LOAD += ("prefill_tokens_per_s", "decode_step_s")
 PAGE = (REPOSITORY / "docs" / "kvstore.md").read_text()
 
 
@@ -25,8 +27,9 @@ async def test_the_metrics_that_the_page_names_are_those_that_there_are(redis_ur
     await store.start()
     client: Any = SimpleNamespace(links=Links(64, lambda: 0.0))
     engine: Any = SimpleNamespace(timing=StepTiming())
+    record: Any = SimpleNamespace(**dict.fromkeys(LOAD, 0), model="pocket", role="both")
     names = set()
-    for collector in (store._metrics, NodeCollector(Intake(client, 16, 64), engine)):
+    for collector in (store._metrics, NodeCollector(Intake(client, 16, 64), engine, lambda: record)):
         for family in collector.collect():
             names.add(family.name + "_total" * (family.type == "counter"))
             assert family.documentation.endswith(".")

@@ -13,7 +13,7 @@ import pytest
 from conftest import RedisProcess, eventually
 from node_harness import BLOCK_SIZE, Machine, node_request, prompt_of, running_machine, sampling
 
-from batonpb import common_pb2, node_pb2
+from batonpb import common_pb2, node_pb2, node_pb2_grpc
 from kvstore.blocks import hash_blocks, salted
 
 
@@ -289,3 +289,16 @@ async def test_a_registry_that_is_gone_costs_time_only(
         assert answer.token.token_id == machine.expected(prompt_of(100))[0]
         redis_process.start()
         await eventually(machine.directory.nodes, what="the node is in the registry again")
+
+
+async def test_a_leg_tells_what_it_waited_for_and_logs_its_trace(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    node = await machine.node(role="prefill")
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    message = node_pb2.PrefillRequest(request=node_request(prompt_of(100)))
+    context = (("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),)
+    answer = await node_pb2_grpc.PrefillStub(node.channel).Prefill(message, metadata=context)
+    assert 0.0 <= answer.fetch_s <= answer.queue_s and answer.compute_s > 0.0
+    assert any(f"trace_id={trace_id}" in record.getMessage() for record in caplog.records)

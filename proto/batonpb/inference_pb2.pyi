@@ -112,7 +112,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class Timeline(_message.Message):
-    __slots__ = ("planned_s", "admitted_s", "prefill_start_s", "first_token_s", "finished_s", "prefill_node", "decode_node", "migrations", "predicted_ttft_s", "tpot_s", "decode_store_hit_tokens", "predicted_tpot_s")
+    __slots__ = ("planned_s", "admitted_s", "prefill_start_s", "first_token_s", "finished_s", "prefill_node", "decode_node", "migrations", "predicted_ttft_s", "tpot_s", "decode_store_hit_tokens", "predicted_tpot_s", "queue_s", "fetch_s", "transfer_s", "second_token_s")
     PLANNED_S_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_START_S_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,10 @@ class Timeline(_message.Message):
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
+    SECOND_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     planned_s: float
     admitted_s: float
     prefill_start_s: float
@@ -137,7 +141,11 @@ class Timeline(_message.Message):
     tpot_s: float
     decode_store_hit_tokens: int
     predicted_tpot_s: float
-    def __init__(self, planned_s: _Optional[float] = ..., admitted_s: _Optional[float] = ..., prefill_start_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., prefill_node: _Optional[str] = ..., decode_node: _Optional[str] = ..., migrations: _Optional[int] = ..., predicted_ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., decode_store_hit_tokens: _Optional[int] = ..., predicted_tpot_s: _Optional[float] = ...) -> None: ...
+    queue_s: float
+    fetch_s: float
+    transfer_s: float
+    second_token_s: float
+    def __init__(self, planned_s: _Optional[float] = ..., admitted_s: _Optional[float] = ..., prefill_start_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., finished_s: _Optional[float] = ..., prefill_node: _Optional[str] = ..., decode_node: _Optional[str] = ..., migrations: _Optional[int] = ..., predicted_ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., decode_store_hit_tokens: _Optional[int] = ..., predicted_tpot_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., second_token_s: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "tokens", "finish_reason", "usage", "timeline", "index", "tool_calls", "prompt_tokens")

@@ -32,7 +32,7 @@ class PrefillRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[NodeRequest, _Mapping]] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("token", "finish_reason", "local_hit_tokens", "store_hit_tokens", "queue_s", "compute_s", "coming_blocks")
+    __slots__ = ("token", "finish_reason", "local_hit_tokens", "store_hit_tokens", "queue_s", "compute_s", "coming_blocks", "fetch_s")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     LOCAL_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class PrefillResponse(_message.Message):
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     COMING_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
     token: _common_pb2.Token
     finish_reason: _common_pb2.FinishReason
     local_hit_tokens: int
@@ -47,7 +48,8 @@ class PrefillResponse(_message.Message):
     queue_s: float
     compute_s: float
     coming_blocks: int
-    def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., coming_blocks: _Optional[int] = ...) -> None: ...
+    fetch_s: float
+    def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., coming_blocks: _Optional[int] = ..., fetch_s: _Optional[float] = ...) -> None: ...
 
 class Admit(_message.Message):
     __slots__ = ("request", "runs_alone")
@@ -80,16 +82,20 @@ class Admitted(_message.Message):
     def __init__(self, free_blocks: _Optional[int] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("tokens", "local_hit_tokens", "store_hit_tokens", "compute_s")
+    __slots__ = ("tokens", "local_hit_tokens", "store_hit_tokens", "compute_s", "queue_s", "fetch_s")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]
     local_hit_tokens: int
     store_hit_tokens: int
     compute_s: float
-    def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ...) -> None: ...
+    queue_s: float
+    fetch_s: float
+    def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., fetch_s: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("finish_reason",)
