@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -360,5 +361,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts are taken away
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,35 +58,36 @@ class Reader:
 
 @pytest.fixture(params=["tcp", "curve"])
 async def reader(request: pytest.FixtureRequest, lan: Lan, short_dir: Path) -> AsyncIterator[Reader]:
-    redis = EmbeddedRedis(short_dir / "redis", lan.address)
-    redis.start()
     wire_key = new_wire_key() if request.param == "curve" else ""
     [host] = lan.hosts
-    config = {
-        "dir": str(short_dir / "store"),
-        "redis_url": redis.url,
-        "slot_bytes": SLOT_BYTES,
-        "memory_bytes": 2 * len(HASHES) * SLOT_BYTES,
-        "advertise_host": host.address,
-        "host": "there",
-        "trusts_network": True,
-    }
-    environment = {WIRE_KEY_VARIABLE: wire_key}
-    store = await ServerProcess.start("store", config, prefix=host.command(), extra=environment)
-    directory = Directory(redis.url)
-    # It writes through shared memory, which has no hosts.
-    writer = KVClient(directory, SLOT_BYTES, Path(config["dir"]))
-    assert await writer.publish(HASHES, writer_of(HASHES)) == len(HASHES)
-    client = KVClient(directory, SLOT_BYTES, None, TIMEOUT_S, wire_key)
-    reader = Reader(client, host)
-    await eventually(reader.all_come, what="the directory knows the blocks")
-    yield reader
-    assert client.links.stretches([(store.record["arena_id"], 0)])[0].in_flight_bytes == 0
-    for one in (client, writer):
-        await one.close()
-    await directory.close()
-    await store.stop()
-    redis.stop()
+    async with AsyncExitStack() as stack:
+        redis = EmbeddedRedis(short_dir / "redis", lan.address)
+        stack.callback(redis.stop)
+        redis.start()
+        config = {
+            "dir": str(short_dir / "store"),
+            "redis_url": redis.url,
+            "slot_bytes": SLOT_BYTES,
+            "memory_bytes": 2 * len(HASHES) * SLOT_BYTES,
+            "advertise_host": host.address,
+            "host": "there",
+            "trusts_network": True,
+        }
+        environment = {WIRE_KEY_VARIABLE: wire_key}
+        store = await ServerProcess.start("store", config, prefix=host.command(), extra=environment)
+        stack.push_async_callback(store.stop)
+        directory = Directory(redis.url)
+        stack.push_async_callback(directory.close)
+        # It writes through shared memory, which has no hosts.
+        writer = KVClient(directory, SLOT_BYTES, Path(config["dir"]))
+        stack.push_async_callback(writer.close)
+        assert await writer.publish(HASHES, writer_of(HASHES)) == len(HASHES)
+        client = KVClient(directory, SLOT_BYTES, None, TIMEOUT_S, wire_key)
+        stack.push_async_callback(client.close)
+        reader = Reader(client, host)
+        await eventually(reader.all_come, what="the directory knows the blocks")
+        yield reader
+        assert client.links.stretches([(store.record["arena_id"], 0)])[0].in_flight_bytes == 0
 
 
 async def test_blocks_come_over_limited_links(reader: Reader) -> None:
