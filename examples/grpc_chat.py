@@ -1,6 +1,6 @@
 """A conversation with a Baton router over gRPC, in which the model may call a function of this program.
 
-    python examples/grpc_chat.py 127.0.0.1:8000            # the model's chat template must know tools, or: --no-tools
+    python examples/grpc_chat.py 127.0.0.1:8200            # the model's chat template must know tools, or: --no-tools
 
 A line is a turn; an empty one, or the end of the input, ends. A router with tenants wants a key: set BATON_API_KEY.
 """

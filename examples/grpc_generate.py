@@ -1,6 +1,6 @@
 """Text from a Baton router over gRPC, as it is made.
 
-    python examples/grpc_generate.py 127.0.0.1:8000 "What is a generator?" --max-tokens 60 --n 2
+    python examples/grpc_generate.py 127.0.0.1:8200 "What is a generator?" --max-tokens 60 --n 2
 
 A router with tenants wants a key: set BATON_API_KEY.
 """

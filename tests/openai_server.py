@@ -49,7 +49,7 @@ class OpenAiServer:
 
     async def _start(self) -> None:
         app = web.Application(client_max_size=1 << 20)
-        app.add_routes([web.get("/v1/models", self._models)])
+        app.add_routes([web.get("/v1/models", self._models), web.get("/health", self._health)])
         app.add_routes([web.post("/v1/completions", self._serve), web.post("/v1/chat/completions", self._serve)])
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
@@ -63,6 +63,9 @@ class OpenAiServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(30)
         self._loop.close()
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response()
 
     async def _models(self, request: web.Request) -> web.Response:
         self.keys.add(request.headers.get("Authorization"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -84,3 +85,25 @@ def test_aiperf_agrees(server: OpenAiServer, tmp_path: object) -> None:
     done = subprocess.run(command, cwd=str(tmp_path), capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert len(server.bodies) == 10
+
+
+@pytest.mark.skipif(shutil.which("guidellm") is None, reason="GuideLLM is not installed")
+def test_guidellm_agrees(server: OpenAiServer, tmp_path: object) -> None:
+    command = ["guidellm", "run", "--backend", f"kind=openai_http,target={server.base_url}", "--disable-progress"]
+    command += ["--profile", "kind=poisson,rate=10", "--constraint", "kind=max_requests,count=10"]
+    command += ["--data", "kind=synthetic_text,prompt_tokens=64,output_tokens=8"]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={REPOSITORY / 'models' / 'pocket'}"]
+    few = os.environ | {"GUIDELLM__MAX_WORKER_PROCESSES": "1"}  # each of which imports torch
+    done = subprocess.run(command, cwd=str(tmp_path), env=few, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert len(server.bodies) >= 10
+
+
+@pytest.mark.skipif(shutil.which("vllm") is None, reason="vLLM is not installed")
+def test_vllms_client_agrees(server: OpenAiServer) -> None:
+    command = ["vllm", "bench", "serve", "--backend", "openai", "--base-url", server.base_url, "--model", "fake"]
+    command += ["--tokenizer", str(REPOSITORY / "models" / "pocket"), "--dataset-name", "random"]
+    command += ["--random-input-len", "64", "--random-output-len", "8", "--num-prompts", "10", "--request-rate", "20"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert re.search(r"Successful requests: +10\b", done.stdout), done.stdout[-2000:]
