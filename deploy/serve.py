@@ -128,6 +128,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_lock_arguments(parser)
     add("--router-hosts", type=_names, default=(), metavar="A,B", help="Ray machines for routers; default: this one")
     add("--min-machines", type=int, default=0, metavar="N", help="wait at the start until so many may be used")
+    _add_running_arguments(parser)
+    add_state_argument(parser)
+
+
+def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
+    """What shows how it is doing."""
     add = parser.add_argument_group("running").add_argument
     add(
         "--metrics",
@@ -165,7 +171,6 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="OpenTelemetry's receiver (OTLP over HTTP, as http://localhost:4318) for traces; needs baton[otel]."
         " Default: its own variables, OTEL_EXPORTER_OTLP_ENDPOINT and so on",
     )
-    add_state_argument(parser)
 
 
 def add_state_argument(parser: argparse.ArgumentParser) -> None:
