@@ -41,6 +41,7 @@ class Specs:
     layout: KVLayout  # of the model that is served
     wire_key: str = field(default="", repr=False)  # of its stores and their readers; "": none is asked for
     cluster_token: str = field(default="", repr=False)  # of its nodes and their callers
+    ported_on: Counter[str] = field(default_factory=Counter)  # servers of each machine that have a metrics port
 
     def folder(self, machine: Machine) -> Path:
         return machine_dir(self.config.store_base, self.cluster_id, machine.ray_node_id)
@@ -50,24 +51,23 @@ class Specs:
 
         Servers of one machine that have ports by option take them in this order. Raises `ConfigError`.
         """
-        servers: Counter[str] = Counter()
-        routers: Counter[str] = Counter()
-
-        def metrics_port(machine: Machine) -> int:
-            servers[machine.ray_node_id] += 1
-            return self.config.metrics_port and self.config.metrics_port + servers[machine.ray_node_id] - 1
-
         for machine in usable(self.config, machines):
-            yield PlacedSpec(self._store(machine, metrics_port(machine)), machine)
+            yield PlacedSpec(self._store(machine), machine)
         for placement in placements:
-            spec = self._node(placement, metrics_port(placement.machine))
-            yield PlacedSpec(spec, placement.machine, placement.num_gpus)
+            yield PlacedSpec(self._node(placement), placement.machine, placement.num_gpus)
+        routers: Counter[str] = Counter()
         for index, machine in enumerate(router_machines(self.config, machines, own)):
-            nth = routers[machine.ray_node_id]
+            yield PlacedSpec(self._router(index, routers[machine.ray_node_id], machine), machine)
             routers[machine.ray_node_id] += 1
-            yield PlacedSpec(self._router(index, nth, machine, metrics_port(machine)), machine)
 
-    def _store(self, machine: Machine, metrics_port: int) -> ServerSpec:
+    def _metrics_port(self, machine: Machine) -> int:
+        """The next one of a machine; 0 where the kernel is to choose."""
+        if not self.config.metrics_port:
+            return 0
+        self.ported_on[machine.ray_node_id] += 1
+        return self.config.metrics_port + self.ported_on[machine.ray_node_id] - 1
+
+    def _store(self, machine: Machine) -> ServerSpec:
         disk = self.config.store_disk_dir
         config = StoreConfig(
             dir=str(self.folder(machine)),
@@ -86,11 +86,11 @@ class Specs:
             trusts_network=not self.config.store_encryption,
             tcp=self.config.store_tcp,
             metrics=self.config.metrics,
-            metrics_port=metrics_port,
+            metrics_port=self._metrics_port(machine),
         )
         return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
 
-    def _node(self, placement: Placement, metrics_port: int) -> ServerSpec:
+    def _node(self, placement: Placement) -> ServerSpec:
         machine = placement.machine
         config = NodeConfig(
             node_id=placement.node_id,
@@ -109,7 +109,7 @@ class Specs:
             host=machine.label,
             wire_key=self.wire_key,
             metrics=self.config.metrics,
-            metrics_port=metrics_port,
+            metrics_port=self._metrics_port(machine),
         )
         environment = CROWDED if placement.is_crowded else {}
         return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level, environment)
@@ -126,7 +126,7 @@ class Specs:
             num_threads=placement.num_threads,
         )
 
-    def _router(self, index: int, nth: int, machine: Machine, metrics_port: int) -> ServerSpec:
+    def _router(self, index: int, nth: int, machine: Machine) -> ServerSpec:
         """Router `index` of all, the `nth` one on its machine."""
         tenants = self.config.tenants_file
         config = RouterConfig(
@@ -143,7 +143,7 @@ class Specs:
             cluster_token=self.cluster_token,
             policy=self.config.policy,
             metrics=self.config.metrics,
-            metrics_port=metrics_port,
+            metrics_port=self._metrics_port(machine),
             **self.config.locks.router_options(nth),
         )
         return ServerSpec("router", f"router-{index}", config, self.folder(machine), self.config.log_level)
