@@ -35,7 +35,8 @@ class FakeNode(node_pb2_grpc.PrefillServicer, node_pb2_grpc.DecodeServicer):
             if message.WhichOneof("message") == "admit":
                 left = message.admit.request.sampling.max_tokens
                 yield node_pb2.DecodeResponse(admitted=node_pb2.Admitted(free_blocks=10_000))
-                continue
+                if not message.admit.runs_alone:
+                    continue
             for _ in range(left - len(message.start.tokens)):
                 yield node_pb2.DecodeResponse(tokens=node_pb2.Tokens(tokens=[common_pb2.Token(token_id=TOKEN_ID)]))
             yield node_pb2.DecodeResponse(finished=node_pb2.Finished(finish_reason=common_pb2.FINISH_REASON_LENGTH))

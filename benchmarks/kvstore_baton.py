@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.kvstore_worker import Setting, run
-from deploy.process import WIRE_KEY_VARIABLE
+from deploy.process import SECRETS
 from deploy.redis import EmbeddedRedis
 from engine.kv_cache import KVCache
 from kvstore.arena_map import arena_bytes
@@ -57,7 +57,7 @@ class Store:
         self._redis.start()
         self.shared["redis_url"] = self._config["redis_url"] = self._redis.url
         command = [sys.executable, "-m", "deploy.process", "store", json.dumps(self._config)]
-        environment = os.environ | {WIRE_KEY_VARIABLE: self.shared["wire_key"]}
+        environment = os.environ | {SECRETS["wire_key"]: self.shared["wire_key"]}
         self._process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)
         assert self._process.stdout is not None
         line = await asyncio.wait_for(self._process.stdout.readline(), START_LIMIT_S)

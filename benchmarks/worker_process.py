@@ -21,11 +21,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 class WorkerProcess:
     """The worker as the benchmark sees it. Inherits the benchmark's cores; `greeting` is what it said first."""
 
-    def __init__(self, python: str, module: str, arguments: Sequence[str], extra: Mapping[str, str]) -> None:
+    def __init__(
+        self, python: str, module: str, arguments: Sequence[str], extra: Mapping[str, str], prefix: Sequence[str] = ()
+    ) -> None:
+        """`extra` are variables of its environment, `prefix` words before its command."""
         self._module = module
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [python, "-m", module, *arguments],
+            [*prefix, python, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

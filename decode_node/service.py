@@ -37,7 +37,9 @@ class DecodeService(node_pb2_grpc.DecodeServicer):
             owner = to_owner(admit.request, self._engine.layout.block_bytes)
             async with self._worker.admit(request, owner) as leg:
                 await context.write(_admitted(leg))
-                start = (await _read(context, "start", self._start_wait_s)).start
+                start = node_pb2.Start()
+                if not admit.runs_alone:
+                    start = (await _read(context, "start", self._start_wait_s)).start
                 token_ids = started_with(start.tokens, request, self._engine)
                 async for tokens in leg.run(token_ids, start.coming_blocks):
                     await context.write(_tokens(leg, tokens))

@@ -46,7 +46,7 @@ class ServerSpec:
     `environment` is for the libraries that the server loads; what the machine itself has set goes before it.
     """
 
-    kind: Literal["store", "node", "router"]
+    kind: Literal["store", "node", "rank", "router"]
     name: str
     config: StoreConfig | NodeConfig | RouterConfig
     folder: Path
@@ -181,6 +181,10 @@ def build(spec: ServerSpec, report: Callable[[float], object] = lambda part: Non
         from deploy.node import NodeServer
 
         return NodeServer(config, report)
+    if spec.kind == "rank":
+        from deploy.rank import RankServer
+
+        return RankServer(config, report)
     if spec.kind == "store":
         from kvstore.server import StoreServer
 

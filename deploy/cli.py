@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from deploy import admin, client, config_cli, explain, keys, kv, serve, size
+from deploy import admin, client, config_cli, explain, keys, kv, scale, serve, size
 from deploy.config import DeployError
 from deploy.config_file import parse_with_file
 from loadtest import bench, compare, flags, plan, simulate
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("nodes", admin.nodes, admin.add_nodes_arguments, "show the nodes as a router sees them")
     add("drain", admin.drain, admin.add_drain_arguments, "make a node refuse new requests, or take them again")
     add("key", keys.key, keys.add_key_arguments, "make an API key or an admin key")
+    add("scale", scale.run, scale.add_arguments, "add nodes to the cluster that is up, or drain and remove some")
     add("down", serve.down, serve.add_state_argument, "stop the cluster that is up")
     add("generate", client.generate, client.add_generate_arguments, "send one prompt and stream the answer")
     add("chat", client.chat, client.add_chat_arguments, "talk to the model, turn by turn")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.locks import Locks
+from deploy.widths import Width
 from router import amounts
 from router.errors import UnusableTenants
 from router.policy import DEFAULT, POLICIES
@@ -47,6 +48,12 @@ class ClusterConfig:
     prefill: int = 1
     decode: int = 1
     both: int = 0
+    tensor_parallel_size: int = 1  # of each node, but where its role has another
+    pipeline_parallel_size: int = 1
+    prefill_tensor_parallel_size: int = 0
+    decode_tensor_parallel_size: int = 0
+    prefill_pipeline_parallel_size: int = 0
+    decode_pipeline_parallel_size: int = 0
     routers: int = 1
     policy: str = DEFAULT  # of the routers
     host: str = "127.0.0.1"
@@ -61,7 +68,7 @@ class ClusterConfig:
     locks: Locks = NO_LOCKS  # of the routers' doors
     dtype: str = "auto"
     block_size: int = 16  # tokens
-    kv_bytes: int = 256 * 2**20
+    kv_bytes: int = 256 * 2**20  # of a wide node, for each rank
     store_bytes: int = 256 * 2**20
     store_base: Path = Path("/dev/shm")
     store_encryption: bool = True  # between machines, blocks go to holders of this cluster's key alone, encrypted
@@ -94,6 +101,9 @@ class ClusterConfig:
         check("--prefill, --decode and --both", min(counts) >= 0, "0 or more")
         check("nodes", 1 <= sum(counts) <= MAX_NODES, f"between 1 and {MAX_NODES}, got {sum(counts)}")
         check("--decode", self.both > 0 or self.decode > 0, "1 or more where there is no --both node")
+        for kind, sizes in (("tensor", "tp"), ("pipeline", "pp")):
+            least = min(getattr(width, sizes) for width in self.widths)
+            check(f"--{kind}-parallel-size", least >= 1, f"1 or more, got {least}")
         check("--routers", 1 <= self.routers <= MAX_NODES, f"between 1 and {MAX_NODES}, got {self.routers}")
         check("--policy", self.policy in POLICIES, f"one of {', '.join(sorted(POLICIES))}")
         check("--port", 0 <= self.port <= 65535, f"between 0 and 65535, got {self.port}")
@@ -127,6 +137,16 @@ class ClusterConfig:
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model_dir.resolve().name
+
+    @property
+    def widths(self) -> tuple[Width, ...]:
+        """Of nodes of all roles, also of those that have none yet."""
+        return self.width("prefill"), self.width("decode"), self.width("both")
+
+    def width(self, role: str) -> Width:
+        tp = {"prefill": self.prefill_tensor_parallel_size, "decode": self.decode_tensor_parallel_size}.get(role)
+        pp = {"prefill": self.prefill_pipeline_parallel_size, "decode": self.decode_pipeline_parallel_size}.get(role)
+        return Width(tp or self.tensor_parallel_size, pp or self.pipeline_parallel_size)
 
     @property
     def roles(self) -> tuple[str, ...]:

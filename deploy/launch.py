@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
@@ -15,20 +16,25 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from deploy.actors import ServerActor, Started
 from deploy.config import ClusterConfig, ConfigError, DeployError, cluster_dir
 from deploy.cores import num_usable_cores
+from deploy.drain import drain
 from deploy.placement import Machine, Placement, place, router_machines, usable
 from deploy.processes import CLUSTER_VARIABLE, end_all, environment, processes_of, signals_kept
 from deploy.redis import EmbeddedRedis, check_given
 from deploy.specs import PlacedSpec, Specs
+from deploy.widths import kv_pieces
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from engine.errors import UnsupportedModel
 from kvstore.blocks import KVLayout
@@ -44,6 +50,7 @@ ROUTER_POLL_S = 0.5  # a router looks for nodes more often than this
 ANSWER_S = 2.0
 KILL_WAIT_S = 5.0
 CONNECT_TIMEOUT_S = 5.0
+DRAIN_S = 600.0  # for the requests of a node that is to go; what is left then goes on elsewhere
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # a node's memory is bounded by its options, and is no leak to kill it for
@@ -65,12 +72,18 @@ class _Member:
 
     placed: PlacedSpec
     actor: Any
+    group: PlacementGroup | None = None  # of a wide node's ranks
     started: Started | None = None
     asked_part: Any = None  # what part of its start is done; it has not answered yet
 
     @property
     def name(self) -> str:
         return self.placed.spec.name
+
+    @property
+    def node_id(self) -> str:
+        """The node's, of a rank too; "" for other servers."""
+        return self.placed.placement.node_id if self.placed.placement is not None else ""
 
     @property
     def kind(self) -> str:
@@ -159,13 +172,89 @@ class Cluster:
             for address, cores in sorted({(p.machine.address, p.machine.cores) for p in placements if p.is_crowded}):
                 self._report(f"{address}: more threads than its {_count(cores, 'core')}, so no node is pinned to any")
         self.wire_key = new_wire_key() if self.config.store_encryption else ""
-        layout = self._layout(model, placements)
-        specs = Specs(self.config, self.cluster_id, self.redis_url, layout, self.wire_key, new_cluster_token())
-        self.folders.append(specs.folder(own))
-        for placed in specs.all(machines, placements, own):
-            self._members.append(_Member(placed, _actor(placed)))
-        self._wait_until_started()
+        layout, pieces = self._layout(model, placements), kv_pieces(self.config.widths, model)
+        self._specs = Specs(
+            self.config, self.cluster_id, self.redis_url, layout, pieces, self.wire_key, new_cluster_token()
+        )
+        self.folders.append(self._specs.folder(own))
+        self._add(self._specs.all(machines, placements, own))
+        self._wait_until_started(self._members)
         self._wait_until_routed()
+
+    def _add(self, placed: Iterable[PlacedSpec]) -> list[_Member]:
+        """Actors for these, each rank of a wide node in its bundle of the node's placement group."""
+        added: list[_Member] = []
+        ranks: dict[str, list[PlacedSpec]] = {}
+        for one in placed:
+            if one.placement is not None and one.is_wide:
+                ranks.setdefault(one.placement.node_id, []).append(one)
+            else:
+                added.append(_Member(one, _actor(one)))
+        for node in ranks.values():
+            group = _group(node)
+            added += [_Member(rank, _actor(rank, group, bundle), group) for bundle, rank in enumerate(node)]
+        self._members += added
+        return added
+
+    def scale(self, config: ClusterConfig) -> list[str]:
+        """Adds nodes, then drains and removes others, until there are as many as `config` says; returns what was done.
+
+        Raises `DeployError`; what was new is gone then, and the rest as it was.
+        """
+        placements = [member.placed.placement for member in self._members if member.placed.placement is not None]
+        wanted = Counter(config.roles)
+        by_role = {
+            role: [p.node_id for p in placements if p.role == role and p.rank == 0]
+            for role in wanted | Counter(p.role for p in placements)
+        }
+        gone = {name for role, names in by_role.items() for name in sorted(names, key=_number)[wanted[role] :]}
+        machines, _ = self._machines()
+        new = place(config, machines, [placement for placement in placements if placement.node_id not in gone])
+        lines = self._grow(new) + self._shrink(gone)
+        self.config = config
+        return lines or ["nothing to do"]
+
+    def _grow(self, placements: Sequence[Placement]) -> list[str]:
+        with_stores = {member.placed.machine.ray_node_id for member in self._members if member.kind == "store"}
+        machines = {p.machine.ray_node_id: p.machine for p in placements if p.machine.ray_node_id not in with_stores}
+        added = self._add([*self._specs.stores(machines.values()), *self._specs.nodes(placements)])
+        try:
+            self._wait_until_started(added)
+        except DeployError:
+            self._remove(added)
+            raise
+        return [f"{member.name} is up on {member.placed.machine.address}" for member in added]
+
+    def _shrink(self, node_ids: Collection[str]) -> list[str]:
+        gone = [member for member in self._members if member.node_id in node_ids]
+        leaders = [member for member in gone if member.kind == "node" and member.started]
+        addresses = [self._address(member) for member in leaders]
+        with ThreadPoolExecutor(max(1, len(leaders))) as threads:
+            is_over = self._interrupt.is_set
+            token = self._specs.cluster_token
+            left = list(threads.map(lambda at: drain(at, DRAIN_S, is_over, token) if at else 0, addresses))
+        self._call("stop", gone)
+        self._remove(gone)
+        return [
+            f"{member.name} is drained and gone" + (f", but {n} requests had to move" if n else "")
+            for member, n in zip(leaders, left, strict=True)
+        ]
+
+    def _remove(self, members: Collection[_Member]) -> None:
+        for member in members:
+            ray.kill(member.actor, no_restart=True)
+            self._members.remove(member)
+        for group in {id(member.group): member.group for member in members}.values():
+            if group is not None:
+                remove_placement_group(group)
+
+    def _address(self, member: _Member) -> str:
+        """Where a node listens now, for it has another port after each restart; "" where it is just coming back."""
+        try:
+            started: Started = ray.get(member.actor.ready.remote(), timeout=ANSWER_S)
+        except ray.exceptions.RayError:
+            return ""
+        return str(started.record["address"])
 
     def stop(self) -> list[str]:
         """Stops everything, in the order of the requests' way: routers, nodes, stores. Idempotent.
@@ -173,11 +262,15 @@ class Cluster:
         Returns what it could not remove, in words; an empty list is how it should be.
         """
         if ray.is_initialized():
-            for kind in ("router", "node", "store"):
-                members = [member for member in self._members if member.kind == kind]
-                self._call("stop", [member for member in members if member.started])
+            for kinds in (("router",), ("node", "rank"), ("store",)):
+                members = [member for member in self._members if member.kind in kinds]
+                # Ranks that follow are told with their leader, and leave behind it.
+                leaderless = {member.node_id for member in members if member.kind == "node" and not member.started}
+                self._call(
+                    "stop", [member for member in members if member.started and member.node_id not in leaderless]
+                )
                 with_store = {m.placed.machine.ray_node_id for m in self._members if m.kind == "store"}
-                last = [m for m in members if kind == "store" or m.placed.machine.ray_node_id not in with_store]
+                last = [m for m in members if "store" in kinds or m.placed.machine.ray_node_id not in with_store]
                 self._call("remove_folder", last)
                 for member in members:
                     ray.kill(member.actor, no_restart=True)
@@ -205,9 +298,9 @@ class Cluster:
         """One layout for all nodes, whatever they run on: their blocks are to fit each other."""
         device = "cuda" if any(placement.num_gpus for placement in placements) else "cpu"
         try:
-            return kv_layout(
-                model, EngineConfig(dtype=self.config.dtype, device=device, block_size=self.config.block_size)
-            )
+            layers, heads = kv_pieces(self.config.widths, model)
+            engine = EngineConfig(self.config.dtype, device, self.config.block_size)
+            return kv_layout(model, dataclasses.replace(engine, kv_layer_pieces=layers, kv_head_pieces=heads))
         except UnsupportedModel as error:
             raise StartFailed(str(error)) from None
 
@@ -272,6 +365,7 @@ class Cluster:
             cores=cores,
             gpus=int(resources.get("GPU", 0)),
             tags=frozenset(resources),
+            ray_resource=f"node:{node['NodeManagerAddress']}",
         )
 
     def _start_redis(self, own: Machine) -> None:
@@ -280,8 +374,8 @@ class Cluster:
             self._redis.start()
             self.redis_url = self._redis.url
 
-    def _wait_until_started(self) -> None:
-        waiting = {member.actor.ready.remote(): member for member in self._members}
+    def _wait_until_started(self, members: Sequence[_Member]) -> None:
+        waiting = {member.actor.ready.remote(): member for member in members}
         deadline = time.monotonic() + self.config.start_timeout_s
         while waiting:
             done, _ = ray.wait(list(waiting), timeout=POLL_S)
@@ -340,8 +434,17 @@ class Cluster:
                 logger.warning("%s failed name=%s error=%s", method, member.name, _first_line(error))
 
 
-def _actor(placed: PlacedSpec) -> Any:
-    where = NodeAffinitySchedulingStrategy(placed.machine.ray_node_id, soft=False)
+def _group(ranks: Sequence[PlacedSpec]) -> PlacementGroup:
+    """One bundle for each rank, so that a wide node has all its GPUs or none; each on the machine that was chosen."""
+    bundles = [{rank.machine.ray_resource: 0.001} | ({"GPU": rank.num_gpus} if rank.num_gpus else {}) for rank in ranks]
+    is_packed = len({rank.machine.ray_node_id for rank in ranks}) == 1
+    return placement_group(bundles, strategy="STRICT_PACK" if is_packed else "PACK")
+
+
+def _actor(placed: PlacedSpec, group: PlacementGroup | None = None, bundle: int = 0) -> Any:
+    where: Any = NodeAffinitySchedulingStrategy(placed.machine.ray_node_id, soft=False)
+    if group is not None:
+        where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
     options = {"num_cpus": 0, "num_gpus": placed.num_gpus, "max_restarts": -1, "scheduling_strategy": where}
     return ray.remote(ServerActor).options(**options).remote(placed.spec)
 
@@ -366,6 +469,10 @@ def _check_address(address: str) -> None:
     if address and address != "auto":
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+
+
+def _number(node_id: str) -> int:
+    return int(node_id.rpartition("-")[2])
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,10 +26,12 @@ from decode_node.service import DecodeService
 from decode_node.worker import DecodeWorker
 from deploy.cores import allowed_cores, hold_to, running_on, share
 from deploy.heartbeat import Heartbeat
+from deploy.meeting import join
 from deploy.node_config import NodeConfig
 from deploy.node_metrics import NodeCollector
 from engine.engine import Engine
 from engine.loop import EngineLoop
+from engine.parallel import RankGroup
 from grammar.compiler import Compiler
 from kvstore.client import KVClient
 from kvstore.directory import Directory, NodeRecord
@@ -41,11 +43,12 @@ from node.gate import Gate, check_lock
 from node.grammar import GrammarMasks
 from node.intake import Intake
 from node.publisher import Publisher
+from node.ranks import Ranks
 from node.replicator import Replicator
 from prefill_node.service import PrefillService
 from prefill_node.worker import PrefillWorker
 
-__all__ = ["NodeConfig", "NodeServer"]
+__all__ = ["NodeConfig", "NodeServer", "cores_of", "server_options"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +94,10 @@ class NodeServer:
         stack.push_async_callback(directory.close)
         with suppress(DirectoryUnavailable):  # readers of its record check that too
             await directory.check_scheme()
-        cores = _cores(config)
-        engine = await asyncio.to_thread(_load, config, cores)
+        cores = cores_of(config)
+        group = await join(config)
+        engine = await asyncio.to_thread(_load, config, cores, group)
+        stack.push_async_callback(asyncio.to_thread, engine.close)
         local_dir = Path(config.store_dir) if config.store_dir else None
         store = KVClient(directory, engine.layout.block_bytes, local_dir, wire_key=config.wire_key)
         stack.push_async_callback(store.close)
@@ -102,9 +107,11 @@ class NodeServer:
         loop.start()
         loop.post(lambda _: hold_to(cores))  # first of all: the OpenMP workers that this thread makes inherit it
         stack.push_async_callback(loop.stop)
+        engine.watch_ranks(_die)  # also where the warm-up takes long: to the others, silence is the leader's end
         await loop.call(lambda engine: engine.warm_up(self._on_warm_up))
         load = await loop.call(Engine.load)
-        publisher = Publisher(loop, store, load.total_blocks)
+        ranks = await _open_ranks(stack, loop, group, config.cluster_token)
+        publisher = Publisher(loop, store, load.total_blocks, ranks)
         stack.push_async_callback(publisher.flush)
         replicator = Replicator(store, publisher, engine.layout.block_bytes, load.total_blocks // 4)
         stack.push_async_callback(replicator.close)
@@ -116,6 +123,8 @@ class NodeServer:
             engine.layout.block_bytes,
             engine.long_prefill_tokens_per_s,
             replicator=replicator,
+            pieces=engine.pieces.numbers,
+            ranks=ranks,
         )
         masks = GrammarMasks(Compiler(Path(config.model_dir), sorted(engine.eos_token_ids), engine.vocab_size))
         # 3. The server, and the heartbeat that tells where it is.
@@ -140,8 +149,7 @@ class NodeServer:
 
     def _server(self, prefill: PrefillService, decode: DecodeService) -> grpc.aio.Server:
         config = self.config
-        gates = (Gate(config.cluster_token),) if config.cluster_token else ()
-        server = grpc.aio.server(interceptors=gates, options=self._server_options())
+        server = grpc.aio.server(interceptors=gates(config), options=server_options(config))
         identity = Identity(config.node_id, self._incarnation, config.role)
         control = NodeControlService(self.admission, self.loop.engine, self.intake, identity)
         node_pb2_grpc.add_PrefillServicer_to_server(prefill, server)  # type: ignore[no-untyped-call]
@@ -152,19 +160,6 @@ class NodeServer:
         services += [health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(services, server)
         return server
-
-    def _server_options(self) -> list[tuple[str, int]]:
-        return [
-            ("grpc.so_reuseport", 0),  # a second node on the same port is an error, not a lottery
-            ("grpc.max_receive_message_length", self.config.max_message_bytes),
-            ("grpc.max_send_message_length", self.config.max_message_bytes),
-            # A router that vanished without a word is found out, and the room of its requests is freed.
-            ("grpc.keepalive_time_ms", 10_000),
-            ("grpc.keepalive_timeout_ms", 5_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_pings_without_data", 0),
-            ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-        ]
 
     async def _open_metrics(self, stack: AsyncExitStack) -> str:
         """Where they are; "" for nowhere."""
@@ -185,7 +180,7 @@ class NodeServer:
             model=self.config.model,
             kv_root=engine.layout.root().hex(),
             block_size=engine.layout.block_size,
-            block_bytes=engine.layout.block_bytes,
+            block_bytes=engine.layout.block_bytes * engine.layout.num_pieces,
             vocab_size=engine.vocab_size,
             max_model_len=engine.max_model_len,
             host=self.config.host or socket.gethostname(),
@@ -205,7 +200,37 @@ class NodeServer:
             logger.warning("event=drain_cut_short requests=%d", len(self.admission.requests))
 
 
-def _cores(config: NodeConfig) -> tuple[int, ...]:
+def gates(config: NodeConfig) -> tuple[Gate, ...]:
+    """Who lets callers in; nobody where whoever reaches the port may call."""
+    return (Gate(config.cluster_token),) if config.cluster_token else ()
+
+
+def server_options(config: NodeConfig) -> list[tuple[str, int]]:
+    """Of the gRPC server of a node, or of one of its ranks."""
+    return [
+        ("grpc.so_reuseport", 0),  # a second node on the same port is an error, not a lottery
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        # A router that vanished without a word is found out, and the room of its requests is freed.
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ]
+
+
+async def _open_ranks(stack: AsyncExitStack, loop: EngineLoop, group: RankGroup | None, token: str) -> Ranks | None:
+    """Channels to the ranks that follow; None for a node of one rank."""
+    if group is None:
+        return None
+    addresses = await asyncio.to_thread(group.addresses)
+    ranks = Ranks(loop, [grpc.aio.insecure_channel(address) for address in addresses], _die, token)
+    stack.push_async_callback(ranks.close)
+    return ranks
+
+
+def cores_of(config: NodeConfig) -> tuple[int, ...]:
     """Those that this node's threads compute on, the same at each start; () is any."""
     if not config.num_core_shares:
         return ()
@@ -218,13 +243,12 @@ def _cores(config: NodeConfig) -> tuple[int, ...]:
     return cores
 
 
-def _load(config: NodeConfig, cores: Sequence[int]) -> Engine:
+def _load(config: NodeConfig, cores: Sequence[int], group: RankGroup | None) -> Engine:
     """On `cores` too, because memory is near the core that touches it first."""
     num_threads = config.engine.num_threads or len(cores)
     with running_on(cores):
-        return Engine.from_pretrained(
-            Path(config.model_dir), dataclasses.replace(config.engine, num_threads=num_threads)
-        )
+        options = dataclasses.replace(config.engine, num_threads=num_threads)
+        return Engine.from_pretrained(Path(config.model_dir), options, group)
 
 
 def _die(error: BaseException) -> None:

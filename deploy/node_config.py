@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
+from engine.shard import Shard
 
 ROLES = ("prefill", "decode", "both")
 
@@ -26,6 +27,9 @@ class NodeConfig:
     role: str = "both"
     cluster: str = "default"
     engine: EngineConfig = field(default_factory=EngineConfig)
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    rank: int = 0  # of a wide node; 0 leads, and is the node for everyone else
     core_share: int = 0  # of so many even shares of the machine's cores, for the threads that compute
     num_core_shares: int = 0  # 0: they run on any core
     store_dir: str = ""
@@ -52,6 +56,16 @@ class NodeConfig:
             raise ValueError(f"role: must be one of {', '.join(ROLES)}, got {self.role!r}")
         if not 0 <= self.core_share < max(1, self.num_core_shares):
             raise ValueError(f"core_share: must be below num_core_shares = {self.num_core_shares}")
+
+        if min(self.tensor_parallel_size, self.pipeline_parallel_size) < 1:
+            raise ValueError("tensor_parallel_size and pipeline_parallel_size: must be 1 or more")
+        if not 0 <= self.rank < self.shard.num_ranks:
+            raise ValueError(f"rank: must be below {self.shard.num_ranks}, got {self.rank}")
+
+    @property
+    def shard(self) -> Shard:
+        """The part of the model that this process holds."""
+        return Shard.of_rank(self.rank, self.tensor_parallel_size, self.pipeline_parallel_size)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ class Machine:
     cores: int
     gpus: int = 0
     tags: frozenset[str] = frozenset()  # names of its custom resources in Ray
+    ray_resource: str = ""  # that Ray has on this machine alone
 
     @property
     def label(self) -> str:
@@ -29,6 +32,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Placement:
+    """Where one rank of a node goes; most nodes have but one."""
+
     node_id: str  # "prefill-0"
     role: str
     machine: Machine
@@ -37,53 +42,83 @@ class Placement:
     core_share: int = 0  # of so many even shares of the machine's cores
     num_core_shares: int = 0  # 0: it computes on any core
     is_crowded: bool = False  # the machine's nodes have more threads than it has cores
+    rank: int = 0
 
 
-def place(config: ClusterConfig, machines: Sequence[Machine]) -> list[Placement]:
-    """Spreads each role over the machines that it may use, always to the one with the fewest nodes for its size.
+def place(config: ClusterConfig, machines: Sequence[Machine], existing: Sequence[Placement] = ()) -> list[Placement]:
+    """Spreads each role over the machines that it may use, always to the one with the fewest ranks for its size.
 
-    Where any machine has GPUs, only those that have some get nodes. Raises `ConfigError` where a role has no machine.
-    Nodes of one machine get shares of its cores that do not overlap. Where these do not suffice for all their threads,
-    no share is kept: what is idle in one node is then another's.
+    The ranks of a stage are on one machine. Where any machine has GPUs, only those that have some get nodes. Raises
+    `ConfigError` where a role has no machine, or none with enough GPUs. Ranks of one machine get shares of its cores
+    that do not overlap. Where these do not suffice for all their threads, no share is kept: what is idle in one node is
+    then another's. `existing` stay where they are, and are left out of the answer; who joins them is not pinned.
     """
-    nodes_on: Counter[str] = Counter()
-    role_on: Counter[tuple[str, str]] = Counter()
-    chosen: list[tuple[str, str, Machine]] = []
-    for index, role in enumerate(config.roles):
-        machine = min(
-            _allowed(config, role, machines),
-            key=lambda m: (role_on[role, m.ray_node_id], nodes_on[m.ray_node_id] / (m.gpus or max(1, m.cores))),
-        )
-        chosen.append((f"{role}-{config.roles[:index].count(role)}", role, machine))
-        nodes_on[machine.ray_node_id] += 1
-        role_on[role, machine.ray_node_id] += 1
+    ranks_on = Counter(placement.machine.ray_node_id for placement in existing)
+    role_on = Counter((placement.role, placement.machine.ray_node_id) for placement in existing)
+    chosen: list[tuple[str, str, int, Machine]] = []
+    for node_id, role in _new_nodes(config, existing):
+        width = config.width(role)
+        for stage in range(width.pp):
+            machine = min(
+                _allowed(config, role, machines),
+                key=lambda m: (role_on[role, m.ray_node_id], ranks_on[m.ray_node_id] / (m.gpus or max(1, m.cores))),
+            )
+            chosen += [(node_id, role, stage * width.tp + tp_rank, machine) for tp_rank in range(width.tp)]
+            ranks_on[machine.ray_node_id] += width.tp
+            role_on[role, machine.ray_node_id] += width.tp
     placements: list[Placement] = []
-    placed_on: Counter[str] = Counter()
-    for node_id, role, machine in chosen:
-        index, nodes = placed_on[machine.ray_node_id], nodes_on[machine.ray_node_id]
+    placed_on = Counter(placement.machine.ray_node_id for placement in existing)
+    for node_id, role, rank, machine in chosen:
+        index, ranks = placed_on[machine.ray_node_id], ranks_on[machine.ray_node_id]
         placed_on[machine.ray_node_id] += 1
-        is_crowded = nodes * (config.num_threads or 1) > machine.cores
-        is_pinned = config.pin_cores and not is_crowded and not machine.gpus
+        here = [placement.num_gpus for placement in existing if placement.machine.ray_node_id == machine.ray_node_id]
+        num_gpus = _gpu_share(machine, here, ranks - len(here), is_wide=config.width(role).num_ranks > 1)
+        is_crowded = ranks * (config.num_threads or 1) > machine.cores
+        is_pinned = config.pin_cores and not is_crowded and not machine.gpus and not existing
         placements.append(
             Placement(
                 node_id=node_id,
                 role=role,
                 machine=machine,
-                num_threads=config.num_threads or max(1, len(share(range(machine.cores), index, nodes))),
-                num_gpus=gpu_share(nodes, machine.gpus),
+                num_threads=config.num_threads or max(1, len(share(range(machine.cores), index, ranks))),
+                num_gpus=num_gpus,
                 core_share=index if is_pinned else 0,
-                num_core_shares=nodes if is_pinned else 0,
+                num_core_shares=ranks if is_pinned else 0,
                 is_crowded=is_crowded,
+                rank=rank,
             )
         )
     return placements
 
 
-def gpu_share(nodes: int, gpus: int) -> float:
-    """How much of a GPU each of `nodes` on one machine asks for, so that all of them fit: a whole one, or 1/n."""
-    if gpus == 0 or nodes == 0:
+def gpu_share(ranks: int, gpus: int) -> float:
+    """How much of a GPU each of `ranks` on one machine asks for, so that all of them fit: a whole one, or 1/n."""
+    if gpus == 0 or ranks == 0:
         return 0.0
-    return 1.0 / -(-nodes // gpus)
+    return 1.0 / -(-ranks // gpus)
+
+
+def _gpu_share(machine: Machine, taken: Sequence[float], num_new: int, is_wide: bool) -> float:
+    """How much of a GPU each of `num_new` ranks gets beside those that have `taken` theirs."""
+    free = machine.gpus - math.ceil(sum(taken))
+    if machine.gpus and free <= 0:
+        raise ConfigError(f"nodes: all {machine.gpus} GPUs of {machine.address} are taken")
+    num_gpus = gpu_share(num_new, free)
+    if is_wide and 0.0 < num_gpus < 1.0:
+        problem = f"{num_new} ranks on {machine.address}, which has {free} GPUs free: each needs one of its own"
+        raise ConfigError(f"--tensor-parallel-size, --pipeline-parallel-size: {problem}")
+    return num_gpus
+
+
+def _new_nodes(config: ClusterConfig, existing: Sequence[Placement]) -> list[tuple[str, str]]:
+    """(id, role) of each node that is not there yet, with the lowest numbers that are free."""
+    taken = {placement.node_id for placement in existing}
+    num_left = Counter(config.roles) - Counter(p.role for p in existing if p.rank == 0)
+    nodes: list[tuple[str, str]] = []
+    for role in dict.fromkeys(config.roles):
+        free = (name for n in itertools.count() if (name := f"{role}-{n}") not in taken)
+        nodes += [(name, role) for name in itertools.islice(free, num_left[role])]
+    return nodes
 
 
 def usable(config: ClusterConfig, machines: Sequence[Machine]) -> list[Machine]:

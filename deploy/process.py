@@ -1,4 +1,4 @@
-"""One server in one process, without Ray: `python -m deploy.process node|store|router '<json config>'`.
+"""One server in one process, without Ray: `python -m deploy.process node|rank|store|router '<json config>'`.
 
 Prints `READY {json record}` when it serves, and runs until SIGTERM or SIGINT. What keeps it from starting is one line
 on stderr and exit status 1. Only a node imports torch.
@@ -36,7 +36,7 @@ SECRETS = {"wire_key": "BATON_WIRE_KEY", "cluster_token": "BATON_CLUSTER_TOKEN"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deploy.process", description=__doc__)
-    parser.add_argument("kind", choices=("node", "store", "router"))
+    parser.add_argument("kind", choices=("node", "rank", "store", "router"))
     parser.add_argument("config", help="the server's config as JSON")
     parser.add_argument("--log-level", default="warning")
     arguments = parser.parse_args(argv)
@@ -57,6 +57,11 @@ def build(kind: str, text: str) -> Server:
         from deploy.node import NodeConfig, NodeServer
 
         return NodeServer(_with_secrets(NodeConfig.from_json(text)))
+    if kind == "rank":
+        from deploy.node_config import NodeConfig
+        from deploy.rank import RankServer
+
+        return RankServer(_with_secrets(NodeConfig.from_json(text)))
     if kind == "store":
         from kvstore.server import StoreConfig, StoreServer
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -24,6 +24,7 @@ from deploy.config_file import add_config_argument
 from deploy.locks import add_lock_arguments, locks_from
 from deploy.metrics_targets import TargetsFile
 from deploy.redis_url import redis_url_from
+from deploy.scale import Mailbox, Request
 from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, default_state_dir, start_ticks
 from kvstore.directory import ArenaRecord, Directory, NodeRecord
@@ -33,6 +34,9 @@ from router.policy import DEFAULT as DEFAULT_ROUTING
 from router.policy import POLICIES as ROUTING
 
 WATCH_S = 1.0
+PARALLEL_SIZES = tuple(
+    f"{role}{kind}_parallel_size" for kind in ("tensor", "pipeline") for role in ("", "prefill_", "decode_")
+)
 DOWN_TIMEOUT_S = 60.0
 WIDTH = 120  # characters, where standard output is no terminal
 
@@ -44,9 +48,14 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill", type=int, metavar="N", help="prefill nodes (default 1, or 0 with --both)")
     add("--decode", type=int, metavar="N", help="decode nodes (default 1, or 0 with --both)")
     add("--both", type=int, default=0, metavar="N", help="nodes for both legs")
+    for option, letter, what in (("tensor", "TP", "ranks, on one machine"), ("pipeline", "PP", "stages")):
+        add(f"--{option}-parallel-size", type=int, default=1, metavar=letter, help=f"{what}, of each node (default 1)")
+        for role in ("prefill", "decode"):
+            name = f"--{role}-{option}-parallel-size"
+            add(name, type=int, default=0, metavar=letter, help=f"likewise, of {role} nodes where theirs differ")
     add("--dtype", default="auto", help="float32, bfloat16 or float16; default: float32 on CPUs, else the model's")
     add("--block-size", type=int, default=16, metavar="TOKENS")
-    add("--kv-memory", type=_bytes, default="256M", metavar="BYTES", help="KV cache of each node (default 256M)")
+    add("--kv-memory", type=_bytes, default="256M", metavar="BYTES", help="KV cache of each rank (default 256M)")
     add("--store-memory", type=_bytes, default="256M", metavar="BYTES", help="arena of each machine (default 256M)")
     add("--store-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="where arenas lie (default /dev/shm)")
     add(
@@ -169,6 +178,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         prefill=default if args.prefill is None else args.prefill,
         decode=default if args.decode is None else args.decode,
         both=args.both,
+        **{name: getattr(args, name) for name in PARALLEL_SIZES},
         routers=args.routers,
         policy=args.policy,
         host=args.host,
@@ -229,7 +239,7 @@ def _serve(
 ) -> int:
     from deploy.launch import Cluster  # ray, which no other command needs
 
-    bar = StartBar(len(config.roles))
+    bar, mailbox = StartBar(len(config.roles)), Mailbox(state_dir.folder)
     cluster = Cluster(config, say, interrupt, bar.show)
     state = ServeState(
         pid=os.getpid(),
@@ -252,7 +262,11 @@ def _serve(
         addresses = " ".join([*cluster.routers, *http_urls(cluster.router_http)])
         print(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s", flush=True)
         targets.routers = cluster.router_metrics
-        asyncio.run(_watch(cluster.redis_url, config.cluster, interrupt, targets))
+
+        def scale(request: Request) -> list[str]:
+            return cluster.scale(request.apply(cluster.config))
+
+        asyncio.run(_watch(cluster.redis_url, config.cluster, interrupt, targets, lambda: mailbox.serve(scale)))
     finally:
         say("stopping")
         targets.clear()
@@ -263,12 +277,15 @@ def _serve(
     return 0
 
 
-async def _watch(redis_url: str, cluster: str, interrupt: threading.Event, targets: TargetsFile) -> None:
-    """Tells of nodes that come and go until someone interrupts."""
+async def _watch(
+    redis_url: str, cluster: str, interrupt: threading.Event, targets: TargetsFile, work: Callable[[], None]
+) -> None:
+    """Tells of nodes that come and go, and does `work` now and then, until someone interrupts."""
     directory = Directory(redis_url, cluster)
     known: dict[str, str] = {}
     due = 0.0
     while not interrupt.is_set():
+        work()
         if time.monotonic() >= due:
             due = time.monotonic() + WATCH_S
             try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from deploy.actors import ServerSpec
 from deploy.config import ClusterConfig, machine_dir
@@ -29,6 +30,8 @@ class PlacedSpec:
     spec: ServerSpec
     machine: Machine
     num_gpus: float = 0.0
+    placement: Placement | None = None  # of a node's rank
+    is_wide: bool = False  # one of several ranks, which are placed together
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Specs:
     cluster_id: str
     redis_url: str = field(repr=False)  # may have a password in it
     layout: KVLayout  # of the model that is served
+    kv_pieces: tuple[int, int] = (1, 1)  # of layers and of heads, that blocks travel in
     wire_key: str = field(default="", repr=False)  # of its stores and their readers; "": none is asked for
     cluster_token: str = field(default="", repr=False)  # of its nodes and their callers
-    ported_on: Counter[str] = field(default_factory=Counter)  # servers of each machine that have a metrics port
+    _num_on: Counter[str] = field(default_factory=Counter, repr=False, compare=False)  # servers of a machine, so far
 
     def folder(self, machine: Machine) -> Path:
         return machine_dir(self.config.store_base, self.cluster_id, machine.ray_node_id)
@@ -51,23 +55,32 @@ class Specs:
 
         Servers of one machine that have ports by option take them in this order. Raises `ConfigError`.
         """
-        for machine in usable(self.config, machines):
-            yield PlacedSpec(self._store(machine), machine)
-        for placement in placements:
-            yield PlacedSpec(self._node(placement), placement.machine, placement.num_gpus)
+        yield from self.stores(usable(self.config, machines))
+        yield from self.nodes(placements)
         routers: Counter[str] = Counter()
         for index, machine in enumerate(router_machines(self.config, machines, own)):
-            yield PlacedSpec(self._router(index, routers[machine.ray_node_id], machine), machine)
+            nth = routers[machine.ray_node_id]
             routers[machine.ray_node_id] += 1
+            yield PlacedSpec(self._router(index, nth, machine, self._metrics_port(machine)), machine)
+
+    def stores(self, machines: Iterable[Machine]) -> Iterator[PlacedSpec]:
+        for machine in machines:
+            yield PlacedSpec(self._store(machine, self._metrics_port(machine)), machine)
+
+    def nodes(self, placements: Sequence[Placement]) -> Iterator[PlacedSpec]:
+        """A server for each rank."""
+        for placement in placements:
+            is_wide = self.config.width(placement.role).num_ranks > 1
+            metrics_port = 0 if placement.rank else self._metrics_port(placement.machine)
+            spec = self._node(placement, metrics_port)
+            yield PlacedSpec(spec, placement.machine, placement.num_gpus, placement, is_wide)
 
     def _metrics_port(self, machine: Machine) -> int:
-        """The next one of a machine; 0 where the kernel is to choose."""
-        if not self.config.metrics_port:
-            return 0
-        self.ported_on[machine.ray_node_id] += 1
-        return self.config.metrics_port + self.ported_on[machine.ray_node_id] - 1
+        """The machine's next one, where ports are given by option; nodes that come later have those behind."""
+        self._num_on[machine.ray_node_id] += 1
+        return self.config.metrics_port and self.config.metrics_port + self._num_on[machine.ray_node_id] - 1
 
-    def _store(self, machine: Machine) -> ServerSpec:
+    def _store(self, machine: Machine, metrics_port: int) -> ServerSpec:
         disk = self.config.store_disk_dir
         config = StoreConfig(
             dir=str(self.folder(machine)),
@@ -86,12 +99,12 @@ class Specs:
             trusts_network=not self.config.store_encryption,
             tcp=self.config.store_tcp,
             metrics=self.config.metrics,
-            metrics_port=self._metrics_port(machine),
+            metrics_port=metrics_port,
         )
         return ServerSpec("store", f"store-{machine.address}", config, self.folder(machine), self.config.log_level)
 
-    def _node(self, placement: Placement) -> ServerSpec:
-        machine = placement.machine
+    def _node(self, placement: Placement, metrics_port: int) -> ServerSpec:
+        machine, width = placement.machine, self.config.width(placement.role)
         config = NodeConfig(
             node_id=placement.node_id,
             model_dir=str(self.config.model_dir.resolve()),
@@ -100,6 +113,9 @@ class Specs:
             role=placement.role,
             cluster=self.config.cluster,
             engine=self._engine(placement),
+            tensor_parallel_size=width.tp,
+            pipeline_parallel_size=width.pp,
+            rank=placement.rank,
             core_share=placement.core_share,
             num_core_shares=placement.num_core_shares,
             store_dir=str(self.folder(machine)),
@@ -109,10 +125,12 @@ class Specs:
             host=machine.label,
             wire_key=self.wire_key,
             metrics=self.config.metrics,
-            metrics_port=self._metrics_port(machine),
+            metrics_port=metrics_port,
         )
         environment = CROWDED if placement.is_crowded else {}
-        return ServerSpec("node", placement.node_id, config, self.folder(machine), self.config.log_level, environment)
+        kind: Literal["node", "rank"] = "rank" if placement.rank else "node"
+        name = f"{placement.node_id}.{placement.rank}" if placement.rank else placement.node_id
+        return ServerSpec(kind, name, config, self.folder(machine), self.config.log_level, environment)
 
     def _engine(self, placement: Placement) -> EngineConfig:
         return EngineConfig(
@@ -124,9 +142,11 @@ class Specs:
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             max_num_requests=self.config.max_num_requests,
             num_threads=placement.num_threads,
+            kv_layer_pieces=self.kv_pieces[0],
+            kv_head_pieces=self.kv_pieces[1],
         )
 
-    def _router(self, index: int, nth: int, machine: Machine) -> ServerSpec:
+    def _router(self, index: int, nth: int, machine: Machine, metrics_port: int) -> ServerSpec:
         """Router `index` of all, the `nth` one on its machine."""
         tenants = self.config.tenants_file
         config = RouterConfig(
@@ -143,7 +163,7 @@ class Specs:
             cluster_token=self.cluster_token,
             policy=self.config.policy,
             metrics=self.config.metrics,
-            metrics_port=self._metrics_port(machine),
+            metrics_port=metrics_port,
             **self.config.locks.router_options(nth),
         )
         return ServerSpec("router", f"router-{index}", config, self.folder(machine), self.config.log_level)

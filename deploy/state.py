@@ -69,14 +69,14 @@ class StateDir:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._file = folder / "serve.json"
         self._lock: IO[str] | None = None
 
     def claim(self) -> None:
         """Makes this process the one that serves from here. Raises `AlreadyServing`."""
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (self._folder / "lock").open("w")
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (self.folder / "lock").open("w")
         for attempt in range(CLAIM_ATTEMPTS):  # `alive` of another process holds the lock for an instant
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,7 +85,7 @@ class StateDir:
                 if attempt + 1 == CLAIM_ATTEMPTS:
                     lock.close()
                     raise AlreadyServing(
-                        f"a cluster is already served from {self._folder}: "
+                        f"a cluster is already served from {self.folder}: "
                         "stop it with `baton down`, or use another --state-dir"
                     ) from None
                 time.sleep(0.05)
@@ -122,7 +122,7 @@ class StateDir:
     def alive(self) -> bool:
         """Whether a process holds the lock."""
         try:
-            with (self._folder / "lock").open() as lock:
+            with (self.folder / "lock").open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -134,7 +134,7 @@ class StateDir:
         """The state of the cluster that is up. Raises `DeployError` where none is."""
         state = self.read()
         if state is None or not self.alive():
-            raise DeployError(f"no cluster is up (looked in {self._folder}); start one with `baton serve MODEL`")
+            raise DeployError(f"no cluster is up (looked in {self.folder}); start one with `baton serve MODEL`")
         return state
 
     def ask_to_stop(self, timeout_s: float) -> None:

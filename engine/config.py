@@ -107,10 +107,15 @@ class EngineConfig:
     max_num_requests: int = 64
     enable_prefix_caching: bool = True
     num_threads: int = 0  # 0: torch's default
+    kv_layer_pieces: int = 1  # that blocks travel in: as many as the most stages of any node
+    kv_head_pieces: int = 1  # likewise: as many as the most ranks of any stage, but no more than key heads
 
 
 def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:
-    """The meaning of this engine's blocks, with dtype "auto" resolved. Raises `UnsupportedModel` for an unknown one."""
+    """The meaning of the blocks, or of their pieces, with dtype "auto" resolved; `model` is the whole one.
+
+    Raises `UnsupportedModel` for an unknown dtype.
+    """
     dtype = engine.dtype
     if dtype == "auto":
         # In half precision the last bit of a logit hangs on how a prompt was cut into chunks, and one token in a few
@@ -120,9 +125,10 @@ def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:
         model=model.digest,
         dtype=_dtype(dtype),
         block_size=engine.block_size,
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
+        num_layers=model.num_layers // engine.kv_layer_pieces,
+        num_kv_heads=model.num_kv_heads // engine.kv_head_pieces,
         head_dim=model.head_dim,
+        num_pieces=engine.kv_layer_pieces * engine.kv_head_pieces,
     )
 
 

@@ -22,7 +22,9 @@ STAGED_BLOCKS = 8  # on their way at once, in each direction
 
 
 class BlockCopies:
-    """`blocks` is uint8 `[num_blocks, block_bytes]` on a device. One thread writes; any may read."""
+    """`blocks` is `[num_blocks, rows, columns, ...]` on a device, with rows and columns of pieces. One thread writes,
+    any reads. A piece may be anything but one run of bytes.
+    """
 
     def __init__(self, blocks: Tensor) -> None:
         self._blocks = blocks
@@ -31,39 +33,44 @@ class BlockCopies:
         self._next_slot = 0
         self._lock = threading.Lock()  # of what is outgoing
 
-    def write(self, block_id: int, payload: NDArray[np.uint8]) -> None:
+    def write(self, piece_id: int, payload: NDArray[np.uint8]) -> None:
         """The payload is copied when this returns; the device's copy of it goes on behind."""
         staging, slot = self._incoming, self._next_slot
         self._next_slot = (slot + 1) % STAGED_BLOCKS
         staging.events[slot].synchronize()  # what was in this slot has left it
         np.copyto(staging.host[slot], payload)
         with self._runtime.stream(staging.stream):
-            self._blocks[block_id].copy_(staging.pinned[slot], non_blocking=True)
+            self._piece(piece_id).copy_(staging.shaped[slot], non_blocking=True)
         staging.events[slot].record(staging.stream)
         self._runtime.current_stream(self._blocks.device).wait_event(staging.events[slot])
 
-    def read(self, block_ids: Sequence[int], destinations: Sequence[NDArray[np.uint8]]) -> list[int]:
+    def read(self, piece_ids: Sequence[int], destinations: Sequence[NDArray[np.uint8]]) -> list[int]:
         """Returns when all destinations are filled; xxh3_64 of each."""
         staging, sums = self._outgoing, list[int]()
         with self._lock:
-            for first in range(0, len(block_ids), STAGED_BLOCKS):
+            for first in range(0, len(piece_ids), STAGED_BLOCKS):
                 part = slice(first, first + STAGED_BLOCKS)
-                for slot, block_id in enumerate(block_ids[part]):
+                for slot, piece_id in enumerate(piece_ids[part]):
                     with self._runtime.stream(staging.stream):
-                        staging.pinned[slot].copy_(self._blocks[block_id], non_blocking=True)
+                        staging.shaped[slot].copy_(self._piece(piece_id), non_blocking=True)
                     staging.events[slot].record(staging.stream)
                 for slot, destination in enumerate(destinations[part]):
                     staging.events[slot].synchronize()  # lets other threads run
                     sums.append(copy_and_sum(destination, staging.host[slot]))
         return sums
 
+    def _piece(self, piece_id: int) -> Tensor:
+        _, rows, columns = self._blocks.shape[:3]
+        block_id, piece = divmod(piece_id, rows * columns)
+        return self._blocks[block_id, piece // columns, piece % columns]
+
 
 class _Staging:
     """Slots of pinned memory for one direction; each event tells when the last copy to or from its slot is done."""
 
     def __init__(self, blocks: Tensor, runtime: Any) -> None:
-        shape = (STAGED_BLOCKS, blocks.shape[1])
-        self.pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=blocks.is_cuda)
-        self.host = self.pinned.numpy()
+        shape = (STAGED_BLOCKS, *blocks.shape[3:])
+        self.shaped = torch.empty(shape, dtype=blocks.dtype, pin_memory=blocks.is_cuda)
+        self.host = self.shaped.view(STAGED_BLOCKS, -1).view(torch.uint8).numpy()
         self.stream = runtime.Stream(blocks.device)
         self.events = [runtime.Event() for _ in range(STAGED_BLOCKS)]

@@ -29,7 +29,8 @@ def on_device(model: Model, cache: KVCache) -> Model:
     if not cache.tensor.is_cuda:
         return model
     assert isinstance(model, Transformer)
-    return GraphedModel(model, cache, choose_backend(model.config, cache.tensor), GraphRecorder(cache.tensor.device))
+    backend, recorder = choose_backend(model.config, cache.tensor), GraphRecorder(cache.tensor.device)
+    return GraphedModel(model, cache, backend, recorder, is_alone=model.parallel.shard.num_ranks == 1)
 
 
 class GraphRecorder:
@@ -62,8 +63,12 @@ class GraphRecorder:
 class GraphedModel:
     """Takes batches on the host, gives logits on the device; those of a graph hold until the next call."""
 
-    def __init__(self, model: Transformer, cache: KVCache, backend: Backend, record: Recorder) -> None:
+    def __init__(
+        self, model: Transformer, cache: KVCache, backend: Backend, record: Recorder, is_alone: bool = True
+    ) -> None:
+        """Without `is_alone` there are no graphs: what ranks say to each other is in none."""
         self._model, self._backend, self._record = model, backend, record
+        self._is_alone = is_alone
         self._cache, self._spare_block = cache.tensor, cache.spare_block
         self._block_size = cache.tensor.shape[3]
         self._planned = self._planned_kernels()
@@ -72,7 +77,7 @@ class GraphedModel:
     def __call__(self, batch: ForwardBatch, cache: Tensor) -> Tensor:
         """Logits float32 `[R, vocab]`, as `Transformer` does; `cache` is the one that this model was made for."""
         assert cache is self._cache, "graphs read and write one cache"
-        shape = decode_shape(batch, self._block_size)
+        shape = decode_shape(batch, self._block_size) if self._is_alone else None
         if shape is None:
             return self._run(batch)
         if shape not in self._graphs:
@@ -87,7 +92,7 @@ class GraphedModel:
 
         They read and write the spare block alone. The largest comes first: the others find its memory.
         """
-        shapes = decode_shapes(max_sequences, max_context_len, self._block_size)
+        shapes = decode_shapes(max_sequences, max_context_len, self._block_size) if self._is_alone else []
         return [partial(self._capture, shape) for shape in reversed(shapes)]
 
     def _capture(self, shape: BatchShape) -> None:

@@ -18,10 +18,13 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from engine.cuda_graphs import GraphedModel, on_device
 from engine.errors import InvalidRequest, NoRoom, UnknownRequest
-from engine.kv_cache import TORCH_DTYPES, KVCache
+from engine.kv_cache import TORCH_DTYPES, make_cache
 from engine.loans import Loan, Loans
 from engine.model import Model
 from engine.native_model import fastest
+from engine.parallel import RankGroup
+from engine.pieces import pieces_of
+from engine.ranks import LedModel
 from engine.request import (
     EngineLoad,
     FinishReason,
@@ -33,6 +36,7 @@ from engine.request import (
 )
 from engine.runner import Runner
 from engine.scheduler import Chunk, Scheduler
+from engine.shard import Shard
 from engine.speed import LONG_TOKENS, SpeedMeter, StepTiming
 from engine.weights import load_model
 from kvstore.blocks import BlockHash, Payload, salted
@@ -48,11 +52,16 @@ MEASURE_S = 0.1  # a prefill step that takes so long says how fast long prompts 
 class Engine:
     """One model, its KV cache and the requests that are being computed."""
 
-    def __init__(self, model_config: ModelConfig, engine_config: EngineConfig, model: Model) -> None:
+    def __init__(
+        self, model_config: ModelConfig, engine_config: EngineConfig, model: Model, group: RankGroup | None = None
+    ) -> None:
+        """`model` is this rank's part, `model_config` the whole one's; `group` has the ranks that follow."""
         self.config = engine_config
         self.layout = kv_layout(model_config, engine_config)
+        self.pieces = pieces_of(model_config, engine_config, group.shard if group else Shard())
         self.vocab_size = model_config.vocab_size
-        num_blocks = engine_config.num_blocks or engine_config.kv_cache_bytes // self.layout.block_bytes
+        self._cache = make_cache(model_config, engine_config, group)
+        num_blocks = self._cache.spare_block
         self.max_model_len = _max_model_len(model_config, engine_config, num_blocks)
         self.eos_token_ids = frozenset(model_config.eos_token_ids)
         self._pool = BlockPool(num_blocks)
@@ -63,21 +72,31 @@ class Engine:
             engine_config.max_num_requests,
             engine_config.enable_prefix_caching,
         )
-        self._cache = KVCache(self.layout, num_blocks, torch.device(engine_config.device))
         self._model = on_device(model, self._cache)
-        self._runner = Runner(self._model, self._cache.tensor, model_config.eos_token_ids)
+        self._led = LedModel(self._model, group, self.vocab_size) if group else None
+        self._runner = Runner(self._led or self._model, self._cache.tensor, model_config.eos_token_ids)
         self._pins: Counter[int] = Counter()
         self._loans = Loans(self._pin, self.unpin)
         self._speed = self._new_meter()
         self.timing = StepTiming()  # of all steps so far, added up; a new value for each step, so any thread may look
 
     @classmethod
-    def from_pretrained(cls, folder: Path, engine_config: EngineConfig) -> Engine:
-        """An engine for a Hugging Face folder. Raises `UnsupportedModel`."""
+    def from_pretrained(cls, folder: Path, engine_config: EngineConfig, group: RankGroup | None = None) -> Engine:
+        """An engine for a Hugging Face folder; with a group, the leader's. Raises `UnsupportedModel`."""
         model_config = ModelConfig.from_pretrained(folder)
         dtype = TORCH_DTYPES[kv_layout(model_config, engine_config).dtype]
-        model = load_model(folder, model_config, dtype, torch.device(engine_config.device))
-        return cls(model_config, engine_config, fastest(model))
+        model = load_model(folder, model_config, dtype, torch.device(engine_config.device), group)
+        return cls(model_config, engine_config, fastest(model), group)
+
+    def watch_ranks(self, on_failure: Callable[[BaseException], None]) -> None:
+        """From now on `on_failure` hears, on some thread, of a rank that is gone while no step runs."""
+        if self._led is not None:
+            self._led.watch(on_failure)
+
+    def close(self) -> None:
+        """Sends the ranks that follow home. Nothing may be computed after this."""
+        if self._led is not None:
+            self._led.close()
 
     def warm_up(self, progress: Progress = lambda done, total: None) -> None:
         """Does what is done only once before the first request comes: thread pools, libraries, whatever is built late.
@@ -175,19 +194,31 @@ class Engine:
     def import_blocks(self, request_id: str, payloads: Sequence[Payload]) -> int:
         """Adopts blocks that were computed elsewhere, right behind what a held request has; returns how many.
 
-        Stops at the first that is not valid, and before the block of the last token, which must be computed.
+        Stops at the first that is not valid, and before the block of the last token, which must be computed. A block
+        whose pieces travel apart takes as many payloads as there are pieces here, in the order of `pieces`.
         """
         request = self._held(request_id)
         first = request.num_computed_tokens // self.layout.block_size
         end = (request.num_tokens - 1) // self.layout.block_size
-        adopted = 0
-        for block_id, payload in zip(request.block_table[first:end], payloads, strict=False):
-            # The copy comes first, the question after it: the payload's slot may be given to another at any time.
-            if not self._cache.write(block_id, payload.view) or not payload.is_valid():
+        adopted, num_pieces = 0, len(self.pieces)
+        for block_id in request.block_table[first:end]:
+            parts = payloads[adopted * num_pieces : (adopted + 1) * num_pieces]
+            if len(parts) < num_pieces or not self._cache.write_block(block_id, parts):
                 break
             self._scheduler.adopt_import(request)
             adopted += 1
         return adopted
+
+    def pin_held(self, request_id: str, num_blocks: int) -> list[int]:
+        """Pins blocks of a held request, right behind what it has, for the ranks that follow to fill.
+
+        Whatever becomes of the request, nobody else gets them until `unpin`.
+        """
+        request = self._held(request_id)
+        first = request.num_computed_tokens // self.layout.block_size
+        block_ids = request.block_table[first : first + num_blocks]
+        self._pin(block_ids)
+        return block_ids
 
     def release(self, request_id: str, tokens: Sequence[int] = ()) -> None:
         """Lets a held request run, behind `tokens` that were sampled elsewhere. Raises `InvalidRequest` for those.
@@ -295,12 +326,16 @@ class Engine:
     def export_blocks(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
         """Copies pinned blocks out, each to its destination of `block_bytes` bytes. Any thread may call this.
 
-        Returns xxh3_64 of each block as it was copied.
+        Returns xxh3_64 of each block as it was copied. Where blocks travel in pieces: see `export_pieces`.
         """
-        loose = [block_id for block_id in block_ids if not self._pins[block_id]]
+        return self.export_pieces(block_ids, destinations)
+
+    def export_pieces(self, piece_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
+        """The same for pieces: block_id * len(pieces) + the piece's place in `pieces`."""
+        loose = [piece_id for piece_id in piece_ids if not self._pins[piece_id // len(self.pieces)]]
         if loose:
             raise ValueError(f"blocks {loose} are not pinned: their bytes may change at any time")
-        return self._cache.read(block_ids, destinations)
+        return self._cache.read(piece_ids, destinations)
 
     def unpin(self, block_ids: Sequence[int]) -> None:
         """Gives back the pins that `RequestOutput.full_blocks` came with, one for each time a block was reported."""
@@ -315,6 +350,11 @@ class Engine:
         self._pins.update(block_ids)
 
     # --- questions ---
+
+    @property
+    def num_told_steps(self) -> int:
+        """Steps that the ranks that follow were told of. What is in a block now, they have once they ended these."""
+        return self._led.num_told_steps if self._led is not None else 0
 
     @property
     def long_prefill_tokens_per_s(self) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.attention import ForwardBatch
 from engine.config import ModelConfig
-from engine.model import Layer, Model, Transformer
+from engine.model import Layer, Model, Transformer, VocabEmbedding
 from engine.native import (
     DTYPES,
     MAX_INT64,
@@ -63,6 +63,8 @@ def can_run(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bo
 
 def fastest(model: Transformer) -> Model:
     """The model as this machine computes it fastest; `model` itself is of no use afterwards unless it is returned."""
+    if model.parallel.shard.num_ranks > 1 or model.norm is None:
+        return model  # a compiled step has no point at which ranks could add up
     weight = model.norm.weight
     return NativeTransformer(model) if can_run(model.config, weight.dtype, weight.device) else model
 
@@ -73,6 +75,7 @@ class NativeTransformer:
     def __init__(self, model: Transformer) -> None:
         """Takes the weights out of `model`, which is of no use afterwards."""
         self.config = config = model.config
+        assert model.norm is not None and model.embed_tokens is not None and model.lm_head is not None
         self._dtype = model.norm.weight.dtype
         self._frequencies, self._rope_scale = model.frequencies, model.rope_scale
         self._kept: list[Tensor] = []  # the arguments point into them
@@ -148,7 +151,7 @@ def _dealt(gate_up: Tensor) -> Tensor:
     return gate_up.view(2, -1, GATES, *gate_up.shape[1:]).transpose(0, 1).reshape(gate_up.shape)
 
 
-def _taken(module: nn.Linear | nn.Embedding) -> Tensor:
+def _taken(module: nn.Linear | VocabEmbedding) -> Tensor:
     """The weight, of which the module then has none: two copies of all weights would be too much."""
     weight = module.weight.detach()
     module.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)

@@ -6,7 +6,7 @@ wrong shape is refused by name, because a model that runs with wrong weights loo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from engine.checkpoint import StoredTensor, stored_tensors
 from engine.config import ModelConfig
 from engine.errors import UnsupportedModel
 from engine.model import Transformer
+from engine.parallel import Alone, Parallel
+from engine.shard import Shard
 
 # A parameter of ours that holds several of the checkpoint's, one below the other.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -25,24 +27,80 @@ DERIVED = ".rotary_emb.inv_freq"  # old checkpoints hold what follows from confi
 NAMES_SHOWN = 5
 
 
-def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """The folder's model in `dtype` on `device`. Raises `UnsupportedModel` where tensors do not fit the config."""
+def load_model(
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    parallel: Parallel | None = None,
+) -> Transformer:
+    """A rank's part of the folder's model in `dtype` on `device`: no more than that is read.
+
+    Raises `UnsupportedModel` where tensors do not fit the config, also those that are other ranks'.
+    """
     stored = stored_tensors(folder)
+    parallel = parallel or Alone()
     with torch.device("meta"):
-        model = Transformer(config)
-    sources = {name: _sources(name) for name, _ in model.named_parameters()}
-    _check_names(stored, sources.values(), config)
+        whole, model = Transformer(config), Transformer(config, parallel)
+    _check_names(stored, config, {name for full, _ in whole.named_parameters() for name in _sources(full)})
+    for name, parameter in whole.named_parameters():
+        _check_shapes([stored[source] for source in _sources(name)], parameter, config)
     files: dict[Path, Any] = {
         path: safe_open(path, framework="pt") for path in {tensor.path for tensor in stored.values()}
     }
+    cuts = Cuts(config, parallel.shard)
     for name, parameter in list(model.named_parameters()):
-        _check_shapes([stored[source] for source in sources[name]], parameter, config)
-        parts: list[Tensor] = [files[stored[source].path].get_tensor(source) for source in sources[name]]
-        _assign(model, name, (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device, dtype))
-    if config.tie_word_embeddings:
+        sources = [stored[source] for source in _sources(_whole_name(name, config, parallel.shard))]
+        parts = [cuts.read(files[source.path], source) for source in sources]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        assert tensor.shape == parameter.shape, f"{name}: {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
+        _assign(model, name, tensor.to(device, dtype))
+    if config.tie_word_embeddings and model.lm_head is not None and model.embed_tokens is not None:
         model.lm_head.weight = model.embed_tokens.weight
     model.frequencies = model.frequencies.to(device)
     return model.requires_grad_(False).eval()
+
+
+class Cuts:
+    """Which rows and columns of the checkpoint's tensors are a rank's."""
+
+    def __init__(self, config: ModelConfig, shard: Shard) -> None:
+        heads, kv_heads = shard.heads(config), shard.kv_heads(config)
+        size = config.intermediate_size // shard.tp_size
+        inner = range(shard.tp_rank * size, (shard.tp_rank + 1) * size)
+        self._tp_rank = shard.tp_rank
+        self._vocab = shard.vocab_rows(config)
+        q, kv = (range(part.start * config.head_dim, part.stop * config.head_dim) for part in (heads, kv_heads))
+        self._rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": inner, "up_proj": inner}
+        self._columns = {"o_proj": q, "down_proj": inner}
+
+    def read(self, file: Any, source: StoredTensor) -> Tensor:
+        """The rank's part of a tensor of an open file."""
+        owner, leaf = source.name.split(".")[-2:]
+        tensor = file.get_slice(source.name)
+        if owner in ("embed_tokens", "lm_head"):
+            rows: Tensor = tensor[self._vocab.start : self._vocab.stop]
+            return torch.nn.functional.pad(rows, (0, 0, 0, len(self._vocab) - len(rows)))
+        if owner in self._rows:
+            part: Tensor = tensor[self._rows[owner].start : self._rows[owner].stop]
+            return part
+        if owner in self._columns and leaf == "weight":
+            columns: Tensor = tensor[:, self._columns[owner].start : self._columns[owner].stop]
+            return columns
+        whole: Tensor = tensor[:]
+        # The bias of a sum over the ranks is added once.
+        return whole if owner not in self._columns or self._tp_rank == 0 else torch.zeros_like(whole)
+
+
+def _whole_name(name: str, config: ModelConfig, shard: Shard) -> str:
+    """What a parameter of a rank's is called in the whole model."""
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        return "embed_tokens.weight"
+    kind, _, rest = name.partition(".")
+    if kind != "layers":
+        return name
+    index, _, rest = rest.partition(".")
+    return f"layers.{shard.layers(config).start + int(index)}.{rest}"
 
 
 def _sources(parameter: str) -> tuple[str, ...]:
@@ -54,8 +112,7 @@ def _sources(parameter: str) -> tuple[str, ...]:
     return (full,)
 
 
-def _check_names(stored: Mapping[str, StoredTensor], sources: Iterable[tuple[str, ...]], config: ModelConfig) -> None:
-    wanted = {name for names in sources for name in names}
+def _check_names(stored: Mapping[str, StoredTensor], config: ModelConfig, wanted: Set[str]) -> None:
     given = {name for name in stored if not name.endswith(DERIVED)}
     if config.tie_word_embeddings:
         given.discard("lm_head.weight")

@@ -102,5 +102,7 @@ def _to_library(grammar: Grammar) -> str:
     if grammar.kind == "choice":
         choices = " | ".join(json.dumps(choice) for choice in json.loads(grammar.text))
         return LLMatcher.grammar_from_lark(f"start: {choices}")
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(grammar.text)
     schema = '{"type": "object"}' if grammar.kind == "json_object" else grammar.text
     return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)

@@ -14,6 +14,7 @@ from grammar.errors import InvalidGrammar
 
 FIELD = "sampling.grammar"
 MAX_TEXT_BYTES = 64 * 2**10
+MAX_LARK_BYTES = 128 * 2**10  # a router writes it, of all tools of a chat
 MAX_CHOICES = 256
 MAX_CHOICE_CHARS = 1024
 # A multiple of m is told by an automaton of m states for each digit's place, and no limit of the library's holds for
@@ -24,7 +25,7 @@ MAX_DECIMALS = 32
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the output's text must be. `text` is the schema, the regex, or the choices as a JSON list."""
+    """What the output's text must be. `text` is the schema, the regex, the choices as a JSON list, or Lark."""
 
     kind: str  # the field's name in `SamplingParams`
     text: str
@@ -45,8 +46,8 @@ def grammar_of(sampling: common_pb2.SamplingParams) -> Grammar | None:
     if kind == "choice":
         return Grammar(kind, _checked_choices(list(sampling.choice.choices)))
     text: str = getattr(sampling, kind)
-    size = len(text.encode())
-    _check(1 <= size <= MAX_TEXT_BYTES, kind, f"must have 1 to {MAX_TEXT_BYTES} bytes, got {size}")
+    size, most = len(text.encode()), MAX_LARK_BYTES if kind == "lark" else MAX_TEXT_BYTES
+    _check(1 <= size <= most, kind, f"must have 1 to {most} bytes, got {size}")
     if kind == "json_schema":
         _check_schema(text)
     return Grammar(kind, text)
@@ -68,9 +69,15 @@ def _check_schema(text: str) -> None:
     except (ValueError, RecursionError) as error:
         raise InvalidGrammar(f"{FIELD}.json_schema", f"is no JSON: {error}") from None
     _check(isinstance(schema, dict), "json_schema", "must be a JSON object")
-    sizes = [_states(value) for value in _multiples(schema)]
+    check_multiples(schema, f"{FIELD}.json_schema")
+
+
+def check_multiples(schemas: Any, field: str) -> None:
+    """Raises `InvalidGrammar` for one schema or several whose `multipleOf` are more work than the library bounds."""
+    sizes = [_states(value) for value in _multiples(schemas)]
     limit = f"multipleOf takes {MAX_MULTIPLES} steps at most, all together, counted in units of its last decimal"
-    _check(sum(sizes) <= MAX_MULTIPLES, "json_schema", f"{limit}, got {sum(sizes):.6g}")
+    if sum(sizes) > MAX_MULTIPLES:
+        raise InvalidGrammar(field, f"{limit}, got {sum(sizes):.6g}")
 
 
 def _refuse_constant(name: str) -> None:

@@ -25,7 +25,8 @@ class KVLayout:
     """What a block's bytes mean: `[num_layers, 2, block_size, num_kv_heads, head_dim]` of `dtype`, row-major.
 
     `model` names weights and revision (the engine takes a digest of the model's files). Two processes may exchange
-    blocks when, and only when, their roots are equal.
+    blocks when, and only when, their roots are equal. Where blocks travel in pieces (`piece_hash`), layers and heads
+    are those of one piece.
     """
 
     model: str
@@ -34,8 +35,7 @@ class KVLayout:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    tp_size: int = 1
-    tp_rank: int = 0
+    num_pieces: int = 1
     adapter: str = ""
 
     @property
@@ -45,7 +45,7 @@ class KVLayout:
 
     def root(self) -> BlockHash:
         """The first link of every chain of this layout; `salted` keeps a tenant's chains apart from it."""
-        shape = (self.block_size, self.num_layers, self.num_kv_heads, self.head_dim, self.tp_size, self.tp_rank)
+        shape = (self.block_size, self.num_layers, self.num_kv_heads, self.head_dim, self.num_pieces, 0)
         fields = (LAYOUT_VERSION, self.model, self.dtype, *shape, self.adapter)
         text = "baton-kv\0" + "\0".join(str(field) for field in fields)
         return BlockHash(hashlib.sha256(text.encode()).digest()[:HASH_BYTES])
@@ -56,6 +56,20 @@ def salted(root: BlockHash, salt: bytes) -> BlockHash:
     if not salt:
         return root
     return BlockHash(hashlib.sha256(b"baton-salt\0" + root + salt).digest()[:HASH_BYTES])
+
+
+def piece_hash(block_hash: BlockHash, piece: int) -> BlockHash:
+    """The name of a block's piece; the first one's is the block's own."""
+    if piece == 0:
+        return block_hash
+    return BlockHash(hashlib.sha256(b"baton-piece\0" + block_hash + piece.to_bytes(4, "little")).digest()[:HASH_BYTES])
+
+
+def piece_hashes(hashes: Sequence[BlockHash], pieces: Sequence[int]) -> list[BlockHash]:
+    """The names of those pieces of each block, block by block."""
+    if len(pieces) == 1 and pieces[0] == 0:
+        return list(hashes)
+    return [piece_hash(block_hash, piece) for block_hash in hashes for piece in pieces]
 
 
 def hash_blocks(parent: BlockHash, token_ids: Sequence[int], block_size: int) -> list[BlockHash]:

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,6 +73,7 @@ class Channel:
             for socket in sockets:
                 socket.close(linger=0)
             raise ArenaUnavailable(f"{address}: {error}") from error
+        self.arrived_s = 0.0  # when the last message came, by the monotonic clock
         self.is_broken = False  # the other side went away; a new channel may find it again
         self._inboxes = [Inbox(self._socket, self._take), Inbox(self._monitor, self._watch)]
         self._limiter: asyncio.Task[None] | None = None
@@ -177,6 +179,7 @@ class Channel:
         return self._arrived_bytes + asked_bytes + _UNASKED_BYTES
 
     def _take(self, frames: list[zmq.Frame]) -> None:
+        self.arrived_s = time.monotonic()
         self._arrived_bytes += sum(len(frame) + _FRAME_BYTES for frame in frames)
         try:
             message = decode(frames[0].buffer)

@@ -29,7 +29,7 @@ from kvstore.wires import default_wire
 logger = logging.getLogger(__name__)
 
 _HERE_BYTES = 4 << 20  # what one thread would copy alone: waking it, and hearing from it, takes longer than 1 MiB
-_MIN_BYTES_PER_S = 100e6  # a slower transfer counts as broken
+_MIN_BYTES_PER_S = 1e6  # a slower transfer counts as broken, where nobody said how long it may take
 _AVOID_S = 5.0  # a store that did not answer is left alone for so long
 
 
@@ -52,7 +52,7 @@ class Match:
 
 class KVClient:
     """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; with None all
-    goes over the wire and nothing is published. `timeout_s` bounds each wait for a store, plus what the bytes take.
+    goes over the wire and nothing is published. `timeout_s` bounds each wait for a store in which nothing comes.
     Where no `wire` is given, stores with the same `wire_key` are read, "" being a key like others (`kvstore/wires.py`).
     """
 
@@ -124,8 +124,9 @@ class KVClient:
     ) -> list[Payload]:
         """The leading run of `match` that could be had, in order. Never raises; failures shorten the run.
 
-        What other machines have not sent within `limit_s` is a miss, and who was too slow is left alone for a while:
-        whoever can compute the blocks by then need not find out whether a wire that hangs will ever move again.
+        What other machines have not sent within `limit_s` is a miss, and who sent nothing is left alone for a while:
+        whoever can compute the blocks by then need not find out whether a wire that hangs will ever move again. Who is
+        only slow is not left alone; `links` knows its speed.
 
         `into` has for each block where it is to lie in the end. What comes over a wire that can is received there, and
         the payload's view is that one; nothing is written any more when `fetch` ends, also by a cancellation.
@@ -305,6 +306,8 @@ class KVClient:
         found: dict[int, Payload] = {}
         step = self._wire.capabilities.num_blocks(self._slot_bytes)
         for start in range(0, len(indices), step):
+            if start and time.monotonic() >= deadline_s:
+                break
             part = indices[start : start + step]
             hashes = [match.hashes[index] for index in part]
             views = None if into is None else [into[index] for index in part]
@@ -322,19 +325,22 @@ class KVClient:
         deadline_s: float,
         into: Sequence[memoryview] | None,
     ) -> Outcome:
-        """Brings the leading run of `hashes`. An arena that failed is left alone for a while."""
+        """Brings the leading run of `hashes`. An arena that failed, or sent nothing, is left alone for a while."""
         began_s, outcome = time.monotonic(), Outcome(State.PENDING)
-        patience_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
-        timeout_s = max(0.0, min(patience_s, deadline_s - began_s))
+        longest_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
+        limit_s = max(0.0, min(longest_s, deadline_s - began_s))
         transfer = self.links.begin(link, len(hashes))
-        ticket = self._wire.submit(record, hashes, timeout_s, into)
+        ticket = self._wire.submit(record, hashes, min(self._timeout_s, limit_s), into)
         try:
-            outcome = await self._wire.poll(ticket, timeout_s)
+            outcome = await self._wire.poll(ticket, limit_s)
         finally:
             self._wire.cancel(ticket)
             transfer.end(len(outcome.payloads), began_s, time.monotonic())
-        if outcome.state is not State.COMPLETED:
-            reason = outcome.reason or f"no answer within {timeout_s:.1f} s"
+        if outcome.state is State.PENDING and outcome.payloads:
+            came, asked = len(outcome.payloads), len(hashes)
+            logger.info("event=fetch_slow arena=%s blocks=%d of=%d limit_s=%.2f", record.arena_id, came, asked, limit_s)
+        elif outcome.state is not State.COMPLETED:
+            reason = outcome.reason or f"no answer within {limit_s:.1f} s"
             logger.warning("event=fetch_failed arena=%s error=%r", record.arena_id, reason)
             self._avoided[record.arena_id] = time.monotonic() + _AVOID_S
         return outcome

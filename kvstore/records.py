@@ -36,7 +36,7 @@ class NodeRecord:
     model: str  # served name
     kv_root: str  # hex of KVLayout.root()
     block_size: int  # tokens
-    block_bytes: int
+    block_bytes: int  # of a whole block, whichever part of it one rank moves
     vocab_size: int
     max_model_len: int  # tokens
     arena_id: str = ""  # of the arena it maps; "" is none

@@ -33,6 +33,7 @@ class Receiver:
     ) -> None:
         """Blocks go `into` those views of `slot_bytes`, one a hash, or into memory of their own."""
         self.payloads: list[ReceivedPayload] = []
+        self.num_bytes = 0  # that came, right or not
         self.is_in_step = False  # the answer came to its end, and what comes behind it is the next one
         self._request_id = request_id
         self._hashes = hashes
@@ -74,6 +75,7 @@ class Receiver:
             num_bytes = stream.recv_into(self._rest, 0, socket.MSG_WAITALL)
         if not num_bytes:
             raise ConnectionResetError("the store hung up")
+        self.num_bytes += num_bytes
         self._rest = self._rest[num_bytes:]
         return True
 

@@ -10,14 +10,16 @@ import asyncio
 import itertools
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaUnavailable, BadFrame
 from kvstore.frames import MAX_BLOCKS, Get
 from kvstore.local import to_end
 from kvstore.memory import reuse_freed_memory
+from kvstore.patience import Standstill, while_moving
 from kvstore.records import ArenaRecord
 from kvstore.stream import pack
 from kvstore.tcp_receiver import Receiver
@@ -102,15 +104,19 @@ class TcpWire:
     async def _run(self, transfer: _Transfer, link: _Link, timeout_s: float) -> None:
         """Whatever happens, the transfer has an outcome, and nothing is written for it any more."""
         try:
-            async with asyncio.timeout(timeout_s), link.turns:
-                await self._bring(transfer.receiver, transfer.question, link)
+            await while_moving(self._in_turn(transfer, link), link.num_bytes, timeout_s)
             transfer.finish(State.COMPLETED)
-        except TimeoutError:
-            transfer.finish(State.FAILED, f"no answer within {timeout_s:.1f} s")
+        except Standstill:
+            transfer.finish(State.FAILED, f"nothing came for {timeout_s:.1f} s")
         except (OSError, UnicodeError, BadFrame, ArenaUnavailable) as error:
             transfer.finish(State.FAILED, f"{link.address}: {error}")
         finally:
             transfer.finish(State.FAILED, "cancelled")
+
+    async def _in_turn(self, transfer: _Transfer, link: _Link) -> None:
+        async with link.turns:
+            with link.counting(transfer.receiver):
+                await self._bring(transfer.receiver, transfer.question, link)
 
     async def _bring(self, receiver: Receiver, question: bytes, link: _Link) -> None:
         stream = link.take() or await _connect(link.address)
@@ -144,6 +150,22 @@ class _Link:
         self.turns = asyncio.Semaphore(_CONNECTIONS)
         self._idle: list[socket.socket] = []
         self._is_closed = False
+        self._receiving: list[Receiver] = []
+        self._received_bytes = 0  # by others before them
+
+    def num_bytes(self) -> int:
+        """That came over it so far."""
+        return self._received_bytes + sum(receiver.num_bytes for receiver in self._receiving)
+
+    @contextmanager
+    def counting(self, receiver: Receiver) -> Iterator[None]:
+        """Inside, what it receives counts."""
+        self._receiving.append(receiver)
+        try:
+            yield
+        finally:
+            self._receiving.remove(receiver)
+            self._received_bytes += receiver.num_bytes
 
     def take(self) -> socket.socket | None:
         """One that the store has not closed meanwhile."""

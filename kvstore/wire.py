@@ -63,7 +63,10 @@ class Wire(Protocol):
         timeout_s: float,
         into: Sequence[memoryview] | None = None,
     ) -> Ticket:
-        """Begins to bring these blocks from that arena, and returns at once. FAILED once it took `timeout_s`.
+        """Begins to bring these blocks from that arena, and returns at once.
+
+        FAILED once nothing came from that arena for `timeout_s`, for this transfer or another: one that waits for
+        others on a slow link is not at fault. How long all of it may take is its caller's affair, who may `cancel`.
 
         `into` has for each block where its reader wants it in the end: writable, of the block's size. A wire that can
         receives there and nowhere else, until `cancel`; others bring blocks in memory of their own. Whatever lies in

@@ -191,11 +191,18 @@ class _Transfer:
             self.finish(State.COMPLETED)
 
     def _expire(self, timeout_s: float) -> None:
-        """A store that owes an answer by now is given up; one that was busy with other transfers is not."""
+        """A store that owes an answer by now is given up, unless others came meanwhile."""
+        connection = self._connection
+        if connection is None:
+            return
+        left_s = connection.channel.arrived_s + timeout_s - time.monotonic()
+        if left_s > 0.0:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._expire, timeout_s)
+            return
         is_owed = bool(self._asked)
-        self.finish(State.FAILED, f"no answer within {timeout_s:.1f} s")
-        if is_owed and self._connection is not None:
-            self._connection.channel.close()
+        self.finish(State.FAILED, f"nothing came for {timeout_s:.1f} s")
+        if is_owed:
+            connection.channel.close()
 
     def _leave_if_idle(self) -> None:
         if self._connection is None or self._asked:

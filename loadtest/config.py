@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.arrival import Ramp
-from loadtest.exchange import Sampling, Target
+from loadtest.exchange import Sampling, Target, Tls
 from loadtest.runner import Traits
 from loadtest.slo import Slo
 
@@ -98,7 +98,7 @@ class BenchConfig:
         return cls(
             backend=args.backend,
             model=args.model,
-            target=Target(args.address, args.timeout, args.api_key, args.tls_ca),
+            target=Target(args.address, args.timeout, args.api_key, _tls(args)),
             load=_load(args),
             data=_data(args),
             sampling=Sampling(args.temperature, args.ignore_eos, args.ttft_slo_ms, args.tpot_slo_ms),
@@ -136,11 +136,20 @@ def _check(args: argparse.Namespace, slo: Slo | None) -> None:
         "--turns is for --dataset multi-turn and sharegpt": args.turns is not None
         and args.dataset not in ("multi-turn", "sharegpt"),
         "--cancel-rate and --bad-clients must be 1 at most together": args.cancel_rate + args.bad_clients > 1,
-        "--tls-ca names no file": args.tls_ca is not None and not args.tls_ca.is_file(),
+        "--tls-cert and --tls-key go together": (args.tls_cert is None) != (args.tls_key is None),
     }
+    files = {"--tls-ca": args.tls_ca, "--tls-cert": args.tls_cert, "--tls-key": args.tls_key}
+    problems |= {f"{flag} names no file": file is not None and not file.is_file() for flag, file in files.items()}
     for words, is_so in problems.items():
         if is_so:
             raise BenchError(words)
+
+
+def _tls(args: argparse.Namespace) -> Tls | None:
+    """None is no TLS, but for https://."""
+    if not (args.tls or args.tls_ca or args.tls_cert or args.tls_server_name):
+        return None
+    return Tls(args.tls_ca, args.tls_cert, args.tls_key, args.tls_server_name)
 
 
 def _load(args: argparse.Namespace) -> Load:

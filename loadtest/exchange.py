@@ -38,13 +38,23 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Tls:
+    """PEM files. Without `ca`, the well-known authorities are trusted."""
+
+    ca: Path | None = None
+    cert: Path | None = None  # of the client itself, where the server asks for one; goes with `key`
+    key: Path | None = None
+    server_name: str = ""  # that the server's certificate is to have; "": its address
+
+
+@dataclass(frozen=True)
 class Target:
     """The server, and who asks. The key is shown nowhere."""
 
     address: str  # "host:port", or a URL for HTTP
     timeout_s: float = 600.0  # of each request
     api_key: str = field(default="", repr=False)
-    tls_ca: Path | None = None  # PEM; whom to trust
+    tls: Tls | None = None  # None: in the clear, but for https://
 
     def redact(self, words: str) -> str:
         """Without the key, should a server repeat it."""

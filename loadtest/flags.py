@@ -72,7 +72,11 @@ def _add_server_arguments(group: argparse._ArgumentGroup) -> None:
     add("--backend", choices=BACKENDS, default="grpc", help="Baton's gRPC door (default), or any OpenAI server's HTTP")
     add("--model", default="", metavar="NAME", help="openai: which one (default: the first that the server names)")
     add("--api-key", default="", metavar="KEY", help="of a tenant; default: the variable BATON_API_KEY")
-    add("--tls-ca", type=Path, metavar="FILE", help="PEM of whom to trust: gRPC with TLS, or https:// with this file")
+    add("--tls", action="store_true", help="the server has TLS, with a certificate of a well-known authority")
+    add("--tls-ca", type=Path, metavar="FILE", help="the server has TLS, with a certificate of this authority (PEM)")
+    add("--tls-cert", type=Path, metavar="FILE", help="of the client, where the server asks for one (PEM)")
+    add("--tls-key", type=Path, metavar="FILE", help="its key (PEM)")
+    add("--tls-server-name", default="", metavar="NAME", help="in the server's certificate; default: of its address")
     add("--timeout", type=_seconds, default=600.0, metavar="S", help="deadline of each request (default 600)")
     add("--temperature", type=_seconds, default=0.0, metavar="T", help="of sampling (default 0 = greedy)")
     end = "go on behind an end token, so that each answer has its full length (default on)"

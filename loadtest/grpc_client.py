@@ -23,8 +23,19 @@ _REFUSALS = {
 _BAD_TEMPERATURE = 1e9
 
 
+def _open_channel(target: Target) -> grpc.aio.Channel:
+    """Raises OSError for a file that cannot be read; whether they fit, the first call tells."""
+    tls = target.tls
+    if tls is None:
+        return grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)
+    ca, key, cert = (file and file.read_bytes() for file in (tls.ca, tls.key, tls.cert))
+    credentials = grpc.ssl_channel_credentials(ca, key, cert)
+    name = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
+    return grpc.aio.secure_channel(target.address, credentials, options=_CHANNEL_OPTIONS + name)
+
+
 class GrpcClient:
-    """A channel to a router, with TLS where the target names whom to trust.
+    """A channel to a router.
 
     Prompts of token ids go as they are, the parts of a conversation one behind the other, so that each turn's prompt
     begins with the tokens of the turn before and of its answer; text likewise.
@@ -32,11 +43,7 @@ class GrpcClient:
 
     def __init__(self, target: Target, sampling: Sampling = DEFAULT_SAMPLING) -> None:
         self.target = target
-        if target.tls_ca is None:
-            self._channel = grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)
-        else:
-            credentials = grpc.ssl_channel_credentials(root_certificates=target.tls_ca.read_bytes())
-            self._channel = grpc.aio.secure_channel(target.address, credentials, options=_CHANNEL_OPTIONS)
+        self._channel = _open_channel(target)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._metadata = (("authorization", f"Bearer {target.api_key}"),) if target.api_key else None
         self._sampling = sampling

@@ -15,7 +15,17 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from loadtest.exchange import CONNECTION_LOST, DEFAULT_SAMPLING, Ask, ModelInfo, Sampling, SendError, Stream, Target
+from loadtest.exchange import (
+    CONNECTION_LOST,
+    DEFAULT_SAMPLING,
+    Ask,
+    ModelInfo,
+    Sampling,
+    SendError,
+    Stream,
+    Target,
+    Tls,
+)
 from loadtest.sse import BadEvent, EventParser
 
 _ASK_AGAIN_S = 0.1
@@ -25,12 +35,14 @@ _MAX_ERROR_CHARACTERS = 300
 _MAX_MODELS_BYTES = 1 << 22
 
 
-def base_url_of(address: str) -> str:
-    """Where the API is, without /v1: HOST:PORT is plain HTTP. Raises ValueError for what is no URL."""
-    url = address if "://" in address else f"http://{address}"
+def base_url_of(address: str, is_tls: bool = False) -> str:
+    """Where the API is, without /v1: HOST:PORT is plain HTTP unless `is_tls`. Raises ValueError for what is no URL."""
+    url = address if "://" in address else f"{'https' if is_tls else 'http'}://{address}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ValueError(f"must be HOST:PORT or http(s)://HOST:PORT, got {address!r}")
+    if is_tls and parts.scheme == "http":
+        raise ValueError(f"over TLS it must be HOST:PORT or https://HOST:PORT, got {address!r}")
     return url.rstrip("/").removesuffix("/v1")
 
 
@@ -38,15 +50,16 @@ class HttpClient:
     """Connections to one server. `chat` chooses the endpoint; `model` "" takes the first that the server names."""
 
     def __init__(self, target: Target, chat: bool, model: str = "", sampling: Sampling = DEFAULT_SAMPLING) -> None:
-        """Raises ValueError for an address that is none, OSError for a file of authorities that is none."""
+        """Raises ValueError for an address that is none, OSError for a file of TLS that is none."""
         self.target = target
-        self._base_url = base_url_of(target.address)
+        self._base_url = base_url_of(target.address, is_tls=target.tls is not None)
         self._url = f"{self._base_url}/v1/{'chat/completions' if chat else 'completions'}"
         self._chat = chat
         self._model = model
         self._sampling = sampling
         self._headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-        self._tls = ssl.create_default_context(cafile=str(target.tls_ca)) if target.tls_ca else True
+        self._tls = True if target.tls is None else _context_of(target.tls)
+        self._server_name = (target.tls.server_name or None) if target.tls else None
 
     async def __aenter__(self) -> HttpClient:
         self._session = aiohttp.ClientSession(
@@ -74,7 +87,8 @@ class HttpClient:
     async def _ask_for_model(self, timeout_s: float) -> ModelInfo:
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_s)
-            async with self._session.get(f"{self._base_url}/v1/models", timeout=timeout) as response:
+            url = f"{self._base_url}/v1/models"
+            async with self._session.get(url, timeout=timeout, server_hostname=self._server_name) as response:
                 await _raise_for_status(response)
                 body = await _read_at_most(response, _MAX_MODELS_BYTES)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -113,7 +127,8 @@ class HttpClient:
         answer = _Answer(self._chat, stream)
         headers = {"Content-Type": "application/json"}
         try:
-            async with self._session.post(self._url, data=request, headers=headers) as response:
+            post = self._session.post(self._url, data=request, headers=headers, server_hostname=self._server_name)
+            async with post as response:
                 await _raise_for_status(response)
                 parser = EventParser()
                 async for piece in response.content.iter_any():
@@ -128,6 +143,13 @@ class HttpClient:
         except (BadEvent, ValueError, RecursionError) as error:
             raise SendError(f"the answer is broken: {error}") from None
         answer.finish()
+
+
+def _context_of(tls: Tls) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=tls.ca)
+    if tls.cert is not None:
+        context.load_cert_chain(tls.cert, tls.key)
+    return context
 
 
 class _Answer:

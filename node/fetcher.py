@@ -17,7 +17,7 @@ from engine.errors import UnknownRequest
 from engine.loop import EngineLoop
 from engine.request import Request
 from kvstore.arena_map import MappedPayload
-from kvstore.blocks import Payload
+from kvstore.blocks import Payload, piece_hashes
 from kvstore.client import Match
 from kvstore.quotas import SHARED, Owner
 from node.intake import Intake
@@ -51,7 +51,7 @@ class Pace:
 
 
 LOCAL_PACE = Pace(1 / 8, 0.002, 0.05)  # a look at mapped memory
-DIRECTORY_PACE = Pace(1 / 4, 0.005, 0.2)  # a round trip to Redis
+DIRECTORY_PACE = Pace(1 / 4, 0.002, 0.2)  # a round trip to Redis
 
 
 class Fetcher:
@@ -63,8 +63,9 @@ class Fetcher:
         self._store = intake.store
         self._request = request
         self._owner = owner
-        self._max_fetch_blocks = max(1, MAX_FETCH_BYTES // intake.block_bytes)
-        self._max_import_blocks = max(1, MAX_IMPORT_BYTES // intake.block_bytes)
+        self._num_pieces = len(intake.pieces)  # that come for each block
+        self._max_fetch_blocks = max(1, MAX_FETCH_BYTES // (intake.block_bytes * self._num_pieces))
+        self._max_import_blocks = max(1, MAX_IMPORT_BYTES // (intake.block_bytes * self._num_pieces))
         self._is_declined = False  # computing is sooner than fetching what was found last
         self._progress_s = time.monotonic()  # the last block came, or the fetcher did
         self._ask_directory_s = 0.0  # not before
@@ -120,6 +121,7 @@ class Fetcher:
         """Not longer than computing it would take: whoever publishes it may have died."""
         if not self._is_near:
             self._ask_directory_s = 0.0
+        self._progress_s = time.monotonic()  # what comes now comes soon: the directory is looked into often again
         await self.fetch()
         self._progress_s = time.monotonic()
         while not self._is_released and not self._is_declined and (num_coming := self._num_coming(num_blocks)) > 0:
@@ -153,30 +155,50 @@ class Fetcher:
             return 0
         chosen = self._intake.choose(match)
         self._is_declined = chosen.num_blocks < match.num_blocks
+        if chosen.arenas and self._num_pieces == 1 and self._intake.ranks is None:
+            return await self._land(chosen)
+        payloads = await self._fetch_chosen(chosen)
+        num_imported_blocks = await self._import(payloads)
+        self._intake.keep(chosen, payloads, self._owner, {})
+        return num_imported_blocks
+
+    async def _land(self, chosen: Match) -> int:
+        """Fetches what is not mapped straight into the request's blocks, where they can be lent."""
         limit_s = self._intake.wire_limit_s(chosen.num_blocks)
-        if not chosen.arenas:  # all of it is mapped
-            return await self._import(await self._store.fetch(chosen, limit_s))
         with landing(self._loop, self._request, chosen.num_blocks) as strip:
             payloads = await self._store.fetch(chosen, limit_s, strip.views)
             num_imported_blocks = await self._import(payloads)
             strip.keep(self._intake, chosen, payloads[:num_imported_blocks], self._owner)
         return num_imported_blocks
 
+    async def _fetch_chosen(self, chosen: Match) -> Sequence[Payload]:
+        """The leading run that could be had, by all ranks."""
+        num_blocks, ranks = chosen.num_blocks // self._num_pieces, self._intake.ranks
+        limit_s = self._intake.wire_limit_s(num_blocks)
+        if ranks is None or num_blocks == 0:
+            return await self._store.fetch(chosen, limit_s)
+        hashes = self._request.block_hashes[self._num_blocks : self._num_blocks + num_blocks]
+        theirs = ranks.fetch(self._request, hashes, self._owner, limit_s)
+        payloads, num_good_blocks = await asyncio.gather(self._store.fetch(chosen, limit_s), theirs)
+        return payloads[: num_good_blocks * self._num_pieces]
+
     async def _match(self) -> Match:
         """What this machine's arena holds; where it holds nothing, now and then what the directory knows of."""
         first, num_blocks = self._num_blocks, min(self.num_missing_blocks, self._max_fetch_blocks)
-        hashes = self._request.block_hashes[first : first + num_blocks]
-        here = self._store.match_local(hashes)
+        hashes = piece_hashes(self._request.block_hashes[first : first + num_blocks], self._intake.pieces)
+        here = self._intake.whole(self._store.match_local(hashes))
         if here.num_blocks or time.monotonic() < self._ask_directory_s:
             return here
-        match = await self._store.match(hashes)
+        match = self._intake.whole(await self._store.match(hashes))
         self._ask_directory_s = time.monotonic() + DIRECTORY_PACE.pause_s(self._waited_s)
         return match
 
     async def _import(self, payloads: Sequence[Payload]) -> int:
         """Copies into the engine, a part at a time; of mapped payloads this is the transfer itself."""
         num_imported_blocks = 0
-        for is_mapped, run in itertools.groupby(payloads, lambda payload: isinstance(payload, MappedPayload)):
+        starts = range(0, len(payloads) // self._num_pieces * self._num_pieces, self._num_pieces)
+        blocks = [payloads[start : start + self._num_pieces] for start in starts]
+        for is_mapped, run in itertools.groupby(blocks, _is_mapped):
             batch = list(run)
             self._is_near = is_mapped
             for start in range(0, len(batch), self._max_import_blocks):
@@ -187,8 +209,9 @@ class Fetcher:
                     return num_imported_blocks
         return num_imported_blocks
 
-    async def _import_part(self, payloads: Sequence[Payload], is_mapped: bool) -> int:
+    async def _import_part(self, blocks: Sequence[Sequence[Payload]], is_mapped: bool) -> int:
         request_id = self._request.request_id
+        payloads = [payload for pieces in blocks for payload in pieces]
 
         def copy(engine: Engine) -> tuple[int, float, float, float]:
             began_s = time.monotonic()
@@ -207,5 +230,9 @@ class Fetcher:
         try:
             num_blocks, began_s, ended_s, self._intake.prefill_tokens_per_s = await self._loop.call(copy)
         finally:
-            transfer.end(num_blocks, began_s, ended_s)
+            transfer.end(num_blocks * self._num_pieces, began_s, ended_s)
         return num_blocks
+
+
+def _is_mapped(pieces: Sequence[Payload]) -> bool:
+    return all(isinstance(payload, MappedPayload) for payload in pieces)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from batonpb import node_pb2
 from kvstore.blocks import Payload
@@ -16,6 +16,7 @@ from kvstore.links import Traffic
 from kvstore.quotas import Owner
 from kvstore.wire import ReceivedPayload
 from node.choice import Choice, choose
+from node.ranks import Ranks
 from node.replicator import Replica, Replicator, nothing
 
 PATIENCE_S = 0.5  # for blocks on their way, while it is not known how long computing them takes
@@ -45,22 +46,32 @@ class Choices:
 @dataclass
 class Intake:
     """`prefill_tokens_per_s` is what the engine makes of long prompts: the newest measurement that anyone has brought
-    here, and before that the one of its warm-up; 0.0: not known.
+    here, and before that the one of its warm-up; 0.0: not known. A `Match` here is of `pieces` of blocks, as many for
+    each of its blocks; a node whose blocks travel whole has one, 0.
     """
 
     store: KVClient
     block_size: int  # tokens
-    block_bytes: int
+    block_bytes: int  # of a piece, as the store's slots have them
     prefill_tokens_per_s: float = 0.0
     choices: Choices = field(default_factory=Choices)
     replicator: Replicator | None = None  # None: what comes from other machines is not kept on this one
+    pieces: Sequence[int] = (0,)  # this rank's, by their numbers in a block
+    ranks: Ranks | None = None  # that follow
+
+    def whole(self, match: Match) -> Match:
+        """The part of `match` that is whole blocks."""
+        num_pieces = len(self.pieces)
+        return match.head(match.num_blocks // num_pieces * num_pieces) if num_pieces > 1 else match
 
     def choose(self, match: Match) -> Match:
         """The part of `match` that is better fetched."""
         stretches = self.store.links.stretches(match.places)
-        choice = choose(stretches, self.block_bytes, self._compute_s(1))
-        self.choices.count(choice, match.num_blocks)
-        return match.head(choice.num_blocks)
+        num_pieces = len(self.pieces)
+        choice = choose(stretches, self.block_bytes, self._compute_s(1) / num_pieces)
+        choice = replace(choice, num_blocks=choice.num_blocks // num_pieces)
+        self.choices.count(choice, match.num_blocks // num_pieces)
+        return match.head(choice.num_blocks * num_pieces)
 
     def keep(
         self, match: Match, payloads: Sequence[Payload], owner: Owner, let_go: Mapping[int, Callable[[], object]]

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 from engine.loop import EngineLoop
 from engine.request import FullBlock
+from kvstore.blocks import piece_hashes
 from kvstore.client import KVClient
 from kvstore.quotas import SHARED, Owner
+from node.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,12 @@ class _Write:
 class Publisher:
     """One for each node: a queue of pinned blocks, and the task that empties it."""
 
-    def __init__(self, loop: EngineLoop, store: KVClient, num_blocks: int) -> None:
+    def __init__(self, loop: EngineLoop, store: KVClient, num_blocks: int, ranks: Ranks | None = None) -> None:
         self._loop = loop
         self._store = store
-        self._max_batch_blocks = max(1, MAX_BATCH_BYTES // loop.engine.layout.block_bytes)
+        self._ranks = ranks
+        self._pieces = loop.engine.pieces.numbers
+        self._max_batch_blocks = max(1, MAX_BATCH_BYTES // (loop.engine.layout.block_bytes * len(self._pieces)))
         self._max_stalled_blocks = int(num_blocks * STALL_SHARE)
         self._write_began_s = 0.0
         self._queue: deque[tuple[FullBlock, Owner]] = deque()
@@ -107,12 +111,20 @@ class Publisher:
 
     async def _write(self, batch: Sequence[FullBlock], owner: Owner) -> None:
         # two requests may have filled the same block in the same step
-        blocks = list({block.block_hash: block for block in batch}.values())
+        blocks, num_pieces = list({block.block_hash: block for block in batch}.values()), len(self._pieces)
 
         def write(indices: Sequence[int], views: Sequence[memoryview]) -> list[int]:
-            return self._loop.engine.export_blocks([blocks[index].block_id for index in indices], views)
+            ids = [blocks[index // num_pieces].block_id * num_pieces + index % num_pieces for index in indices]
+            return self._loop.engine.export_pieces(ids, views)
 
-        await self._store.publish([block.block_hash for block in blocks], write, owner)
+        hashes = piece_hashes([block.block_hash for block in blocks], self._pieces)
+        if self._ranks is None:
+            await self._store.publish(hashes, write, owner)
+            return
+        both = self._store.publish(hashes, write, owner), self._ranks.publish(blocks, owner)
+        for result in await asyncio.gather(*both, return_exceptions=True):  # the blocks are pinned until both end
+            if isinstance(result, BaseException):
+                raise result
 
     def _unpin(self, blocks: Sequence[FullBlock]) -> None:
         block_ids = [block.block_id for block in blocks]

@@ -43,8 +43,13 @@ class Replica:
 class Replicator:
     """One for each node: the blocks that wait, and the task that writes them behind all that the engine has made."""
 
-    def __init__(self, store: KVClient, publisher: Publisher, block_bytes: int, max_blocks: int = sys.maxsize) -> None:
-        """At most `max_blocks` wait, beside the limit in bytes."""
+    def __init__(
+        self, store: KVClient, publisher: Publisher | None, block_bytes: int, max_blocks: int = sys.maxsize
+    ) -> None:
+        """At most `max_blocks` wait, beside the limit in bytes.
+
+        `publisher` has what goes before; None for a rank that has no queue of its own.
+        """
         self._store = store
         self._publisher = publisher
         self._max_waiting_blocks = max(1, min(max_blocks, MAX_WAITING_BYTES // block_bytes))
@@ -77,7 +82,8 @@ class Replicator:
     async def _write_all(self) -> None:
         try:
             while self._waiting:
-                await self._publisher.flush()
+                if self._publisher is not None:
+                    await self._publisher.flush()
                 if self._waiting:  # else it was closed meanwhile
                     await self._write(self._take_batch())
         except Exception:  # nobody waits for these blocks

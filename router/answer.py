@@ -41,6 +41,7 @@ class Answer:
         self._calls = ToolCallParser(f"{form.request_id}/{form.index}") if form.calls_tools else None
         self._lead = form.echo
         self._num_tokens = 0
+        self._is_first = True
 
     def respond(self, progress: Progress) -> inference_pb2.GenerateResponse:
         """Tokens at once; their text as far as it is certain. A stop string ends the request, whatever came behind."""
@@ -64,6 +65,8 @@ class Answer:
         if self._calls is not None:
             self._part(response, self._calls)
         response.text, self._lead = self._lead + response.text, ""
+        if self._is_first:
+            response.prompt_tokens, self._is_first = len(self._request.prompt_ids), False
         if response.finish_reason:
             self._conclude(response)
         return response

@@ -126,16 +126,14 @@ class Dispatcher:
             # 1) Both legs count from now on: whoever is planned next must see them.
             with self._prefill_leg(plan) as prefill:
                 # 2) Room on the decode node, before any prefill is spent.
-                await decode.admit(message, self._remaining_s(journey))
+                await decode.admit(message, self._remaining_s(journey), runs_alone=prefill is None)
                 timeline.admitted()
                 timeline.prefill_started()
                 first = await prefill.run(message, self._remaining_s(journey)) if prefill else None
                 if prefill and first:
                     has_computed(prefill, first.local_hit_tokens + first.store_hit_tokens, first.compute_s)
             # 3) The first token. It goes to the client while Start is on its way.
-            if first is None:
-                decode.start([])
-            else:
+            if first is not None:
                 if is_first:
                     timeline.hit(first.local_hit_tokens, first.store_hit_tokens)
                 if not first.finish_reason:

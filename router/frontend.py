@@ -193,19 +193,23 @@ class Frontend:
             token_ids = await self._encode(self._text_of(**prompt), is_template="chat" in prompt)
         return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=pool.max_model_len)
 
-    async def detokenize(self, message: inference_pb2.DetokenizeRequest) -> inference_pb2.DetokenizeResponse:
+    async def detokenize(
+        self, message: inference_pb2.DetokenizeRequest, caller: Caller
+    ) -> inference_pb2.DetokenizeResponse:
         """The text of tokens, without special ones.
 
-        Raises `InvalidRequest`, and `ClusterUnavailable` before any node has been seen.
+        Raises `InvalidRequest`, `RateLimited`, and `ClusterUnavailable` before any node has been seen.
         """
         token_ids = check_detokenize(message, self._pool().vocab_size)
-        return inference_pb2.DetokenizeResponse(text=await self._decode(token_ids))
+        with self._turnstile.admit(caller.tenant.name, caller.tenant.allowance):  # it counts as a request
+            text = await self._decode(token_ids)
+        return inference_pb2.DetokenizeResponse(text=text)
 
     async def _route(self, checked: CheckedRequest, caller: Caller) -> RoutedRequest:
         """Fills in what the model and this router decide, but for the seed: tokens, length, end tokens, whose cache."""
         pool = self._pool()
         check_model(checked.model, pool.model)
-        await self._grammars.check(checked.sampling)
+        await self._grammars.check(checked.sampling, checked.chat)
         prompt_ids = await self._tokenise(checked, pool)
         sampling = check_tokens(prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size)
         del sampling.stop[:]  # nodes know no text

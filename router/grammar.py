@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 from batonpb import common_pb2
@@ -12,6 +13,8 @@ from grammar.errors import GrammarError
 from grammar.source import Grammar, grammar_of
 from router.errors import InvalidRequest
 from router.tokenizer import Tokenizer
+from router.tool_grammar import TOOLS, hold_to_tools, schemas
+from router.validate_chat import Chat
 
 MAX_VERDICTS = 256
 
@@ -23,24 +26,41 @@ class GrammarChecker:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._compiler = Compiler(tokenizer.folder, sorted(tokenizer.eos_token_ids))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         self._verdict = functools.lru_cache(MAX_VERDICTS)(self._compile)
 
-    async def check(self, sampling: common_pb2.SamplingParams) -> None:
-        """Raises `InvalidRequest`, with the field and the reason. Costs nothing where there is no grammar."""
+    async def check(self, sampling: common_pb2.SamplingParams, chat: Chat | None = None) -> None:
+        """Raises `InvalidRequest`, with the field and the reason. Costs nothing where there is no grammar.
+
+        Where the chat's tools have a say, `sampling` has their grammar afterwards, in the place of the client's.
+        """
+        if problem := await self._problem(sampling):
+            raise InvalidRequest(*problem)
+        if chat is not None and hold_to_tools(sampling, chat, self._tokenizer.added_tokens):
+            if problem := await self._problem(sampling):
+                raise InvalidRequest(TOOLS, await self._blame(chat) or problem[1])
+
+    async def _blame(self, chat: Chat) -> str:
+        """Which tool's parameters are no schema to hold to, and why; "" where each one by itself would do."""
+        for name, schema in schemas(chat).items():
+            if problem := await self._verdict_of(Grammar("json_schema", json.dumps(schema))):
+                return f"parameters of {name!r}: {problem[1]}"
+        return ""
+
+    async def _problem(self, sampling: common_pb2.SamplingParams) -> tuple[str, str] | None:
+        """A field and what is wrong with it, or None."""
         try:
             grammar = grammar_of(sampling)
         except GrammarError as error:
-            raise InvalidRequest(error.field, error.problem) from error
-        if grammar is None:
-            return
-        problem = await asyncio.get_running_loop().run_in_executor(self._thread, self._verdict, grammar)
-        if problem is not None:
-            raise InvalidRequest(*problem)
+            return error.field, error.problem
+        return None if grammar is None else await self._verdict_of(grammar)
+
+    async def _verdict_of(self, grammar: Grammar) -> tuple[str, str] | None:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._verdict, grammar)
 
     def _compile(self, grammar: Grammar) -> tuple[str, str] | None:
-        """A field and what is wrong with it, or None."""
         try:
             self._compiler.matcher(grammar)
         except GrammarError as error:

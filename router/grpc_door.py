@@ -83,8 +83,8 @@ class InferenceService:
 
     async def detokenize(self, body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.DetokenizeResponse:
         async with _statuses(context, "Detokenize"):
-            self._authenticate(context)
-            return await self._frontend.detokenize(self._parse(body, inference_pb2.DetokenizeRequest))
+            caller = Caller(self._authenticate(context))
+            return await self._frontend.detokenize(self._parse(body, inference_pb2.DetokenizeRequest), caller)
         raise AssertionError("an aborted call goes on")
 
     async def explain(self, body: bytes, context: grpc.aio.ServicerContext) -> inference_pb2.ExplainResponse:

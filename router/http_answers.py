@@ -176,6 +176,23 @@ class Totals:
         }
 
 
+class Counts:
+    """How far each choice of a stream has come."""
+
+    def __init__(self, num_choices: int) -> None:
+        self._prompt_tokens = [0] * num_choices
+        self._output_tokens = [0] * num_choices
+
+    def add(self, index: int, response: inference_pb2.GenerateResponse) -> None:
+        self._prompt_tokens[index] += response.prompt_tokens
+        self._output_tokens[index] += len(response.tokens)
+
+    def usage(self, index: int) -> Json:
+        prompt_tokens, output_tokens = self._prompt_tokens[index], self._output_tokens[index]
+        total = prompt_tokens + output_tokens
+        return {"prompt_tokens": prompt_tokens, "completion_tokens": output_tokens, "total_tokens": total}
+
+
 def whole_answer(head: Json, choices: Sequence[Choice], totals: Totals) -> Json:
     return {**head, "choices": [choice.whole() for choice in choices], "usage": totals.usage()}
 

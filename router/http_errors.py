@@ -32,6 +32,7 @@ NAMES = {
     "tokens": "prompt",
     "chat": "messages",
     "tool_name": "tool_choice",
+    "single_tool_call": "parallel_tool_calls",
     "request_id": "X-Request-Id",
 }
 WHOLE = ("prompt", "messages", "tools", "tool_choice")  # what lies inside them is named after them

@@ -135,7 +135,7 @@ class StructuredOutputs(Closed):
 
 class StreamOptions(Closed):
     include_usage: bool | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's; goes with include_usage
     include_obfuscation: bool | None = None
 
 

@@ -21,6 +21,7 @@ from router.http_models import (
     NamedTool,
     ResponseFormat,
     Sampled,
+    StreamOptions,
     TextPart,
     TokenizeRequest,
     Tool,
@@ -53,6 +54,7 @@ class Asked:
     num_logprobs: int | None  # alternatives to show; None: no logprobs
     is_stream: bool
     includes_usage: bool
+    counts_usage: bool = False  # in each event, so far
     is_single_call: bool = False  # of tools
     renamed: Mapping[str, str] = field(default_factory=dict)
 
@@ -82,6 +84,7 @@ def ask_chat(request: ChatRequest, request_id: str) -> Asked:
         num_logprobs,
         is_stream=bool(request.stream),
         includes_usage=_includes_usage(request),
+        counts_usage=_includes_usage(request) and bool(_stream_options(request).continuous_usage_stats),
         is_single_call=request.parallel_tool_calls is False,
         renamed=renamed,
     )
@@ -107,6 +110,7 @@ def ask_completion(request: CompletionRequest, request_id: str) -> Asked:
         request.logprobs,
         is_stream=bool(request.stream),
         includes_usage=_includes_usage(request),
+        counts_usage=_includes_usage(request) and bool(_stream_options(request).continuous_usage_stats),
         renamed=renamed,
     )
 
@@ -163,7 +167,11 @@ def _copy(message: Message, name: str, value: object) -> None:
 
 
 def _includes_usage(request: Sampled) -> bool:
-    return bool(request.stream_options and request.stream_options.include_usage)
+    return bool(_stream_options(request).include_usage)
+
+
+def _stream_options(request: Sampled) -> StreamOptions:
+    return request.stream_options or StreamOptions()
 
 
 def _with_prompt(shared: inference_pb2.GenerateRequest, prompt: str | list[int]) -> inference_pb2.GenerateRequest:
@@ -225,6 +233,8 @@ def _choose_tool(chat: inference_pb2.ChatPrompt, request: ChatRequest) -> None:
         chat.tool_choice, chat.tool_name = inference_pb2.TOOL_CHOICE_REQUIRED, choice.function.name
     else:
         chat.tool_choice = TOOL_CHOICES[choice]
+    is_required = chat.tool_choice == inference_pb2.TOOL_CHOICE_REQUIRED
+    chat.single_tool_call = is_required and request.parallel_tool_calls is False
 
 
 # --- grammars ---

@@ -21,7 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from batonpb import inference_pb2
 from router.errors import ClusterUnavailable, InvalidRequest
 from router.frontend import Caller, Frontend
-from router.http_answers import ChatChoice, Choice, CompletionChoice, Json, Totals, whole_answer
+from router.http_answers import ChatChoice, Choice, CompletionChoice, Counts, Json, Totals, whole_answer
 from router.http_body import INLINE_BYTES, parse_object, read_body
 from router.http_errors import RefusedCall, failure_of
 from router.http_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read
@@ -160,7 +160,7 @@ class Routes:
     ) -> web.StreamResponse:
         """Until the first response, an error is a status; after it, an event."""
         events = EventStream(call.request, call.headers, self._stall_s)
-        totals = Totals(len(asked.messages))
+        totals, counts = Totals(len(asked.messages)), Counts(len(choices))
         tail: Json = {"usage": None} if asked.includes_usage else {}
         num_finished, is_open = 0, False
         try:
@@ -169,7 +169,11 @@ class Routes:
                     if not is_open:
                         await events.open()
                         is_open = True
-                    delta = choices[prompt * asked.num_answers + response.index].delta(response)
+                    index = prompt * asked.num_answers + response.index
+                    delta = choices[index].delta(response)
+                    counts.add(index, response)
+                    if asked.counts_usage:
+                        tail = {"usage": counts.usage(index)}
                     if response.finish_reason:
                         totals.add(prompt, response.usage)
                         num_finished += 1
@@ -209,7 +213,7 @@ class Routes:
         check_model(request.model or "", self._frontend.model().model)
         call.renamed = {"token_ids": "tokens", "tokens": "tokens"}
         message = inference_pb2.DetokenizeRequest(token_ids=request.tokens)
-        response = await self._frontend.detokenize(message)
+        response = await self._frontend.detokenize(message, call.caller())
         return _json({"prompt": response.text})
 
     # --- what is served, and how it is ---

@@ -70,8 +70,10 @@ class Journey:
         root = salted(pool.root, self.request.salt)
         if root != self._root:
             self._root, self._hashes = root, []
-        parent = self._hashes[-1] if self._hashes else root
-        self._hashes += hash_blocks(parent, self.token_ids[len(self._hashes) * pool.block_size :], pool.block_size)
+        begin = len(self._hashes) * pool.block_size
+        if self.num_tokens - begin >= pool.block_size:
+            parent = self._hashes[-1] if self._hashes else root
+            self._hashes += hash_blocks(parent, self.token_ids[begin:], pool.block_size)
         return self._hashes
 
     @property

@@ -29,6 +29,7 @@ class Callee:
     node_id: str
     incarnation: str
     method: Any
+    lone_method: Any = None  # the same for a leg that has no other: it takes one message
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,19 @@ class DecodeLeg(Leg):
     kind = "decode"
     _starting: asyncio.Task[None] | None = None
 
-    async def admit(self, request: node_pb2.NodeRequest, timeout_s: float | None) -> None:
-        """Waits until the node holds room. Raises `InvalidRequest`, `LegRefused`, `LegFailed`."""
-        self._call = self.callee.method(timeout=timeout_s)
+    async def admit(self, request: node_pb2.NodeRequest, timeout_s: float | None, runs_alone: bool = False) -> None:
+        """Waits until the node holds room. A leg that runs alone needs no `start`, and half the messages.
+
+        Raises `InvalidRequest`, `LegRefused`, `LegFailed`.
+        """
+        message = node_pb2.DecodeRequest(admit=node_pb2.Admit(request=request, runs_alone=runs_alone))
+        if runs_alone:
+            self._call = self.callee.lone_method(message, timeout=timeout_s)
+        else:
+            self._call = self.callee.method(timeout=timeout_s)
         with self._waiting(may_refuse=True):
-            await self._write(node_pb2.DecodeRequest(admit=node_pb2.Admit(request=request)))
+            if not runs_alone:
+                await self._write(message)
             answer = await self._call.read()
         if answer is grpc.aio.EOF or answer.WhichOneof("message") != "admitted":
             raise self._failed("did not answer Admit with Admitted")

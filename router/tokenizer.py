@@ -70,7 +70,7 @@ class Tokenizer:
 
         Releases the interpreter's lock while it works, so that a long text can be encoded on a thread.
         """
-        [encoding] = self._backend.encode_batch([text], add_special_tokens=not is_template)
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=not is_template)
         return list(encoding.ids)
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -110,8 +110,9 @@ class Tokenizer:
 
     @functools.cached_property
     def added_tokens(self) -> frozenset[str]:
-        """Texts that are one token whatever surrounds them, special or not."""
-        return frozenset(token.content for token in self._backend.get_added_tokens_decoder().values())
+        """Texts that are one token whatever surrounds them. Special ones are none: they are no text of an answer."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if not token.special)
 
     @functools.cached_property
     def _longest_token_bytes(self) -> int:

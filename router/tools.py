@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,19 +22,22 @@ from batonpb import inference_pb2
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 WHITESPACE = " \t\r\n"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# Of llguidance: without a bound a model may go on with whitespace for ever.
-JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}", "lenient": False}
 _BETWEEN = re.compile(r"[ \t\r\n,:]*")  # members of an object that is known to be valid
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
     """The JSON object that `text` is, or None: also for one that could not be written again as UTF-8 JSON."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_float=_number)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _number(text: str) -> float:
+    """JSON bounds no number, and a grammar of it neither: 1e999 is one, and to be written again it must be finite."""
+    return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
 
 
 def parse_call(text: str) -> tuple[str, str] | None:
@@ -191,22 +194,3 @@ def _overlap(text: str) -> int:
     """How many characters at the end of `text` are the beginning of the opening tag."""
     longest = min(len(OPEN) - 1, len(text))
     return next((length for length in range(longest, 0, -1) if text.endswith(OPEN[:length])), 0)
-
-
-def required_grammar(
-    tools: Sequence[Mapping[str, Any]], tool_name: str = "", added_tokens: Collection[str] = ()
-) -> str:
-    """llguidance's Lark grammar of one call or more: of `tool_name` alone where it is given.
-
-    `tools` are as chat templates take them. Each tool's arguments are a schema by themselves: "#/$defs" is theirs.
-    A tag that is one of the tokenizer's `added_tokens` is that token: the library takes them for no text.
-    """
-    opening, closing = (tag if tag in added_tokens else json.dumps(tag) for tag in (OPEN, CLOSE))
-    functions = [tool["function"] for tool in tools if tool_name in ("", tool["function"]["name"])]
-    rules = ['start: call ("\\n" call)*', "call: " + " | ".join(f"call_{n}" for n in range(len(functions)))]
-    for n, function in enumerate(functions):
-        head, tail = json.dumps(f'\n{{"name": "{function["name"]}", "arguments": '), json.dumps("}\n")
-        rules.append(f"call_{n}: {opening} {head} arguments_{n} {tail} {closing}")
-        schema = {"type": "object"} | function["parameters"] | {"x-guidance": JSON_OPTIONS}
-        rules.append(f"arguments_{n}: %json {json.dumps(schema)}")
-    return "\n".join(rules) + "\n"

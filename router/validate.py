@@ -77,7 +77,6 @@ def check(request: inference_pb2.GenerateRequest, limits: Limits) -> CheckedRequ
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)
     prompt = check_prompt(request, limits)
-    _check_served(prompt.get("chat"))
     in_range = abs(request.priority) <= MAX_PRIORITY
     _check(in_range, "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {request.priority}")
     for name in ("ttft_slo_ms", "tpot_slo_ms"):
@@ -120,11 +119,6 @@ def check_detokenize(request: inference_pb2.DetokenizeRequest, vocab_size: int) 
     return token_ids
 
 
-def _check_served(chat: Chat | None) -> None:
-    if chat is not None and chat.is_required:
-        raise InvalidRequest("prompt.chat.tool_choice", "required is not served yet")
-
-
 def check_model(asked: str, served: str) -> None:
     """Raises `InvalidRequest` for a model that is not served here."""
     _check(asked in ("", served), "model", f"{served!r} is the model served here, got {asked[:128]!r}")
@@ -148,6 +142,7 @@ def check_sampling(sampling: common_pb2.SamplingParams) -> None:
     check("logprobs", sampling.logprobs <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]")
     if sampling.HasField("max_tokens"):
         _check_min_tokens(sampling)
+    _check(not sampling.HasField("lark"), "sampling.grammar.lark", "is the router's own to set")
     count = len(sampling.stop_token_ids)
     _check(count <= MAX_STOP_IDS, "sampling.stop_token_ids", f"{MAX_STOP_IDS} ids at most, got {count}")
     _check(len(sampling.stop) <= MAX_STOPS, "sampling.stop", f"{MAX_STOPS} strings at most, got {len(sampling.stop)}")

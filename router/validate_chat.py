@@ -15,6 +15,7 @@ MAX_CALL_ID_CHARS = 64
 MAX_CALLS = 128  # of one message
 MAX_TOOLS = 128
 FIELD = "prompt.chat"
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}  # of a tool that names none
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Chat:
     tools: tuple[dict[str, Any], ...] = ()  # empty also where the model is not to know of them
     is_required: bool = False  # one call at least must be made
     tool_name: str = ""  # the only tool that may be called then; empty: any
+    is_single: bool = False  # one call then, and no more
 
 
 def check_chat(prompt: inference_pb2.ChatPrompt, max_bytes: int) -> Chat:
@@ -42,6 +44,7 @@ def check_chat(prompt: inference_pb2.ChatPrompt, max_bytes: int) -> Chat:
         tools=() if is_hidden else tuple(_tool(tool) for tool in prompt.tools),
         is_required=prompt.tool_choice == inference_pb2.TOOL_CHOICE_REQUIRED,
         tool_name=prompt.tool_name,
+        is_single=prompt.single_tool_call or bool(prompt.tool_name),
     )
 
 
@@ -69,6 +72,7 @@ def _check_tools(prompt: inference_pb2.ChatPrompt) -> None:
     _check(choice in inference_pb2.ToolChoice.values(), "tool_choice", f"is none that is known: {choice}")
     is_required = choice == inference_pb2.TOOL_CHOICE_REQUIRED
     _check(bool(tools) or not is_required, "tool_choice", "REQUIRED needs tools")
+    _check(is_required or not prompt.single_tool_call, "single_tool_call", "goes with tool_choice REQUIRED only")
     if prompt.tool_name:
         _check(is_required, "tool_name", "goes with tool_choice REQUIRED only")
         _check(prompt.tool_name in names, "tool_name", f"{prompt.tool_name[:128]!r} is none of the tools")
@@ -102,7 +106,7 @@ def _call(call: inference_pb2.ToolCall) -> dict[str, Any]:
 
 
 def _tool(tool: inference_pb2.Tool) -> dict[str, Any]:
-    parameters = _object("tools.parameters", tool.parameters) or {"type": "object", "properties": {}}
+    parameters = _object("tools.parameters", tool.parameters) or NO_PARAMETERS
     function = {"name": tool.name, "description": tool.description, "parameters": parameters}
     return {"type": "function", "function": function}
 

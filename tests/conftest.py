@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -149,10 +149,19 @@ class ServerProcess:
         self.pid = process.pid
 
     @classmethod
-    async def start(cls, kind: str, config: dict, timeout_s: float = 90.0) -> ServerProcess:
+    async def start(
+        cls,
+        kind: str,
+        config: dict,
+        timeout_s: float = 90.0,
+        prefix: Sequence[str] = (),
+        extra: Mapping[str, str] | None = None,
+    ) -> ServerProcess:
+        """`prefix` are words before its command, `extra` variables of its environment."""
         import sys
 
         process = await asyncio.create_subprocess_exec(
+            *prefix,
             sys.executable,
             "-m",
             "deploy.process",
@@ -160,6 +169,7 @@ class ServerProcess:
             json.dumps(config),
             stdout=asyncio.subprocess.PIPE,
             cwd=REPOSITORY,
+            env=os.environ | (extra or {}),
         )
         assert process.stdout is not None
         while True:

@@ -56,6 +56,9 @@ class ProcessCluster:
         await asyncio.gather(self.start_router(), *(self.start_node(f"{role}-{n}", role) for role, n in roles))
         await self.wait_for_nodes(len(roles))
 
+    async def launch(self, name: str, kind: str, config: dict[str, Any]) -> None:
+        self.processes[name] = await ServerProcess.start(kind, config)
+
     async def start_store(self, index: int = 0) -> None:
         config = {
             "dir": str(self.folder / f"store-{index}"),
@@ -65,9 +68,10 @@ class ProcessCluster:
             "memory_bytes": 64 << 20,
             "host": f"host-{index}",
         }
-        self.processes[f"store-{index}"] = await ServerProcess.start("store", config)
+        await self.launch(f"store-{index}", "store", config)
 
-    async def start_node(self, name: str, role: str, store: int | None = 0) -> None:
+    async def start_node(self, name: str, role: str, store: int | None = 0, tp: int = 1, pp: int = 1) -> None:
+        """A node; a wide one's ranks that follow are processes of their own, `decode-1.1` and so on."""
         config = {
             "node_id": name,
             "role": role,
@@ -78,13 +82,18 @@ class ProcessCluster:
             "cluster": "test",
             "store_dir": "" if store is None else str(self.folder / f"store-{store}"),
             "host": f"host-{store}",
+            "tensor_parallel_size": tp,
+            "pipeline_parallel_size": pp,
         }
-        self.processes[name] = await ServerProcess.start("node", config)
+        ranks = {f"{name}.{rank}" if rank else name: config | {"rank": rank} for rank in range(tp * pp)}
+        await asyncio.gather(
+            *(self.launch(rank, "rank" if "." in rank else "node", options) for rank, options in ranks.items())
+        )
         self.baseline[name] = self.processes[name].record["total_blocks"]
 
     async def start_router(self) -> None:
         config = {"model_dir": str(self.model), "redis_url": self.redis_url, "cluster": "test"} | self.router_options
-        self.processes["router"] = await ServerProcess.start("router", config)
+        await self.launch("router", "router", config)
         self.address = self.processes["router"].record["address"]
         self.channel = grpc.aio.insecure_channel(self.address)
         self.stub = inference_pb2_grpc.InferenceStub(self.channel)
@@ -168,7 +177,8 @@ class ProcessCluster:
 def block_bytes(model: Path, engine_options: dict[str, Any]) -> int:
     from engine.config import EngineConfig, ModelConfig, kv_layout
 
-    options = EngineConfig(dtype=engine_options["dtype"], block_size=engine_options.get("block_size", 16))
+    fields = ("dtype", "block_size", "kv_layer_pieces", "kv_head_pieces")
+    options = EngineConfig(**{name: engine_options[name] for name in fields if name in engine_options})
     return kv_layout(ModelConfig.from_pretrained(model), options).block_bytes
 
 

@@ -196,13 +196,14 @@ class FakeNode:
         )
 
     async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
-        request = (await context.read()).admit.request
+        admit = (await context.read()).admit
+        request = admit.request
         self.seen.admits.append(request)
         with self._working():
             await self._moment("admit", context)
             await context.write(node_pb2.DecodeResponse(admitted=node_pb2.Admitted(free_blocks=1)))
             await self._moment("admitted", context)
-            start = await context.read()
+            start = node_pb2.DecodeRequest() if admit.runs_alone else await context.read()
             if start is grpc.aio.EOF:
                 return
             token_ids = [token.token_id for token in start.start.tokens]

@@ -23,6 +23,9 @@ from deploy.placement import Machine, gpu_share, place, router_machines, usable
 from deploy.processes import command, end_all, is_running, processes_of
 from deploy.specs import PlacedSpec, Specs
 from deploy.state import AlreadyServing, ServeState, StateDir, folders_of, start_ticks
+from deploy.widths import kv_pieces
+from engine.config import ModelConfig
+from engine.errors import UnsupportedModel
 from kvstore.blocks import KVLayout
 from kvstore.server import StoreConfig
 from router.config import RouterConfig
@@ -386,3 +389,62 @@ async def test_a_full_disk_keeps_no_server_from_coming_back(tmp_path: Path, monk
 
     monkeypatch.setattr(Path, "open", open_full)
     assert (await ServerActor(spec).ready()).record["address"] == "127.0.0.1:7"
+
+
+# --- wide nodes ---
+
+
+def test_a_wide_node_is_a_placement_for_each_rank() -> None:
+    config = cluster_config(prefill=1, decode=2, decode_tensor_parallel_size=2, decode_pipeline_parallel_size=2)
+    placements = place(config, machines(2, cores=8))
+    ranks = {p.node_id: [q for q in placements if q.node_id == p.node_id] for p in placements}
+    assert {name: [p.rank for p in own] for name, own in ranks.items()} == {
+        "prefill-0": [0],
+        "decode-0": [0, 1, 2, 3],
+        "decode-1": [0, 1, 2, 3],
+    }
+    for name in ("decode-0", "decode-1"):
+        on = [p.machine.name for p in ranks[name]]
+        assert on[0] == on[1] != on[2] == on[3], "a stage's ranks share a machine, and stages spread"
+    for machine in machines(2, cores=8):
+        shares = [(p.core_share, p.num_core_shares) for p in placements if p.machine == machine]
+        assert sorted(shares) == [(n, len(shares)) for n in range(len(shares))]
+
+
+def test_a_rank_has_a_gpu_of_its_own() -> None:
+    config = cluster_config(prefill=1, decode=1, tensor_parallel_size=4)
+    assert {p.num_gpus for p in place(config, machines(1, gpus=8))} == {1.0}
+    with pytest.raises(ConfigError, match="each needs one of its own"):
+        place(config, machines(1, gpus=4))
+    one = place(cluster_config(prefill=1, decode=1), machines(1, gpus=2))
+    with pytest.raises(ConfigError, match=r"all 2 GPUs of 10\.0\.0\.1 are taken"):
+        place(cluster_config(prefill=1, decode=2), machines(1, gpus=2), one)
+    assert place(cluster_config(prefill=1, decode=2), machines(1, gpus=3), one)[0].num_gpus == 1.0
+
+
+def test_new_nodes_join_those_that_are_there() -> None:
+    before = place(cluster_config(prefill=1, decode=2), machines(2))
+    left = [p for p in before if p.node_id != "decode-0"]
+    new = place(cluster_config(prefill=2, decode=2), machines(2), left)
+    assert [p.node_id for p in new] == ["prefill-1", "decode-0"]
+    assert new[0].machine != before[0].machine
+    assert place(cluster_config(prefill=1, decode=1), machines(2), before) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pieces"),
+    [({}, (1, 1)), ({"decode": 4}, (1, 2)), ({"prefill": 2}, (1, 2)), ({"prefill_pp": 2, "decode": 2}, (2, 2))],
+)
+def test_blocks_are_cut_for_the_widest(tiny_model_dir: Path, sizes: dict[str, int], pieces: tuple[int, int]) -> None:
+    """Of a model of 2 layers and 2 key heads."""
+    names = {"prefill": "prefill_tensor", "decode": "decode_tensor", "prefill_pp": "prefill_pipeline"}
+    config = cluster_config(**{f"{names[name]}_parallel_size": size for name, size in sizes.items()})
+    assert kv_pieces(config.widths, ModelConfig.from_pretrained(tiny_model_dir)) == pieces
+
+
+def test_a_width_that_does_not_fit_is_refused(tiny_model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="--tensor-parallel-size must be 1 or more, got -1"):
+        cluster_config(tensor_parallel_size=-1)
+    widths = cluster_config(decode_tensor_parallel_size=3).widths
+    with pytest.raises(UnsupportedModel, match="num_attention_heads"):
+        kv_pieces(widths, ModelConfig.from_pretrained(tiny_model_dir))

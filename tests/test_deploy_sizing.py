@@ -1,4 +1,4 @@
-"""Memory counted from config.json: against weights that are there, parameters that are known, and the page."""
+"""Memory counted from config.json: against weights that are there, known parameters, and the page with both."""
 
 from __future__ import annotations
 

@@ -28,12 +28,12 @@ def make_cache(dtype: str, way: str) -> KVCache:
     cache = KVCache(layout, NUM_BLOCKS, torch.device("cuda" if way == "cuda" else "cpu"))
     if way == "staged":
         cache._host = None
-        cache._copies = BlockCopies(cache.tensor.view(torch.uint8).view(-1, cache.block_bytes))
+        cache._copies = BlockCopies(cache._pieces)
     return cache
 
 
 def read(cache: KVCache, block_ids: list[int]) -> list[bytes]:
-    buffers = [bytearray(cache.block_bytes) for _ in block_ids]
+    buffers = [bytearray(cache.piece_bytes) for _ in block_ids]
     cache.read(block_ids, [memoryview(buffer) for buffer in buffers])
     return [bytes(buffer) for buffer in buffers]
 
@@ -60,24 +60,24 @@ def test_bytes_are_row_major_layer_then_key_or_value_then_token(way: str) -> Non
 def test_more_blocks_than_are_on_their_way_at_once(way: str) -> None:
     """Each payload's memory is used again at once, as a store's slots are."""
     cache = make_cache("float32", way)
-    payload = bytearray(cache.block_bytes)
+    payload = bytearray(cache.piece_bytes)
     for block_id in range(NUM_BLOCKS):
-        payload[:] = bytes([block_id + 1]) * cache.block_bytes
+        payload[:] = bytes([block_id + 1]) * cache.piece_bytes
         assert cache.write(block_id, memoryview(payload))
-    payload[:] = bytes(cache.block_bytes)
+    payload[:] = bytes(cache.piece_bytes)
     order = [*range(NUM_BLOCKS)][::-1]
-    assert read(cache, order) == [bytes([block_id + 1]) * cache.block_bytes for block_id in order]
+    assert read(cache, order) == [bytes([block_id + 1]) * cache.piece_bytes for block_id in order]
     assert not cache.tensor[cache.spare_block].any()
 
 
 def test_threads_read_side_by_side(way: str) -> None:
     cache = make_cache("float32", way)
     for block_id in range(NUM_BLOCKS):
-        cache.write(block_id, memoryview(bytes([block_id]) * cache.block_bytes))
+        cache.write(block_id, memoryview(bytes([block_id]) * cache.piece_bytes))
 
     def is_right(shift: int) -> bool:
         order = [(block_id + shift) % NUM_BLOCKS for block_id in range(NUM_BLOCKS)]
-        return read(cache, order) == [bytes([block_id]) * cache.block_bytes for block_id in order]
+        return read(cache, order) == [bytes([block_id]) * cache.piece_bytes for block_id in order]
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(is_right, range(40)))
@@ -85,10 +85,32 @@ def test_threads_read_side_by_side(way: str) -> None:
 
 def test_other_sizes_are_not_copied(way: str) -> None:
     cache = make_cache("float16", way)
-    for size in (0, cache.block_bytes - 1, cache.block_bytes + 1):
+    for size in (0, cache.piece_bytes - 1, cache.piece_bytes + 1):
         assert not cache.write(1, memoryview(b"\xff" * size))
         with pytest.raises(ValueError):
             cache.read([1], [memoryview(bytearray(size))])
     with pytest.raises(ValueError):
-        cache.read([1, 2], [memoryview(bytearray(cache.block_bytes))])
+        cache.read([1, 2], [memoryview(bytearray(cache.piece_bytes))])
     assert not cache.tensor.any()
+
+
+@pytest.mark.parametrize("pieces", [(1, 2), (3, 1), (3, 2)])
+def test_pieces_are_the_rows_and_columns_of_a_block(way: str, pieces: tuple[int, int]) -> None:
+    rows, columns = pieces
+    layout = KVLayout("m", "float32", block_size=4, num_layers=3 // rows, num_kv_heads=2 // columns, head_dim=6)
+    device = torch.device("cuda" if way == "cuda" else "cpu")
+    source, target = (KVCache(layout, NUM_BLOCKS, device, pieces) for _ in range(2))
+    if way == "staged":
+        for cache in (source, target):
+            cache._host, cache._copies = None, BlockCopies(cache._pieces)
+    source.tensor.copy_(torch.randn(source.tensor.shape))
+    num_pieces = rows * columns
+    out = read(source, [5 * num_pieces + piece for piece in range(num_pieces)])
+    for piece, payload in enumerate(out):
+        row, column = divmod(piece, columns)
+        layers, heads = 3 // rows, 2 // columns
+        part = source.tensor[5, row * layers : (row + 1) * layers, :, :, column * heads : (column + 1) * heads]
+        assert payload == part.cpu().contiguous().numpy().tobytes()
+        assert target.write(2 * num_pieces + piece, memoryview(bytearray(payload)))
+    assert torch.equal(target.tensor[2], source.tensor[5])
+    assert not target.tensor[[0, 1, *range(3, NUM_BLOCKS + 1)]].any()

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 from http_support import get, post, talking
 from router_fakes import FakeCluster, saying
+from tools_support import model_folder
 
 PAGE = (REPOSITORY / "docs" / "http.md").read_text(encoding="utf-8")
 CURL = re.compile(r"""curl -s \$BATON(\S+)(?: -H '([^']*)')?(?:[\s\\]+-d '([^']*)')?""")
 
 
 @pytest.fixture
-async def cluster(redis_url: str) -> AsyncIterator[FakeCluster]:
-    async with talking(redis_url, saying('{"city": "Paris"}'), metrics=True) as cluster:
+async def cluster(redis_url: str, tmp_path: Path) -> AsyncIterator[FakeCluster]:
+    model = model_folder(tmp_path / "pocket")  # one example has a tool
+    async with talking(redis_url, saying('{"city": "Paris"}'), metrics=True, model=model) as cluster:
         yield cluster
 
 
@@ -35,7 +38,7 @@ async def test_each_curl_command(cluster: FakeCluster) -> None:
 
 async def test_each_python_example(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
     examples = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    assert len(examples) == 4
+    assert len(examples) == 5
     await asyncio.to_thread(exec, "\n".join(examples), {"url": cluster.http_url})
     said = capsys.readouterr().out
     assert said.startswith('{"city": "Paris"}') and "A generator is" in said and "['pocket']" in said

@@ -76,8 +76,7 @@ CHANGES = [
     {"num_layers": 3},
     {"num_kv_heads": 1},
     {"head_dim": 16},
-    {"tp_size": 2},
-    {"tp_rank": 1},
+    {"num_pieces": 2},
     {"adapter": "lora"},
 ]
 

@@ -67,7 +67,7 @@ async def test_another_layout_finds_nothing(
     reader = writer if is_local else KVClient(directory, SLOT_BYTES, None)
     assert take(await reader.fetch(await reader.match(hashes))) == [content(block_hash) for block_hash in hashes]
     changes = [{"model": "b"}, {"dtype": "bfloat16"}, {"block_size": 8}, {"num_layers": 4}, {"num_kv_heads": 1}]
-    for change in [*changes, {"head_dim": 32}, {"tp_size": 2}, {"tp_size": 2, "tp_rank": 1}, {"adapter": "l"}]:
+    for change in [*changes, {"head_dim": 32}, {"num_pieces": 2}, {"adapter": "l"}]:
         other = replace(LAYOUT, **change)
         assert (await reader.match(hash_blocks(other.root(), tokens, other.block_size))).num_blocks == 0
     for client in {writer, reader}:

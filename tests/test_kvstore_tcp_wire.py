@@ -215,7 +215,7 @@ async def test_what_is_no_answer_fails_at_once(
     store, record = scripted
     store.answer = BAD_ANSWERS[name]
     outcome = await end(wire, record, timeout_s=60.0)
-    assert outcome.state is State.FAILED and not outcome.payloads and "no answer within" not in outcome.reason
+    assert outcome.state is State.FAILED and not outcome.payloads and "nothing came" not in outcome.reason
     store.answer = good
     assert len((await end(wire, record)).payloads) == len(HASHES)
 
@@ -250,8 +250,33 @@ async def test_what_came_before_a_store_falls_silent_is_kept(
     store, record = scripted
     store.answer = lambda question: good(question)[: 5 * SLOT_BYTES]
     outcome = await end(wire, record, timeout_s=0.3)
-    assert (outcome.state, outcome.reason) == (State.FAILED, "no answer within 0.3 s")
+    assert (outcome.state, outcome.reason) == (State.FAILED, "nothing came for 0.3 s")
     assert len(outcome.payloads) == 4
+
+
+async def test_a_store_that_is_slow_is_waited_for(wire: TcpWire) -> None:
+    """All in all longer than the patience; of three transfers, one has to wait for a connection besides."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        unpacker = Unpacker()
+        while data := await reader.read(1 << 16):
+            unpacker.feed(data)
+            while (taken := unpacker.take()) is not None:
+                assert isinstance(taken[0], Get)
+                answer = good(taken[0])
+                for at in range(0, len(answer), len(answer) // 8 + 1):
+                    writer.write(answer[at : at + len(answer) // 8 + 1])
+                    await asyncio.sleep(0.1)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    address = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    record = ArenaRecord(
+        arena_id="f" * 32, address="", host="x", slot_bytes=SLOT_BYTES, num_slots=9, tcp_address=address
+    )
+    outcomes = await asyncio.gather(*(end(wire, record, timeout_s=0.5) for _ in range(3)))
+    assert [len(outcome.payloads) for outcome in outcomes] == [len(HASHES)] * 3
+    server.close()
 
 
 async def test_nothing_is_written_behind_a_cancel(wire: TcpWire) -> None:

@@ -163,10 +163,22 @@ async def test_what_came_before_a_store_falls_silent_is_kept(wire: ZmqWire, stor
     await eventually(lambda: len(store.questions) == 4)
     await store.answer_next(1)
     outcome = await wire.poll(ticket, 20.0)
-    assert outcome.state is State.FAILED and outcome.reason == "no answer within 0.5 s"
+    assert outcome.state is State.FAILED and outcome.reason == "nothing came for 0.5 s"
     assert len(outcome.payloads) == part_blocks(SLOT_BYTES)
     assert num_waiting(wire) == 0
     wire.cancel(ticket)
+
+
+async def test_a_store_that_is_slow_is_waited_for(wire: ZmqWire, store: ScriptedStore) -> None:
+    """All in all longer than the patience; the second transfer has nothing of its own meanwhile."""
+    num_parts = -(-NUM_BLOCKS // part_blocks(SLOT_BYTES))
+    transfers = [asyncio.create_task(end(wire, store.record, 0.5)) for _ in range(2)]
+    for _ in range(2 * num_parts):
+        await eventually(lambda: store.questions)
+        await asyncio.sleep(0.15)
+        await store.answer_next(1)
+    for transfer in transfers:
+        assert len((await transfer).payloads) == NUM_BLOCKS
 
 
 async def test_a_shorter_answer_ends_the_run(wire: ZmqWire, store: ScriptedStore) -> None:

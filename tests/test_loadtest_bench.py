@@ -422,6 +422,8 @@ def test_the_command_over_http(server: OpenAiServer, monkeypatch: pytest.MonkeyP
         (["--backend", "openai", "--ttft-slo-ms", "5"], "over gRPC only"),
         (["--cancel-rate", "0.6", "--bad-clients", "0.6"], "1 at most together"),
         (["--tls-ca", "/nowhere.pem"], "--tls-ca names no file"),
+        (["--tls-cert", "/nowhere.pem"], "--tls-cert and --tls-key go together"),
+        (["--tls", "--backend", "openai", "--address", "http://x"], "over TLS it must be HOST:PORT or https://"),
         (["--turns", "2"], "--turns is for"),
         (["--dataset", "trace", "--dataset-path", "/nowhere"], "--dataset-path"),
         (["--backend", "openai", "--address", "ftp://x"], "must be HOST:PORT"),

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from scripted_router import RouterThread
 
-from loadtest.exchange import Ask, Clock, Message, Sampling, SendError, Shot, Target, exchange, measure_loop_lag
+from loadtest.exchange import Ask, Clock, Message, Sampling, SendError, Shot, Target, Tls, exchange, measure_loop_lag
 from loadtest.grpc_client import GrpcClient
 from loadtest.record import RequestRecord
 
@@ -137,7 +137,7 @@ async def test_tls_with_an_authority_of_ones_own(tmp_path: Path) -> None:
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
     router = RouterThread(credentials=credentials)
     try:
-        async with GrpcClient(Target(router.address, tls_ca=cert)) as client:
+        async with GrpcClient(Target(router.address, tls=Tls(cert))) as client:
             assert (await client.get_model()).name == "scripted"
         async with GrpcClient(Target(router.address)) as client:
             with pytest.raises(SendError):

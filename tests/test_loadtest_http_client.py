@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from openai_server import OpenAiServer
 
-from loadtest.exchange import Ask, Clock, Message, Sampling, SendError, Shot, Target, exchange
+from loadtest.exchange import Ask, Clock, Message, Sampling, SendError, Shot, Target, Tls, exchange
 from loadtest.http_client import HttpClient, base_url_of
 from loadtest.record import RequestRecord
 
@@ -199,7 +199,7 @@ async def test_tls_with_an_authority_of_ones_own(tmp_path: Path) -> None:
     context.load_cert_chain(cert, key)
     server = OpenAiServer(tls=context)
     try:
-        assert (await send(server, target=Target(server.base_url, tls_ca=cert))).error == ""
+        assert (await send(server, target=Target(server.base_url, tls=Tls(cert)))).error == ""
         async with HttpClient(Target(server.base_url), chat=False) as client:
             with pytest.raises(SendError, match="certificate"):
                 await client.get_model(wait_s=0.1)

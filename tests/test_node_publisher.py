@@ -24,14 +24,15 @@ class Engine:
 
     def __init__(self) -> None:
         self.layout = SimpleNamespace(block_bytes=BLOCK_BYTES)
+        self.pieces = SimpleNamespace(numbers=(0,))
         self.unpinned: Counter[int] = Counter()
         self.exported: list[int] = []
 
     def unpin(self, block_ids: Sequence[int]) -> None:
         self.unpinned.update(block_ids)
 
-    def export_blocks(self, block_ids: Sequence[int], views: Sequence[memoryview]) -> list[int]:
-        self.exported += block_ids
+    def export_pieces(self, piece_ids: Sequence[int], views: Sequence[memoryview]) -> list[int]:
+        self.exported += piece_ids
         return [0] * len(views)
 
 

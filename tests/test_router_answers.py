@@ -177,7 +177,7 @@ BAD = [
         inference_pb2.GenerateRequest(
             chat={"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f"}], "tool_choice": 2}
         ),
-        "prompt.chat.tool_choice: required is not served yet",
+        "prompt.chat.tools: this model's chat template knows no tools",
     ),
     (
         inference_pb2.GenerateRequest(chat={"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f"}]}),

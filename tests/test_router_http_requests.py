@@ -78,7 +78,7 @@ def sampling_of(asked: Asked) -> common_pb2.SamplingParams:
 
 def test_no_option_is_forgotten() -> None:
     """A field that somebody adds to the proto is to be had over HTTP, too, or this fails."""
-    assert set(SAMPLING) == names(common_pb2.SamplingParams.DESCRIPTOR)
+    assert set(SAMPLING) | {"lark"} == names(common_pb2.SamplingParams.DESCRIPTOR)  # which no client may set
     assert set(REQUEST) | ELSEWHERE == names(inference_pb2.GenerateRequest.DESCRIPTOR)
 
 
@@ -170,7 +170,7 @@ def test_all_of_a_chat() -> None:
         {"role": "tool", "content": "3", "tool_call_id": "c1"},
     ]
     asked = chat(messages=turns, tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
-    prompt = inference_pb2.ChatPrompt(tool_choice=inference_pb2.TOOL_CHOICE_REQUIRED)
+    prompt = inference_pb2.ChatPrompt(tool_choice=inference_pb2.TOOL_CHOICE_REQUIRED, single_tool_call=True)
     prompt.messages.add(role="system", content="Be brief.")
     prompt.messages.add(role="user", content="1+2\n?", name="me")
     prompt.messages.add(role="assistant").tool_calls.add(id="c1", name="add", arguments="{}")

@@ -413,3 +413,21 @@ async def test_over_http_the_same_limits_are_429_with_retry_after(redis_url: str
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await ask(cluster, bearer(KEYS["red"]))
         assert "requests_per_minute: 1 at most" in error.value.details(), "both doors count together"
+
+
+async def test_tokenizing_counts_as_a_request_both_ways(redis_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(f"[[tenant]]\n{RED}requests_per_minute = 4\n")
+    async with running(FakeCluster(redis_url)) as cluster, aiohttp.ClientSession() as session:
+        await cluster.add("both0")
+        await cluster.open(tenants_file=str(file))
+        key = bearer(KEYS["red"])
+        await cluster.stub.Tokenize(inference_pb2.TokenizeRequest(text="x"), metadata=key)
+        await cluster.stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=[72]), metadata=key)
+        headers = {"Authorization": f"Bearer {KEYS['red']}"}
+        for status in (200, 429):
+            for path, body in (("tokenize", {"prompt": "x"}), ("detokenize", {"tokens": [72]})):
+                async with session.post(f"{cluster.http_url}/{path}", json=body, headers=headers) as response:
+                    assert response.status == status, path
+        with pytest.raises(grpc.aio.AioRpcError, match="requests_per_minute: 4 at most"):
+            await cluster.stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=[72]), metadata=key)

@@ -191,11 +191,17 @@ def test_numbers_of_answers() -> None:
         check(request(n=17), LIMITS)
 
 
-def test_what_must_be_called_is_refused_but_can_be_counted() -> None:
+def test_what_must_be_called_can_be_asked_for_and_counted() -> None:
     chat = {"messages": [CHAT(role="user")], "tools": [{"name": "f"}], "tool_choice": "TOOL_CHOICE_REQUIRED"}
-    with pytest.raises(InvalidRequest, match=r"^prompt\.chat\.tool_choice: required is not served yet"):
-        check(inference_pb2.GenerateRequest(chat=chat), LIMITS)
-    assert check_prompt(inference_pb2.TokenizeRequest(chat=chat), LIMITS)["chat"].is_required
+    checked = check(inference_pb2.GenerateRequest(chat=chat), LIMITS).chat
+    assert checked is not None and checked.is_required
+    assert check_prompt(inference_pb2.TokenizeRequest(chat=chat), LIMITS)["chat"] == checked
+
+
+def test_the_routers_own_grammar_is_no_clients() -> None:
+    for text in ('start: "a"', ""):
+        with pytest.raises(InvalidRequest, match=r"^sampling\.grammar\.lark: is the router's own to set"):
+            check(inference_pb2.GenerateRequest(text="x", sampling={"lark": text}), LIMITS)
 
 
 def test_tokens_to_make_text_of() -> None:

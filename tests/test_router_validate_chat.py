@@ -58,6 +58,7 @@ BAD = [
     ("tool_choice", chat(tools=[Tool(name="f")], tool_choice=7), "7"),
     ("tool_choice", chat(tool_choice=REQUIRED), "needs tools"),
     ("tool_name", chat(tools=[Tool(name="f")], tool_name="f"), "REQUIRED only"),
+    ("single_tool_call", chat(tools=[Tool(name="f")], single_tool_call=True), "REQUIRED only"),
     ("tool_name", chat(tools=[Tool(name="f")], tool_name="g", tool_choice=REQUIRED), "'g' is none of the tools"),
     ("", chat(Message(role="user", content="é" * 501)), "1000 bytes at most, got 1002"),
     ("", calling(ToolCall(name="f", arguments=json.dumps({"a": "x" * 1000}))), "1000 bytes at most"),
@@ -111,4 +112,4 @@ def test_tools_that_are_not_to_be_called_are_not_shown() -> None:
     prompt = chat(tools=[Tool(name="f")], tool_choice=inference_pb2.TOOL_CHOICE_NONE)
     assert check_chat(prompt, LIMIT_BYTES).tools == ()
     checked = check_chat(chat(tools=[Tool(name="f")], tool_choice=REQUIRED, tool_name="f"), LIMIT_BYTES)
-    assert checked.is_required and checked.tool_name == "f" and len(checked.tools) == 1
+    assert checked.is_required and checked.is_single and checked.tool_name == "f" and len(checked.tools) == 1

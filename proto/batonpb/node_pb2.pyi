@@ -50,10 +50,12 @@ class PrefillResponse(_message.Message):
     def __init__(self, token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., coming_blocks: _Optional[int] = ...) -> None: ...
 
 class Admit(_message.Message):
-    __slots__ = ("request",)
+    __slots__ = ("request", "runs_alone")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    RUNS_ALONE_FIELD_NUMBER: _ClassVar[int]
     request: NodeRequest
-    def __init__(self, request: _Optional[_Union[NodeRequest, _Mapping]] = ...) -> None: ...
+    runs_alone: bool
+    def __init__(self, request: _Optional[_Union[NodeRequest, _Mapping]] = ..., runs_alone: _Optional[bool] = ...) -> None: ...
 
 class Start(_message.Message):
     __slots__ = ("tokens", "coming_blocks")

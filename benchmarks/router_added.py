@@ -1,6 +1,6 @@
 """What the router itself adds to a request: the time through a real router less the time of the same calls without it.
 
-Repeat it with `python -m benchmarks.router_overhead` from the repository's root (`--quick` for a look). One request in
+A part of `benchmarks.router`. One request in
 flight, text prompts of 2000 characters, each new; behind the router a node without an engine that answers at once
 (`benchmarks/fake_node.py`). Without the router, the client makes the node calls itself: Admit, Prefill, Start, tokens.
 So the difference is tokenising, hashing, the look-up in Redis, the plan, one more hop, and text out of tokens.
@@ -12,30 +12,22 @@ ways take turns, block by block, so that a slow moment of the machine hits both.
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import json
 import random
 import string
-import sys
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
 from batonpb import common_pb2, inference_pb2, node_pb2, node_pb2_grpc
 from benchmarks.fake_node import fake_node
-from benchmarks.rows import Row, print_rows
-from deploy.redis import EmbeddedRedis
-from kvstore.directory import Directory
+from benchmarks.router_process import router, wait_for_nodes
+from benchmarks.rows import Row
 from loadtest.exchange import Clock, Shot, Target, exchange
 from loadtest.grpc_client import GrpcClient
 from loadtest.report import percentile
 
-MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
 PROMPT_CHARACTERS = 2000
 OUTPUT_TOKENS = 16
 BLOCK = 25  # requests of one way before it is the other's turn
@@ -115,44 +107,16 @@ async def _repeat(ways: Sequence[Way], num_requests: int) -> list[list[Times]]:
     return times
 
 
-@asynccontextmanager
-async def _router(redis_url: str, cluster: str) -> AsyncIterator[str]:
-    config = json.dumps({"model_dir": str(MODEL), "redis_url": redis_url, "cluster": cluster})
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "deploy.process", "router", config, stdout=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None
-    try:
-        line = b""
-        while not line.startswith(b"READY "):
-            line = await asyncio.wait_for(process.stdout.readline(), 60)
-            if not line:
-                raise RuntimeError(f"the router ended with {await process.wait()} before it was ready")
-        yield str(json.loads(line[len(b"READY ") :])["address"])
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
-
-
-async def _wait_for_nodes(client: GrpcClient, redis_url: str, cluster: str, count: int) -> None:
-    directory = Directory(redis_url, cluster)
-    while len(await directory.nodes()) < count:
-        await asyncio.sleep(0.05)
-    await directory.close()
-    await client.get_model()
-    await asyncio.sleep(1.0)  # the router polls the registry
-
-
-async def _measure(layout: str, redis_url: str, num_requests: int, repeats: int) -> list[Row]:
+async def added(layout: str, redis_url: str, num_requests: int, repeats: int) -> list[Row]:
+    """The rows of one of `LAYOUTS`."""
     roles = LAYOUTS[layout]
     cluster = f"bench-{len(roles)}"
     async with AsyncExitStack() as stack:
         node_address = await stack.enter_async_context(fake_node(redis_url, cluster, roles))
-        router_address = await stack.enter_async_context(_router(redis_url, cluster))
-        client = await stack.enter_async_context(GrpcClient(Target(router_address, timeout_s=30.0)))
+        process = await stack.enter_async_context(router(redis_url, cluster))
+        client = await stack.enter_async_context(GrpcClient(Target(process.address, timeout_s=30.0)))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(node_address))
-        await _wait_for_nodes(client, redis_url, cluster, len(roles))
+        await wait_for_nodes(client, redis_url, cluster, len(roles))
         generator = random.Random(0)
         ways = [direct(channel, generator, len(roles)), through_router(client, generator, len(roles))]
         await _repeat(ways, 2 * BLOCK)  # warm-up
@@ -173,22 +137,3 @@ def _rows(layout: str, runs: Sequence[list[list[Times]]]) -> list[Row]:
                 Row(f"{what}, direct", "ms", tuple(alone for alone, _ in pairs)),
             ]
     return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 repeats of 50 requests instead of 5 of 500")
-    args = parser.parse_args()
-    num_requests, repeats = (50, 2) if args.quick else (500, 5)
-    with tempfile.TemporaryDirectory(prefix="baton-") as folder:
-        server = EmbeddedRedis(Path(folder))
-        server.start()
-        try:
-            runs = [asyncio.run(_measure(layout, server.url, num_requests, repeats)) for layout in LAYOUTS]
-        finally:
-            server.stop()
-    print_rows("router_overhead", [row for rows in runs for row in rows])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,107 @@
+"""How the ranks of a wide node find each other at each start, however often they are started: through Redis.
+
+The leader opens a port that the kernel chooses and leaves its address in Redis until all are there; the others look it
+up. Each rank is a process that somebody starts again when it ends, and when one ends they all do, so that is all that
+bringing back a group takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import redis.asyncio
+import redis.exceptions
+import torch
+
+from deploy.interfaces import talk_through
+from deploy.node_config import NodeConfig
+from engine.parallel import JOIN_S, RankGroup, open_meeting
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+TTL_S = int(JOIN_S)
+SPOILED = "spoiled"
+
+
+class NobodyMet(RuntimeError):
+    """The ranks of a node did not come together."""
+
+
+async def join(config: NodeConfig) -> RankGroup | None:
+    """This process's place in its node's group, once all are there; None for a node of one rank. Raises `NobodyMet`."""
+    if config.shard.num_ranks == 1:
+        return None
+    talk_through(config.advertise_host)
+    try:
+        async with asyncio.timeout(JOIN_S), _redis(config.redis_url) as client:
+            key = f"baton:{config.cluster}:meeting:{config.node_id}"
+            return await (_follow if config.rank else _lead)(config, client, key)
+    except (TimeoutError, RuntimeError) as error:
+        raise NobodyMet(f"rank {config.rank} of {config.shard.num_ranks}: {error or 'nobody came'}") from error
+
+
+async def _lead(config: NodeConfig, client: Any, key: str) -> RankGroup:
+    meeting = open_meeting(f"{config.bind_host}:0", leads=True)
+    others = [_came(rank) for rank in range(1, config.shard.num_ranks)]
+    address = f"{config.advertise_host}:{meeting.port}"
+    try:
+        while not await asyncio.to_thread(meeting.check, others):
+            if await asyncio.to_thread(meeting.check, [SPOILED]):
+                raise NobodyMet("a rank ended while others were still to come")
+            with contextlib.suppress(redis.exceptions.RedisError, OSError):
+                await client.set(key, address, ex=TTL_S)
+            await asyncio.sleep(POLL_S)
+        return await _enter(config, meeting)
+    finally:
+        with contextlib.suppress(redis.exceptions.RedisError, OSError):  # or a rank that comes back would call here
+            await client.delete(key)
+
+
+async def _follow(config: NodeConfig, client: Any, key: str) -> RankGroup:
+    while True:
+        with contextlib.suppress(redis.exceptions.RedisError, OSError):
+            address = str(await client.get(key) or b"", "utf-8")
+            if address and await _answers(address):
+                meeting = await asyncio.to_thread(open_meeting, address, False)
+                if meeting.add(_came(config.rank), 1) > 1:
+                    meeting.set(SPOILED, "")  # nobody would find whom this one comes after: all begin again
+                    raise NobodyMet("this rank ended while others were still to come")
+                return await _enter(config, meeting)
+        await asyncio.sleep(POLL_S)
+
+
+async def _enter(config: NodeConfig, meeting: Any) -> RankGroup:
+    began_s = time.monotonic()
+    group = await asyncio.to_thread(RankGroup, config.shard, meeting, torch.device(config.engine.device))
+    logger.info("event=ranks_met node=%s rank=%d s=%.2f", config.node_id, config.rank, time.monotonic() - began_s)
+    return group
+
+
+async def _answers(address: str) -> bool:
+    """Whether anybody listens there; the leader that said so may have died since."""
+    host, _, port = address.rpartition(":")
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), 1.0)
+    except (OSError, ValueError, TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+def _came(rank: int) -> str:
+    return f"came/{rank}"
+
+
+@contextlib.asynccontextmanager
+async def _redis(url: str) -> AsyncIterator[Any]:
+    client = redis.asyncio.Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
+    try:
+        yield client
+    finally:
+        await client.aclose()

@@ -1,0 +1,120 @@
+"""`baton scale`: asks the serving process for other numbers of nodes, over two files in its state folder.
+
+The folder is its owner's alone, and the lock beside the files tells whether anybody still serves, so nothing more is
+needed: one file asks, the other one answers, each put there in one go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.config import ClusterConfig, ConfigError, DeployError
+from deploy.state import StateDir, default_state_dir
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+ROLES = ("prefill", "decode", "both")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for; None leaves a role as it is."""
+
+    request_id: str
+    prefill: int | None = None
+    decode: int | None = None
+    both: int | None = None
+
+    def apply(self, config: ClusterConfig) -> ClusterConfig:
+        """Raises `ConfigError`."""
+        asked = {role: count for role in ROLES if (count := getattr(self, role)) is not None}
+        return dataclasses.replace(config, **asked)
+
+
+class Mailbox:
+    """The two files of one state folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._asked, self._answered = folder / "scale.json", folder / "scaled.json"
+
+    def ask(self, request: Request, is_served: Callable[[], bool]) -> list[str]:
+        """What was done, in words. Raises `DeployError` for what could not be, or where nobody serves any more."""
+        _put(self._asked, dataclasses.asdict(request))
+        try:
+            while True:
+                answer = _get(self._answered)
+                if answer.get("request_id") == request.request_id:
+                    break
+                if not is_served():
+                    raise DeployError("the cluster went down before it was done")
+                time.sleep(POLL_S)
+        finally:
+            for file in (self._asked, self._answered):
+                file.unlink(missing_ok=True)
+        if error := answer.get("error"):
+            raise DeployError(str(error))
+        lines = answer.get("lines")
+        return [str(line) for line in lines] if isinstance(lines, list) else []
+
+    def serve(self, do: Callable[[Request], list[str]]) -> None:
+        """Does what was asked for since the last call, if anything was, and answers."""
+        fields = _get(self._asked)
+        self._asked.unlink(missing_ok=True)
+        if not fields:
+            return
+        lines: list[str] = []
+        error = ""
+        try:
+            lines = do(Request(**fields))  # type: ignore[arg-type]
+        except TypeError:
+            error = "the cluster that is up is of another version"
+        except DeployError as problem:
+            error = str(problem)
+        except Exception as problem:  # the cluster goes on
+            logger.exception("event=scale_failed")
+            error = f"{type(problem).__name__}: {problem}"
+        _put(self._answered, {"request_id": fields.get("request_id"), "lines": lines, "error": error})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for role in ROLES:
+        words = "for both legs" if role == "both" else f"of role {role}"
+        parser.add_argument(f"--{role}", type=int, metavar="N", help=f"nodes {words} that there are to be")
+    parser.add_argument(
+        "--state-dir", type=Path, default=default_state_dir(), metavar="DIR", help="that of `baton serve`"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    state_dir = StateDir(args.state_dir)
+    if not state_dir.running().routers:
+        raise DeployError("the cluster is still starting")
+    request = Request(secrets.token_hex(8), args.prefill, args.decode, args.both)
+    if request.prefill is request.decode is request.both is None:
+        raise ConfigError("baton scale: say how many nodes, as in --prefill 2 --decode 4")
+    for line in Mailbox(args.state_dir).ask(request, state_dir.alive):
+        print(line)
+    return 0
+
+
+def _put(file: Path, fields: dict[str, object]) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(fields))
+    part.replace(file)
+
+
+def _get(file: Path) -> dict[str, object]:
+    try:
+        fields = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

@@ -1,0 +1,80 @@
+"""A rank that follows: its part of the model and of the cache, and nothing of what requests are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig, ModelConfig, kv_layout
+from engine.cuda_graphs import on_device
+from engine.kv_cache import TORCH_DTYPES, make_cache
+from engine.native_model import fastest
+from engine.parallel import RankGroup
+from engine.pieces import is_writer, pieces_of
+from engine.ranks import follow
+from engine.weights import load_model
+from kvstore.blocks import Payload
+
+
+class Follower:
+    """Loads what its leader's `Engine.from_pretrained` loads, with the same config; then `run`, on a thread.
+
+    A step ends here at another time than it does for the leader. Who copies blocks first waits, with `wait_for_steps`,
+    until the steps that the leader had told have ended: they may still write the bytes that are to leave, or work in
+    blocks that are to be filled and were another request's before.
+    """
+
+    def __init__(self, folder: Path, engine_config: EngineConfig, group: RankGroup) -> None:
+        """Raises `UnsupportedModel`."""
+        config, self._group = ModelConfig.from_pretrained(folder), group
+        self.layout = kv_layout(config, engine_config)
+        self.pieces = pieces_of(config, engine_config, group.shard)
+        self.is_writer = is_writer(config, group.shard)
+        dtype, self._device = TORCH_DTYPES[self.layout.dtype], torch.device(engine_config.device)
+        model = load_model(folder, config, dtype, self._device, group)
+        self._cache = make_cache(config, engine_config, group)
+        self._model = on_device(fastest(model), self._cache)
+        self._num_threads = engine_config.num_threads
+        self._importing = threading.Lock()  # one thread writes at a time
+        self._stepped = threading.Condition()
+        self._num_steps = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the cache; ids of blocks are below it."""
+        return self._cache.spare_block
+
+    def run(self) -> None:
+        """Computes its part of each step until the leader says stop. Raises `RuntimeError` when a rank is gone."""
+        if self._num_threads > 0:
+            torch.set_num_threads(self._num_threads)
+        follow(self._model, self._group, self._cache.tensor, self._on_step)
+
+    def wait_for_steps(self, num_steps: int, timeout_s: float) -> bool:
+        """Until so many steps have ended here. False: they have not within `timeout_s`."""
+        with self._stepped:
+            return self._stepped.wait_for(lambda: self._num_steps >= num_steps, timeout_s)
+
+    def import_blocks(self, block_ids: Sequence[int], payloads: Sequence[Payload]) -> int:
+        """Fills blocks of a request that the leader holds, as `Engine.import_blocks`; how many are good."""
+        num_pieces = len(self.pieces)
+        with self._importing:
+            for index, block_id in enumerate(block_ids):
+                parts = payloads[index * num_pieces : (index + 1) * num_pieces]
+                if len(parts) < num_pieces or not self._cache.write_block(block_id, parts):
+                    return index
+        return len(block_ids)
+
+    def export_pieces(self, piece_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
+        """As `Engine.export_pieces`, of blocks that the leader keeps pinned meanwhile."""
+        return self._cache.read(piece_ids, destinations)
+
+    def _on_step(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        with self._stepped:
+            self._num_steps += 1
+            self._stepped.notify_all()

@@ -1,0 +1,98 @@
+"""The ranks that follow, as a wide node's leader calls them for what is no step: publish and fetch your pieces.
+
+Each rank moves its own share of a block's bytes, between its own cache and its own machine's arena. A call has no
+deadline of the leader's: until its answer, a rank may read or write the blocks, so they stay pinned. A rank that breaks
+a call off is as good as gone, and the node with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import grpc
+
+from batonpb import rank_pb2, rank_pb2_grpc
+from engine.loop import EngineLoop
+from engine.request import FullBlock, Request
+from kvstore.blocks import BlockHash
+from kvstore.quotas import NO_TENANT, Owner
+from node.gate import AUTHORIZATION
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """One for each wide node. `on_lost` hears of a rank that is gone, and ends the node."""
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        channels: Sequence[grpc.aio.Channel],
+        on_lost: Callable[[BaseException], None],
+        token: str = "",
+    ) -> None:
+        """`token` is the cluster's; "" where the ranks ask for none."""
+        self._loop = loop
+        self._channels = channels
+        self._stubs = [rank_pb2_grpc.RankStub(channel) for channel in channels]  # type: ignore[no-untyped-call]
+        self._metadata = ((AUTHORIZATION, f"Bearer {token}"),) if token else None
+        self._on_lost = on_lost
+        self._calls: set[asyncio.Task[Any]] = set()
+
+    async def publish(self, blocks: Sequence[FullBlock], owner: Owner) -> None:
+        """Returns when all ranks have published their pieces of these pinned blocks, or given them up."""
+        steps = self._loop.engine.num_told_steps
+        message = _blocks([b.block_hash for b in blocks], [b.block_id for b in blocks], steps, owner)
+        await self._to_end(
+            self._ask(lambda stub: stub.Publish(rank_pb2.PublishRequest(blocks=message), metadata=self._metadata))
+        )
+
+    async def fetch(self, request: Request, hashes: Sequence[BlockHash], owner: Owner, limit_s: float) -> int:
+        """The blocks behind what a held request has, into all caches; how many of them all ranks have.
+
+        Raises `UnknownRequest`. Goes on to its end when the caller is cancelled.
+        """
+        return await self._to_end(self._fetch(request, hashes, owner, limit_s))
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._calls, return_exceptions=True)
+        for channel in self._channels:
+            await channel.close()
+
+    async def _fetch(self, request: Request, hashes: Sequence[BlockHash], owner: Owner, limit_s: float) -> int:
+        block_ids, steps = await self._loop.call(
+            lambda engine: (engine.pin_held(request.request_id, len(hashes)), engine.num_told_steps)
+        )
+        blocks = _blocks(hashes, block_ids, steps, owner)
+        message = rank_pb2.FetchRequest(blocks=blocks, limit_s=0.0 if math.isinf(limit_s) else limit_s)
+        answers = await self._ask(
+            lambda stub: stub.Fetch(message, metadata=self._metadata)
+        )  # pinned for good where a rank is lost
+        self._loop.post(lambda engine: engine.unpin(block_ids))
+        return min(int(answer.good_blocks) for answer in answers)
+
+    async def _ask(self, call: Callable[[Any], Any]) -> list[Any]:
+        try:
+            return await asyncio.gather(*(call(stub) for stub in self._stubs))
+        except grpc.aio.AioRpcError as error:
+            self._on_lost(error)
+            raise
+
+    async def _to_end(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(work)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        return await asyncio.shield(task)
+
+
+def _blocks(hashes: Sequence[BlockHash], block_ids: Sequence[int], steps: int, owner: Owner) -> rank_pb2.Blocks:
+    return rank_pb2.Blocks(
+        hashes=hashes,
+        block_ids=block_ids,
+        after_steps=steps,
+        tenant=b"" if owner.tenant == NO_TENANT else owner.tenant,
+        quota_pieces=owner.quota_blocks,
+    )

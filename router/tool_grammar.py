@@ -1,0 +1,90 @@
+"""The grammar of an answer in which tools have a say: calls where one is required, or calls and else the client's own.
+
+It is llguidance's Lark, with JSON Schemas inside. Pure; whether it can be kept to is for the library to say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from batonpb import common_pb2
+from grammar.compiler import JSON_OPTIONS
+from grammar.errors import InvalidGrammar
+from grammar.source import check_multiples
+from router.errors import InvalidRequest
+from router.tools import CLOSE, OPEN
+from router.validate_chat import FIELD, NO_PARAMETERS, Chat
+
+TOOLS = f"{FIELD}.tools"
+
+
+def hold_to_tools(sampling: common_pb2.SamplingParams, chat: Chat, added_tokens: Collection[str]) -> bool:
+    """Puts the grammar that the chat's tools ask for in the place of the client's. Whether they ask for one.
+
+    Raises `InvalidRequest`. Beside tools that may be called a client's grammar is one of two: calls, or a text of it.
+    """
+    kind = sampling.WhichOneof("grammar")
+    if not chat.tools or not (chat.is_required or kind):
+        return False
+    if chat.is_required and kind:
+        raise InvalidRequest(f"{FIELD}.tool_choice", "REQUIRED goes without sampling.grammar only")
+    arguments = schemas(chat)
+    try:
+        check_multiples(list(arguments.values()), TOOLS)
+    except InvalidGrammar as error:
+        raise InvalidRequest(error.field, error.problem) from error
+    answer = _answer(sampling) if kind else ""
+    sampling.lark = calls_grammar(arguments, added_tokens, chat.is_single, answer)
+    return True
+
+
+def schemas(chat: Chat) -> dict[str, dict[str, Any]]:
+    """By the names of the tools that may be called, what their arguments must be.
+
+    Raises `InvalidRequest` for arguments that can be no object.
+    """
+    functions = [tool["function"] for tool in chat.tools]
+    return {one["name"]: _arguments(one) for one in functions if chat.tool_name in ("", one["name"])}
+
+
+def calls_grammar(
+    schemas: Mapping[str, dict[str, Any]], added_tokens: Collection[str], is_single: bool = False, answer: str = ""
+) -> str:
+    """Lark of one call or more, exactly one where it `is_single`; or of `answer`, itself Lark, where there is one.
+
+    `schemas` of the arguments are by the tools' names, each one by itself: "#/$defs" is its own.
+    A tag that is one of the tokenizer's `added_tokens` is that token: the library takes them for no text.
+    """
+    opening, closing = (tag if tag in added_tokens else json.dumps(tag) for tag in (OPEN, CLOSE))
+    rules = ["start: calls | answer", f"answer: {answer}"] if answer else ["start: calls"]
+    rules.append("calls: call" if is_single else 'calls: call ("\\n" call)*')
+    rules.append("call: " + " | ".join(f"call_{n}" for n in range(len(schemas))))
+    for n, (name, schema) in enumerate(schemas.items()):
+        head, tail = json.dumps(f'\n{{"name": "{name}", "arguments": '), json.dumps("}\n")
+        rules.append(f"call_{n}: {opening} {head} arguments_{n} {tail} {closing}")
+        rules.append(f"arguments_{n}: {_json(schema)}")
+    return "\n".join(rules) + "\n"
+
+
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    schema = dict(function["parameters"])
+    kinds = schema.get("type", "object")
+    if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
+        raise InvalidRequest(f"{TOOLS}.parameters", f"must be of type object, in the tool {function['name']!r}")
+    return schema | ({"additionalProperties": False} if schema == NO_PARAMETERS else {"type": "object"})
+
+
+def _answer(sampling: common_pb2.SamplingParams) -> str:
+    """The client's grammar as an alternative to calls. Raises `InvalidRequest` where it can be none."""
+    kind = sampling.WhichOneof("grammar")
+    if kind == "regex":
+        raise InvalidRequest("sampling.grammar.regex", "goes without tools, or with tool_choice NONE, only")
+    if kind == "choice":
+        return " | ".join(json.dumps(choice) for choice in sampling.choice.choices)
+    return _json({"type": "object"} if kind == "json_object" else json.loads(sampling.json_schema))
+
+
+def _json(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps(schema | {'x-guidance': JSON_OPTIONS})}"

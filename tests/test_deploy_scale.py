@@ -1,0 +1,67 @@
+"""`baton scale` and the serving process, over the two files between them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import POCKET
+
+from deploy.config import ClusterConfig, ConfigError, DeployError
+from deploy.scale import Mailbox, Request
+
+
+@contextmanager
+def serving(folder: Path, do: Callable[[Request], list[str]]) -> Iterator[Mailbox]:
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(0.01):
+            Mailbox(folder).serve(do)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield Mailbox(folder)
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_what_was_done_comes_back_and_no_file_stays(tmp_path: Path) -> None:
+    asked: list[Request] = []
+
+    def do(request: Request) -> list[str]:
+        asked.append(request)
+        return ["decode-1 is up"]
+
+    with serving(tmp_path, do) as mailbox:
+        assert mailbox.ask(Request("a", decode=2), lambda: True) == ["decode-1 is up"]
+    assert asked == [Request("a", decode=2)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_could_not_be_done_is_an_error(tmp_path: Path) -> None:
+    def refuse(request: Request) -> list[str]:
+        request.apply(ClusterConfig(POCKET))
+        return []
+
+    with serving(tmp_path, refuse) as mailbox, pytest.raises(DeployError, match="--decode must be 1 or more"):
+        mailbox.ask(Request("a", decode=0), lambda: True)
+
+
+def test_nobody_waits_for_a_cluster_that_is_down(tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match="went down"):
+        Mailbox(tmp_path).ask(Request("a", decode=2), lambda: False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_role_that_is_not_named_stays_as_it_is() -> None:
+    config = ClusterConfig(POCKET, prefill=3, decode=2)
+    scaled = Request("a", decode=5).apply(config)
+    assert (scaled.prefill, scaled.decode) == (3, 5)
+    with pytest.raises(ConfigError, match="between 1 and 256"):
+        Request("a", decode=1000).apply(config)

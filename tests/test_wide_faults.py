@@ -1,0 +1,116 @@
+"""A rank killed with -9 takes its node down whole, requests go on elsewhere, and the node comes back when its ranks do.
+
+One cluster of real processes: a prefill node of two tensor-parallel ranks, a decode node of two stages, and one of a
+single rank for both legs. The test is their supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from conftest import POCKET, RedisProcess, eventually
+from harness import Answer, ProcessCluster, reference
+
+pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
+
+LONG = [256, *("".join(f"Section {n} of the library reference. " for n in range(30)).encode())]
+PROMPTS = [[*LONG[: 300 + 97 * n], *f"Question {n}.\n".encode()] for n in range(4)]
+NUM_TOKENS = 32
+WIDE = {"prefill-0": {"role": "prefill", "tp": 2}, "decode-0": {"role": "decode", "pp": 2}}
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    return reference(POCKET, PROMPTS, NUM_TOKENS, ignore_eos=True)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster() -> AsyncIterator[ProcessCluster]:
+    redis_process = RedisProcess()
+    with tempfile.TemporaryDirectory(prefix="baton-", dir="/dev/shm") as folder:
+        pieces = {"kv_layer_pieces": 2, "kv_head_pieces": 2}
+        cluster = ProcessCluster(POCKET, redis_process.url, Path(folder), max_num_batched_tokens=64, **pieces)
+        cluster.router_options = {"progress_timeout_s": 5.0}
+        try:
+            await cluster.start(prefill=0, decode=0, both=1)
+            await asyncio.gather(*(cluster.start_node(name, **options) for name, options in WIDE.items()))
+            await cluster.wait_for_nodes(3)
+            yield cluster
+        finally:
+            await cluster.stop()
+            redis_process.close()
+
+
+async def ask_all(cluster: ProcessCluster, on_message=None) -> list[Answer]:
+    options = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
+    return await asyncio.gather(*(cluster.generate(prompt, on_message, **options) for prompt in PROMPTS))
+
+
+async def come_back(cluster: ProcessCluster, name: str) -> None:
+    """Every rank has ended by itself; all are started again, and the node is there, with nothing of its former life."""
+    for rank in (name, f"{name}.1"):
+        await asyncio.wait_for(cluster.processes[rank].process.wait(), 20)
+    await cluster.start_node(name, **WIDE[name])
+    await cluster.wait_for_nodes(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "num_tokens"),
+    [("prefill-0", ".1", 0), ("prefill-0", "", 0), ("decode-0", ".1", 5), ("decode-0", "", 20)],
+)
+async def test_a_killed_rank_takes_its_node_down_and_no_request(
+    cluster: ProcessCluster, expected: list[list[int]], name: str, rank: str, num_tokens: int
+) -> None:
+    """Killed while prompts are computed, or with so many tokens of the first stream out."""
+    is_killed = False
+
+    def kill_in_time(answer: Answer) -> None:
+        nonlocal is_killed
+        if not is_killed and len(answer.token_ids) >= num_tokens > 0:
+            is_killed = True
+            cluster.kill(name + rank)
+
+    asking = asyncio.create_task(ask_all(cluster, kill_in_time))
+    if not num_tokens:
+        await asyncio.sleep(0.1)
+        cluster.kill(name + rank)
+    assert [answer.token_ids for answer in await asking] == expected
+    assert [answer.token_ids for answer in await ask_all(cluster)] == expected  # without it
+    await come_back(cluster, name)
+    assert [answer.token_ids for answer in await ask_all(cluster)] == expected
+    await cluster.assert_quiet()
+
+
+async def test_an_idle_node_notices_that_a_rank_is_gone(cluster: ProcessCluster) -> None:
+    cluster.kill("decode-0.1")
+    await come_back(cluster, "decode-0")
+
+
+async def test_blocks_pass_from_one_cut_to_the_other(cluster: ProcessCluster) -> None:
+    """The prefill node is cut by heads, the decode node by layers."""
+    prompts = [[256, *f"{n} ".encode(), *LONG[:500]] for n in range(6)]
+    answers = await asyncio.gather(*(cluster.generate(prompt, max_tokens=8) for prompt in prompts))
+    assert [answer.token_ids for answer in answers] == reference(POCKET, prompts, 8)
+    ways = [(answer.timeline.prefill_node, answer.timeline.decode_node) for answer in answers]
+    hits = [answer.timeline.decode_store_hit_tokens for answer in answers]
+    assert any(way == ("prefill-0", "decode-0") and hit for way, hit in zip(ways, hits, strict=True)), (ways, hits)
+    await cluster.assert_quiet()
+
+
+async def test_a_rank_that_comes_late_is_waited_for(cluster: ProcessCluster, expected: list[list[int]]) -> None:
+    """A leader alone is no node; a rank that ended before the others came is one that never came."""
+    cluster.kill("decode-0.1")
+    for rank in ("decode-0", "decode-0.1"):
+        await asyncio.wait_for(cluster.processes[rank].process.wait(), 20)
+    starting = asyncio.create_task(cluster.start_node("decode-0", **WIDE["decode-0"]))
+    await asyncio.sleep(0.5)
+    assert [answer.token_ids for answer in await ask_all(cluster)] == expected
+    await starting
+    await cluster.wait_for_nodes(3)
+    await eventually(lambda: cluster.processes["decode-0"].process.returncode is None)
+    await cluster.assert_quiet()

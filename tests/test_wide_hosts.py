@@ -1,0 +1,41 @@
+"""One node on two hosts, made of two network namespaces: half of its layers on each, and a Ray machine in each."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from test_two_hosts import BIN, MAX_TOKENS, PROMPT, RAY_PORT, SKIP, Host, folder, hosts, model, start_ray
+
+from deploy import oracle
+from router.tokenizer import Tokenizer
+
+__all__ = ["folder", "hosts", "model"]
+
+pytestmark = [pytest.mark.netns, pytest.mark.ray, pytest.mark.skipif(bool(SKIP), reason=SKIP)]
+
+
+def test_stages_of_a_node_on_two_hosts(hosts: tuple[Host, Host], folder: Path, model: Path) -> None:
+    first, second = hosts
+    state = ("--state-dir", str(folder / "state"))
+    with ExitStack() as stack:
+        start_ray(first, second, stack, folder)
+        cut = ["--both", "1", "--pipeline-parallel-size", "2"]
+        where = ["--ray-address", f"{first.address}:{RAY_PORT}", "--num-threads", "1", "--store-memory", "64M"]
+        serve = first.start(stack, folder / "serve.log", f"{BIN}/baton", "serve", str(model), *cut, *where, *state)
+        assert serve.stdout is not None
+        assert serve.stdout.readline().startswith("ready: "), (folder / "serve.log").read_text()
+        assert all(f"both-0{rank} is up on" in (folder / "serve.log").read_text() for rank in ("", ".1"))
+
+        token_ids = Tokenizer(model).encode(PROMPT)
+        [alone] = oracle.ask(model, [oracle.Question(token_ids, {"temperature": 0.0, "max_tokens": MAX_TOKENS})])
+        sampling = ["--temperature", "0", "--max-tokens", str(MAX_TOKENS)]
+        before = second.received_bytes()
+        answer = json.loads(first.run(f"{BIN}/baton", "generate", PROMPT, "--json", *sampling, *state))
+        assert answer["token_ids"] == alone
+        assert second.received_bytes() - before > len(token_ids) * 256 * 4, "activations of all tokens went over"
+
+        first.run(f"{BIN}/baton", "down", *state)
+        assert serve.wait(20) == 0

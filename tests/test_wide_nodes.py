@@ -1,0 +1,102 @@
+"""Nodes of several ranks: blocks go from each width to each other, and the text is that of one engine on one rank."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from conftest import RedisProcess, eventually
+from node_harness import node_request, prompt_of
+from wide_nodes import ENGINE, WideCluster, WideNode, running_cluster
+
+from batonpb import common_pb2
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.request import SamplingParams
+from kvstore.quotas import Owner
+
+pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
+
+WIDTHS = {"tp1": (1, 1), "tp2": (2, 1), "tp4": (4, 1), "pp2": (1, 2)}  # of a model with 2 layers and 2 key heads
+GREEDY = {"temperature": 0.0, "seed": 7, "max_tokens": 12, "ignore_eos": True}
+SAMPLED = {"temperature": 1.0, "top_p": 0.9, "seed": 3, "max_tokens": 12, "ignore_eos": True}
+NUM_PROMPT_TOKENS = 150  # nine blocks and a tail, in three chunks
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(tiny_model_dir: Path) -> AsyncIterator[WideCluster]:
+    redis_process = RedisProcess()
+    folder = Path(tempfile.mkdtemp(prefix="baton-", dir="/dev/shm"))
+    try:
+        async with running_cluster(tiny_model_dir, redis_process.url, folder, 2, 2) as cluster:
+            # Without its own cache even a node's own blocks come out of the store.
+            options = {"engine": {"enable_prefix_caching": False}}
+            starts = [cluster.start_node(name, *width, **options) for name, width in WIDTHS.items()]
+            await cluster.open_store("there")
+            await asyncio.gather(*starts, cluster.start_node("far", 2, host="there", **options))
+            yield cluster
+    finally:
+        redis_process.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model_dir: Path) -> Engine:
+    return Engine.from_pretrained(tiny_model_dir, EngineConfig(**ENGINE))
+
+
+async def journey(
+    prefill: WideNode, decode: WideNode, prompt: Sequence[int], given: dict[str, Any] = GREEDY, **fields: Any
+) -> tuple[list[int], int]:
+    """All tokens of both legs, and how many blocks came from the store into the second."""
+    request = node_request(prompt, sampling=common_pb2.SamplingParams(**given), **fields)
+    answer = await prefill.prefill(request)
+    decoded = await decode.decode(request, [answer.token.token_id], answer.coming_blocks)
+    return [answer.token.token_id, *decoded.token_ids], decoded.store_hit_tokens // ENGINE["block_size"]
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(WIDTHS, WIDTHS)))
+async def test_every_width_reads_what_every_width_wrote(
+    cluster: WideCluster, alone: Engine, first: str, second: str
+) -> None:
+    pair = list(itertools.product(WIDTHS, WIDTHS)).index((first, second))
+    for given, seed in ((GREEDY, 2 * pair), (SAMPLED, 2 * pair + 1)):
+        prompt = prompt_of(NUM_PROMPT_TOKENS, seed=seed + 1)
+        tokens, num_fetched = await journey(cluster.nodes[first], cluster.nodes[second], prompt, given)
+        assert tokens == alone.generate([prompt], SamplingParams(**given))[0]
+        assert num_fetched == NUM_PROMPT_TOKENS // ENGINE["block_size"]
+
+
+@pytest.mark.parametrize("first", ["tp1", "tp4", "pp2"])
+async def test_each_rank_gets_its_pieces_from_another_machine(cluster: WideCluster, alone: Engine, first: str) -> None:
+    prompt = prompt_of(NUM_PROMPT_TOKENS, seed=100 + list(WIDTHS).index(first))
+    here, there = (cluster.stores[name].arena for name in ("here", "there"))
+    before = len(there.blocks())
+    tokens, num_fetched = await journey(cluster.nodes[first], cluster.nodes["far"], prompt)
+    assert tokens == alone.generate([prompt], SamplingParams(**GREEDY))[0]
+    assert num_fetched == 9
+    await eventually(lambda: len(there.blocks()) >= before + 4 * 9, what="what was fetched is published there too")
+    fetched = {name for name, _ in there.blocks()} & {name for name, _ in here.blocks()}
+    assert len(fetched) >= 4 * 9
+
+
+async def test_tenants_have_caches_and_quotas_of_their_own(cluster: WideCluster, alone: Engine) -> None:
+    """Quotas are of bytes, whoever writes them: here those of four blocks, each in four pieces, by two ranks."""
+    prompt, arena = prompt_of(NUM_PROMPT_TOKENS, seed=200), cluster.stores["here"].arena
+    expected = alone.generate([prompt], SamplingParams(**GREEDY))[0]
+    wide, narrow = cluster.nodes["tp2"], cluster.nodes["tp1"]
+    assert await journey(wide, narrow, prompt, salt=b"a") == (expected, 9)
+    decoded = await narrow.decode(node_request(prompt, sampling=common_pb2.SamplingParams(**GREEDY), salt=b"b"))
+    assert (decoded.token_ids, decoded.store_hit_tokens) == (expected, 0)
+    quota = {"salt": b"c", "kv_quota_bytes": 16 * cluster.layout.block_bytes}
+    tokens, num_fetched = await journey(wide, narrow, prompt, **quota)
+    assert tokens == expected
+    assert num_fetched < 9
+    assert 0 < arena.num_blocks_of(Owner.of_salt(b"c").tenant) <= 16
