@@ -150,6 +150,7 @@ def test_show_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (f"model: {REPOSITORY}", "has no config.json"),
         (f"model: {POCKET}\ndtype: int4", "dtype 'int4' is not supported"),
         (f"model: {POCKET}\nprefill: -1", "--prefill, --decode and --both must be 0 or more"),
+        (f"model: {POCKET}\ntensor_parallel_size: 3", "tensor_parallel_size 3 does not divide num_attention_heads (4)"),
         (f"model: {POCKET}\ntenants: /no.toml", "--tenants: "),
         ("modle: x", "baton.yaml: line 1: unknown key 'modle'; did you mean 'model'?"),
     ],

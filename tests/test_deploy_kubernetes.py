@@ -182,7 +182,14 @@ def test_values_fit_their_schema(variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"prefil": {}}, {"prefill": {"pods": 0}}, {"router": {"port": 1}}, {"config": {"kv-memory": "1G"}}]
+    "wrong",
+    [
+        {"prefil": {}},
+        {"prefill": {"pods": 0}},
+        {"router": {"port": 1}},
+        {"config": {"kv-memory": "1G"}},
+        {"config": {"http": False}},
+    ],
 )
 def test_wrong_values_are_refused(wrong: Object) -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
