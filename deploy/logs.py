@@ -18,7 +18,7 @@ FORMATS = ("text", "json")
 TEXT = "%(levelname)s %(message)s"
 BLOT = "***"
 MAX_VALUE_CHARS = 2048
-_FIELD = re.compile(r"""(?<!\S)(\w+)=(\[[^\]]*\]|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\S*)""")
+_FIELD = re.compile(r"""(?<!\S)(\w+)=(\[[^\]]*\]|\([^)]*\)|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\S*)""")
 _SECRETS = re.compile(
     r"""(\b(?:bearer|basic)\s+|://[^\s/@:]*:(?=[^\s/@]*@)|"""
     r"""\b(?:api[_-]?key|wire_key|password|passwd|secret|authorization)['"]?\s*[=:]\s*['"]?(?:bearer\s+)?)"""

@@ -61,6 +61,7 @@ def test_a_message_becomes_fields() -> None:
         ("event=no_disk error='not a = b, \"c\" d'", {"event": "no_disk", "error": 'not a = b, "c" d'}),
         ("a=1 a=2 b=", {"a": 1, "message": "a=2", "b": ""}),
         ("prefill=[n0(queue_s=0.1 x) n1] level=7", {"prefill": "[n0(queue_s=0.1 x) n1]", "level_": 7}),
+        ("cores=(0, 1) n=2", {"cores": "(0, 1)", "n": 2}),
         ("x=nan y=inf z=1e3", {"x": "nan", "y": "inf", "z": 1000.0}),
         ("only words", {"message": "only words"}),
         ("", {}),

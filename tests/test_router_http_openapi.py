@@ -86,6 +86,8 @@ async def test_what_schemathesis_sends(redis_url: str, mode: GenerationMode) -> 
 def mend(body: dict[str, Any]) -> None:
     """Keeps the rules that no JSON schema says: what goes with what, what the model takes, what is still to come."""
     body.pop("messages" if body.get("prompt") else "prompt", None)
+    if not {"messages", "prompt", "tokens"} & set(body):
+        body["prompt"] = "x"  # one of them must be there
     for turn in body.get("messages") or ():
         turn["content"] = turn.get("content") or "x"
         turn["role"] = "user" if turn["role"] in ("tool", "assistant") else turn["role"]
