@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from batonpb import inference_pb2
+from router.overtaking import OvertakingShare
+from router.plan import PrefillTerms
 
 MAX_REQUESTS = 1000
 MAX_SLACK_REQUESTS = 200  # what predictions were short of lately
@@ -57,6 +59,7 @@ class Accuracy:
     def __init__(self) -> None:
         self.ttft, self.tpot = Errors(), Errors()
         self.slack = Slack()  # of first tokens
+        self.overtaking = OvertakingShare()
         self.outcomes: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()  # by the name of their reason
         self.decisions_s: deque[float] = deque(maxlen=MAX_REQUESTS)  # what the last ones took
@@ -70,13 +73,17 @@ class Accuracy:
     def decision_s(self, quantile: float) -> float:
         return _quantile(self.decisions_s, quantile)
 
-    def finished(self, timeline: inference_pb2.Timeline) -> None:
-        """A request's end. One that had to go on elsewhere was not predicted to."""
+    def finished(
+        self, timeline: inference_pb2.Timeline, terms: PrefillTerms | None = None, limit_s: float | None = None
+    ) -> None:
+        """A request's end, with its plan's terms and limit. One that had to go on elsewhere was not predicted to."""
         if timeline.migrations or timeline.first_token_s < 0.0 or timeline.planned_s < 0.0:
             return
         ttft_s = timeline.first_token_s - timeline.planned_s
         self.ttft.note(timeline.predicted_ttft_s, ttft_s)
         self.slack.note(timeline.predicted_ttft_s, ttft_s)
+        if terms is not None:
+            self.overtaking.note(terms, limit_s, ttft_s)
         self.tpot.note(timeline.predicted_tpot_s, timeline.tpot_s)
 
 

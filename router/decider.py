@@ -63,7 +63,8 @@ class Decider:
         hashes = journey.hashes(journey.pool) if journey.pool is not None else ()
         view = journey.view(hits, self._warming.runs(hashes, begin_s), begin_s)
         shares = self._demand.shares(cluster.num_prefill, begin_s)
-        rates = replace(self._rates, ttft_slack_s=self.accuracy.slack.seconds, shares=shares)
+        slack_s, overtaking_share = self.accuracy.slack.seconds, self.accuracy.overtaking.share
+        rates = replace(self._rates, ttft_slack_s=slack_s, shares=shares, overtaking_share=overtaking_share)
         chosen = self._policy(view, cluster, begin_s, self._rng, rates)
         kept = decision(self._name, view, len(cluster), chosen)
         self.journal.decided(request.salt, request.request_id, kept)
@@ -94,5 +95,8 @@ class Decider:
 
     def finished(self, request: RoutedRequest, timeline: inference_pb2.Timeline) -> None:
         """What became of a request that came to its end."""
-        self.journal.finished(request.salt, request.request_id, timeline)
-        self.accuracy.finished(timeline)
+        first = self.journal.finished(request.salt, request.request_id, timeline)
+        if first is not None and isinstance(first.chosen, Plan):
+            self.accuracy.finished(timeline, first.chosen.prefill, first.ttft_limit_s)
+        else:
+            self.accuracy.finished(timeline)

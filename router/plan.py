@@ -33,6 +33,7 @@ class Rates:
     tie_s: float = 0.002
     tie_ratio: float = 0.01
     shares: tuple[float, ...] = ()  # of nodes' time that shorter prompts take, by class (router/line.py)
+    overtaking_share: float = 1.0  # of the wait for overtakers: what a request under a TTFT limit leaves time for
 
 
 @dataclass(frozen=True)
