@@ -27,6 +27,7 @@ class Books:
         self._rates = Rates(
             memory_bytes_per_s=1e12,  # a node's own arena costs nothing, nor do calls: only what is modelled counts
             wire_bytes_per_s=machine.wire_bytes_per_s,
+            calls_s=machine.first_s,
             handoff_s=machine.handoff_s,
             request_s=0.0,
             max_stall_s=machine.stall_s,

@@ -11,6 +11,7 @@ from router.plan import PrefillTerms
 MAX_REQUESTS = 1000
 MAX_SLACK_REQUESTS = 200  # what predictions were short of lately
 SLACK_QUANTILE = 0.9
+IDLE_SHARE = 0.2  # who waits for less than this part of its own work says what calls take
 
 
 class Errors:
@@ -53,13 +54,33 @@ class Slack:
             self.seconds = max(0.0, _quantile(self._late_s, SLACK_QUANTILE))
 
 
+class Calls:
+    """What calls add to first tokens on their way to a node and back, beside its own work: a median.
+
+    Of those that hardly waited: what a queue takes is predicted, and is off by more than this.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._late_s: deque[float] = deque(maxlen=MAX_SLACK_REQUESTS)
+        self._num_noted = 0
+
+    def note(self, terms: PrefillTerms, actual_s: float) -> None:
+        if terms.queue_s + abs(terms.order_s) + terms.room_s + terms.fetch_s > IDLE_SHARE * terms.compute_s:
+            return
+        self._late_s.append(actual_s - terms.ttft_s)
+        self._num_noted += 1
+        if self._num_noted % 8 == 0:
+            self.seconds = max(0.0, _quantile(self._late_s, 0.5))
+
+
 class Accuracy:
     """What one router has decided and predicted."""
 
     def __init__(self) -> None:
         self.ttft, self.tpot = Errors(), Errors()
         self.slack = Slack()  # of first tokens
-        self.overtaking = OvertakingShare()
+        self.calls, self.overtaking = Calls(), OvertakingShare()
         self.outcomes: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()  # by the name of their reason
         self.decisions_s: deque[float] = deque(maxlen=MAX_REQUESTS)  # what the last ones took
@@ -84,6 +105,7 @@ class Accuracy:
         self.slack.note(timeline.predicted_ttft_s, ttft_s)
         if terms is not None:
             self.overtaking.note(terms, limit_s, ttft_s)
+            self.calls.note(terms, ttft_s)
         self.tpot.note(timeline.predicted_tpot_s, timeline.tpot_s)
 
 

@@ -126,6 +126,7 @@ class Survey:
             fetch_blocks=blocks,
             blocks=blocks_needed(self.request, self.cluster),
             is_known=bool(self.cluster.is_known[source] and self.cluster.is_known[target]),
+            calls_s=self.rates.calls_s,
             seen=self,
         )
 

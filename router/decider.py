@@ -63,8 +63,14 @@ class Decider:
         hashes = journey.hashes(journey.pool) if journey.pool is not None else ()
         view = journey.view(hits, self._warming.runs(hashes, begin_s), begin_s)
         shares = self._demand.shares(cluster.num_prefill, begin_s)
-        slack_s, overtaking_share = self.accuracy.slack.seconds, self.accuracy.overtaking.share
-        rates = replace(self._rates, ttft_slack_s=slack_s, shares=shares, overtaking_share=overtaking_share)
+        accuracy = self.accuracy
+        rates = replace(
+            self._rates,
+            ttft_slack_s=accuracy.slack.seconds,
+            shares=shares,
+            calls_s=accuracy.calls.seconds,
+            overtaking_share=accuracy.overtaking.share,
+        )
         chosen = self._policy(view, cluster, begin_s, self._rng, rates)
         kept = decision(self._name, view, len(cluster), chosen)
         self.journal.decided(request.salt, request.request_id, kept)
