@@ -31,6 +31,10 @@ class Machine:
     token_bytes: int  # of KV
     wire_bytes_per_s: float  # from another node's arena
     kv_blocks: int = 0  # that a node's GPUs hold; 0: without limit
+    first_s: float = 0.0  # that calls and the router add to a first token; no node is busy with it
+    handoff_s: float = 0.0  # that they add between the first token and the second, where two nodes make them
+    chunk_tokens: int = 0  # of a prefill node's step; 0: a whole prompt, one at a time
+    stall_s: float = 0.0  # a prompt of so little work is computed by the decode node itself (`Rates.max_stall_s`)
 
     def step_s(self, num_tokens: float, cached_tokens: float, pairs: float = 0.0) -> float:
         """A step of `num_tokens`, decoded and of prompts; the decoding requests have `cached_tokens`."""
@@ -83,7 +87,8 @@ def find_machine(name: str) -> Machine:
 
 def fitted(data: Any) -> Machine:
     """A machine out of measurements: `{"prefill": [[uncached, cached, seconds], ...], "step": [[requests, cached,
-    seconds], ...], "token_bytes", "wire_bytes_per_s", "kv_blocks"}`, lengths in tokens. Raises `BadMachine`."""
+    seconds], ...], "token_bytes", "wire_bytes_per_s", "kv_blocks"}`, lengths in tokens, and where they are not 0.0,
+    "first_s", "handoff_s", "chunk_tokens", "stall_s". Raises `BadMachine`."""
     if not isinstance(data, dict):
         raise BadMachine("machine: must be an object")
     prefill = _fit("prefill", data.get("prefill"), 3)
@@ -95,6 +100,10 @@ def fitted(data: Any) -> Machine:
         token_bytes=int(_positive(data, "token_bytes")),
         wire_bytes_per_s=_positive(data, "wire_bytes_per_s"),
         kv_blocks=int(_positive(data, "kv_blocks")),
+        first_s=_natural(data, "first_s"),
+        handoff_s=_natural(data, "handoff_s"),
+        chunk_tokens=int(_natural(data, "chunk_tokens")),
+        stall_s=_natural(data, "stall_s"),
     )
 
 
@@ -115,6 +124,13 @@ def _positive(data: dict[str, Any], field: str) -> float:
     value = data.get(field)
     if value is None or not _is_sound(value) or not 1 <= value <= 1e18:
         raise BadMachine(f"machine: {field} must be a number of at least 1, got {value!r}")
+    return float(value)
+
+
+def _natural(data: dict[str, Any], field: str) -> float:
+    value = data.get(field, 0.0)
+    if not _is_sound(value) or value > 1e9:
+        raise BadMachine(f"machine: {field} must be a number of 0 to 1e9, got {value!r}")
     return float(value)
 
 

@@ -13,6 +13,7 @@ from loadtest.trace import BLOCK_TOKENS
 from router.backlog import Backlog
 from router.cluster import Cluster, NodeView
 from router.line import Demand
+from router.overtaking import OvertakingShare
 from router.plan import Rates
 from router.speeds import PrefillMeter, PrefillSpeed, StepSpeed
 from router.warming import Warming
@@ -21,17 +22,19 @@ from router.warming import Warming
 class Books:
     """The router's side of each leg. A node that left has no row: what is still counted for it goes nowhere."""
 
-    def __init__(self, machine: Machine, learns: bool, is_shortest: bool) -> None:
+    def __init__(self, machine: Machine, learns: bool, is_shortest: bool, ttft_limit_s: float | None = None) -> None:
         self.cluster = Cluster(BLOCK_TOKENS, BLOCK_TOKENS * machine.token_bytes)
         self._rates = Rates(
             memory_bytes_per_s=1e12,  # a node's own arena costs nothing, nor do calls: only what is modelled counts
             wire_bytes_per_s=machine.wire_bytes_per_s,
-            handoff_s=0.0,
+            calls_s=machine.first_s,
+            handoff_s=machine.handoff_s,
             request_s=0.0,
-            max_stall_s=0.0,
+            max_stall_s=machine.stall_s,
         )
         self._machine, self._learns, self._is_shortest = machine, learns, is_shortest
-        self._demand = Demand()
+        self._ttft_limit_s = ttft_limit_s
+        self._demand, self._overtaking = Demand(), OvertakingShare()
         self._warming = Warming()
         self._backlogs: dict[Node, Backlog] = {}
         self._meters: dict[Node, PrefillMeter] = {}
@@ -62,7 +65,8 @@ class Books:
         """What predictions assume now."""
         if not self._is_shortest:
             return self._rates
-        return replace(self._rates, shares=self._demand.shares(self.cluster.num_prefill, now_s))
+        shares = self._demand.shares(self.cluster.num_prefill, now_s)
+        return replace(self._rates, shares=shares, overtaking_share=self._overtaking.share)
 
     def sent(self, job: Job, source: Node, target: Node, now_s: float) -> None:
         self._backlogs[source].sent(job, now_s, job.cost_s)
@@ -76,6 +80,8 @@ class Books:
 
     def computed(self, job: Job, source: Node, target: Node, now_s: float) -> None:
         """The first leg is over."""
+        if job.plan is not None and not job.num_retries:
+            self._overtaking.note(job.plan.prefill, self._ttft_limit_s, job.ttft_s)
         self._backlogs[source].computed(job, now_s)
         self._see_backlog(source)
         if source is not target:

@@ -46,6 +46,7 @@ class Job:
     cached_before: int = 0  # tokens that its first leg found
     computing_s: float = -1.0  # when its first leg began to compute
     to_compute: int = 0  # tokens of the prompt
+    uncached: int = 0  # of them when its first leg began
     cached_tokens: int = 0  # in front of the next token to compute
     failed: set[str] = field(default_factory=set)  # nodes that broke it off
     num_ends: int = 0  # 1 in the end
@@ -82,7 +83,8 @@ def first_come(job: Job, _now_s: float) -> float:
 
 def shortest_first(job: Job, now_s: float) -> float:
     """As the engine does it, by predicted seconds and with ageing."""
-    return rank(job.cost_s, now_s - job.sent_s)
+    left_s = job.cost_s * (job.to_compute / job.uncached if job.uncached else 1.0)
+    return rank(left_s, now_s - job.sent_s)
 
 
 QUEUES: dict[str, Rank] = {"shortest": shortest_first, "fcfs": first_come}
@@ -228,14 +230,19 @@ class Node:
 
     def _next(self, index: int, now_s: float, start: Callable[[Job], None]) -> Job | None:
         """The first leg at `index` in the order of beginning; begins one where so many were not begun."""
-        if index < len(self.begun):
-            return self.begun[index]
-        if not self.queue:
-            return None
         best = 0
-        if self._order is not first_come:
+        if self.queue and self._order is not first_come:
             best = min(range(len(self.queue)), key=lambda at: self._order(self.queue[at], now_s))
+        if index < len(self.begun):
+            job = self.begun[index]
+            # As in the engine, a shorter prompt goes before one that was begun, between two chunks of it.
+            if not (self._chunk_tokens and self.queue) or self._order is first_come:
+                return job
+            if self._order(job, now_s) <= self._order(self.queue[best], now_s):
+                return job
+        elif not self.queue:
+            return None
         job = self.queue.pop(best)
         start(job)
-        self.begun.append(job)
+        self.begun.insert(index, job)
         return job

@@ -40,7 +40,7 @@ class Simulator:
         self._rng = random.Random(config.seed)
         self._policy: Policy = POLICIES[config.policy]()
         learns = any(fault.kind == "slow" for fault in config.faults)  # else speeds are what nodes say at once
-        self._books = Books(config.machine, learns, config.queue == "shortest")
+        self._books = Books(config.machine, learns, config.queue == "shortest", config.ttft_limit_s)
         self._owners: dict[str, Node] = {}  # of arenas; also those that have left
         self._counts = {"prefill": 0, "decode": 0, "both": 0}
         self._draining: set[Node] = set()
@@ -132,7 +132,7 @@ class Simulator:
         source = self.nodes[plan.prefill_node or plan.decode_node]
         job.plan, job.source, job.target = plan.bare(), source, target
         job.sent_s, job.computing_s, job.cost_s = self.now_s, -1.0, plan.prefill.compute_s
-        job.is_first = True
+        job.is_first, job.uncached = True, 0
         self._open[job] = None
         self._books.sent(job, source, target, self.now_s)
         source.queue.append(job)
@@ -153,7 +153,7 @@ class Simulator:
                 owner.arena.lend(blocks[own:found])
                 job.ready_s = max(self.now_s, job.sent_s + self._wire_s(found - own, owner, node))
         job.cached_tokens = job.cached_before = min(found * BLOCK_TOKENS, job.num_tokens - 1)
-        job.to_compute = job.num_tokens - job.cached_tokens
+        job.to_compute = job.uncached = job.num_tokens - job.cached_tokens
         job.computed_tokens += job.to_compute
         if not job.num_retries:
             job.hit_blocks, job.prefilled_by = found, node.node_id
@@ -162,7 +162,7 @@ class Simulator:
         assert job.plan is not None and job.target is not None
         target = job.target
         if job.first_token_s < 0.0:
-            job.first_token_s = self.now_s
+            job.first_token_s = self.now_s + self.config.machine.first_s
         job.num_done += 1
         if node.role != "decode":
             node.arena.publish(job.full_blocks)
@@ -175,7 +175,8 @@ class Simulator:
             self._join(job, job.attempt)
         else:  # blocks travel while the prompt is computed: only what takes longer counts
             late_s = self._wire_s(len(job.full_blocks), node, target) - (self.now_s - job.computing_s)
-            self._at(self.now_s + max(0.0, late_s), lambda attempt=job.attempt: self._join(job, attempt))  # type: ignore[misc]
+            late_s = max(0.0, late_s) + self.config.machine.handoff_s
+            self._at(self.now_s + late_s, lambda attempt=job.attempt: self._join(job, attempt))  # type: ignore[misc]
 
     def _join(self, job: Job, attempt: int) -> None:
         if job.attempt == attempt and job.target is not None:
@@ -184,7 +185,7 @@ class Simulator:
             self._go_on(job.target)
 
     def _end(self, job: Job, node: Node) -> None:
-        job.finished_s = self.now_s
+        job.finished_s = self.now_s + self.config.machine.first_s  # as the client sees it
         job.num_done = job.request.output_tokens
         job.num_ends += 1
         del self._open[job]
@@ -234,11 +235,12 @@ class Simulator:
         node_id = f"{role}-{self._counts[role]}"
         self._counts[role] += 1
         arena = Arena(node_id, config.arena_blocks, EVICTION[config.eviction](config.arena_blocks), self.directory)
-        chunk_tokens = 0 if role == "prefill" else config.chunk_tokens
+        chunk_tokens = config.machine.chunk_tokens if role == "prefill" else config.chunk_tokens
         node = Node(node_id, config.machine, arena, chunk_tokens, QUEUES[config.queue])
         self.nodes[node_id] = node
         self._owners[node_id] = node
-        self._books.add(node, config.machine.chunked(chunk_tokens) if chunk_tokens else config.machine.prefill)
+        is_alone = role == "prefill"  # its prompts share their steps with nothing that decodes
+        self._books.add(node, config.machine.prefill if is_alone else config.machine.chunked(chunk_tokens))
 
     def _strike(self, fault: Fault) -> None:
         if fault.kind == "join":

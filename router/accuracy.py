@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from batonpb import inference_pb2
+from router.overtaking import OvertakingShare
+from router.plan import PrefillTerms
 
 MAX_REQUESTS = 1000
 MAX_SLACK_REQUESTS = 200  # what predictions were short of lately
 SLACK_QUANTILE = 0.9
+IDLE_SHARE = 0.2  # who waits for less than this part of its own work says what calls take
 
 
 class Errors:
@@ -54,12 +57,33 @@ class Slack:
             self.seconds = max(0.0, _quantile(self._late_s, SLACK_QUANTILE))
 
 
+class Calls:
+    """What calls add to first tokens on their way to a node and back, beside its own work: a median.
+
+    Of those that hardly waited: what a queue takes is predicted, and is off by more than this.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._late_s: deque[float] = deque(maxlen=MAX_SLACK_REQUESTS)
+        self._num_noted = 0
+
+    def note(self, terms: PrefillTerms, actual_s: float) -> None:
+        if terms.queue_s + abs(terms.order_s) + terms.room_s + terms.fetch_s > IDLE_SHARE * terms.compute_s:
+            return
+        self._late_s.append(actual_s - terms.ttft_s)
+        self._num_noted += 1
+        if self._num_noted % 8 == 0:
+            self.seconds = max(0.0, _quantile(self._late_s, 0.5))
+
+
 class Accuracy:
     """What one router has decided and predicted."""
 
     def __init__(self) -> None:
         self.ttft, self.tpot = Errors(), Errors()
         self.slack = Slack()  # of first tokens
+        self.calls, self.overtaking = Calls(), OvertakingShare()
         self.outcomes: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()  # by the name of their reason
         self.decisions_s: deque[float] = deque(maxlen=MAX_REQUESTS)  # what the last ones took
@@ -73,13 +97,18 @@ class Accuracy:
     def decision_s(self, quantile: float) -> float:
         return _quantile(self.decisions_s, quantile)
 
-    def finished(self, timeline: inference_pb2.Timeline) -> None:
-        """A request's end. One that had to go on elsewhere was not predicted to."""
+    def finished(
+        self, timeline: inference_pb2.Timeline, terms: PrefillTerms | None = None, limit_s: float | None = None
+    ) -> None:
+        """A request's end, with its plan's terms and limit. One that had to go on elsewhere was not predicted to."""
         if timeline.migrations or timeline.first_token_s < 0.0 or timeline.planned_s < 0.0:
             return
         ttft_s = timeline.first_token_s - timeline.planned_s
         self.ttft.note(timeline.predicted_ttft_s, ttft_s)
         self.slack.note(timeline.predicted_ttft_s, ttft_s)
+        if terms is not None:
+            self.overtaking.note(terms, limit_s, ttft_s)
+            self.calls.note(terms, ttft_s)
         self.tpot.note(timeline.predicted_tpot_s, timeline.tpot_s)
 
 

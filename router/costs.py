@@ -82,9 +82,10 @@ def prefill_costs(
     # later waits longer for what is computed once more.
     share = np.where(cluster.is_shared & (cluster.num_requests > 0), 1.0, rates.work_ratio)
     stall_s = share * compute_s
-    return PrefillCosts(
-        queue_s, room_s, fetch_s, compute_s, stall_s, blocks, _order_s(cluster, now_s, rates, compute_s)
-    )
+    order_s = _order_s(cluster, now_s, rates, compute_s)
+    if request.ttft_limit_s is not None:
+        order_s = np.where(order_s > 0.0, rates.overtaking_share * order_s, order_s)
+    return PrefillCosts(queue_s, room_s, fetch_s, compute_s, stall_s, blocks, order_s)
 
 
 def decode_costs(request: RequestView, cluster: Cluster, rates: Rates) -> DecodeCosts:
@@ -125,6 +126,7 @@ class Survey:
             fetch_blocks=blocks,
             blocks=blocks_needed(self.request, self.cluster),
             is_known=bool(self.cluster.is_known[source] and self.cluster.is_known[target]),
+            calls_s=self.rates.calls_s,
             seen=self,
         )
 

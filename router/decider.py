@@ -63,7 +63,14 @@ class Decider:
         hashes = journey.hashes(journey.pool) if journey.pool is not None else ()
         view = journey.view(hits, self._warming.runs(hashes, begin_s), begin_s)
         shares = self._demand.shares(cluster.num_prefill, begin_s)
-        rates = replace(self._rates, ttft_slack_s=self.accuracy.slack.seconds, shares=shares)
+        accuracy = self.accuracy
+        rates = replace(
+            self._rates,
+            ttft_slack_s=accuracy.slack.seconds,
+            shares=shares,
+            calls_s=accuracy.calls.seconds,
+            overtaking_share=accuracy.overtaking.share,
+        )
         chosen = self._policy(view, cluster, begin_s, self._rng, rates)
         kept = decision(self._name, view, len(cluster), chosen)
         self.journal.decided(request.salt, request.request_id, kept)
@@ -94,5 +101,8 @@ class Decider:
 
     def finished(self, request: RoutedRequest, timeline: inference_pb2.Timeline) -> None:
         """What became of a request that came to its end."""
-        self.journal.finished(request.salt, request.request_id, timeline)
-        self.accuracy.finished(timeline)
+        first = self.journal.finished(request.salt, request.request_id, timeline)
+        if first is not None and isinstance(first.chosen, Plan):
+            self.accuracy.finished(timeline, first.chosen.prefill, first.ttft_limit_s)
+        else:
+            self.accuracy.finished(timeline)

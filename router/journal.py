@@ -51,6 +51,7 @@ class Decision:
     chosen: Plan | Reject  # without its survey, which would keep the whole cluster's columns alive
     prefill: Candidates
     decode: Candidates
+    ttft_limit_s: float | None = None  # since then
 
     @property
     def outcome(self) -> str:
@@ -116,10 +117,13 @@ class Journal:
             entry.decisions.append(decision)
             del entry.decisions[1:-MAX_DECISIONS]
 
-    def finished(self, salt: bytes, request_id: str, timeline: inference_pb2.Timeline) -> None:
+    def finished(self, salt: bytes, request_id: str, timeline: inference_pb2.Timeline) -> Decision | None:
+        """The first decision on the request, where it is still kept."""
         entry = self._entries.get((salt, request_id))
-        if entry is not None:
-            entry.ttft_s, entry.tpot_s = timeline.first_token_s, timeline.tpot_s
+        if entry is None:
+            return None
+        entry.ttft_s, entry.tpot_s = timeline.first_token_s, timeline.tpot_s
+        return entry.decisions[0] if entry.decisions else None
 
     def explain(self, salt: bytes, request_id: str) -> inference_pb2.ExplainResponse:
         """Of a call for n answers: the first one's. Raises `UnknownRequest`."""
@@ -147,7 +151,8 @@ def decision(policy: str, request: RequestView, num_nodes: int, chosen: Plan | R
         columns = [getattr(seen.second, name)[seconds] for name in DECODE_TERMS]
         decode = Candidates(_names(seen, seconds), np.stack(columns))
     hit_blocks = longest(request.hits).num_blocks
-    return Decision(policy, request.num_tokens, hit_blocks, num_nodes, chosen.bare(), prefill, decode)
+    limit_s = request.ttft_limit_s
+    return Decision(policy, request.num_tokens, hit_blocks, num_nodes, chosen.bare(), prefill, decode, limit_s)
 
 
 def _best(cost_s: Column, mask: Mask) -> NDArray[np.intp]:

@@ -33,6 +33,8 @@ class Rates:
     tie_s: float = 0.002
     tie_ratio: float = 0.01
     shares: tuple[float, ...] = ()  # of nodes' time that shorter prompts take, by class (router/line.py)
+    calls_s: float = 0.0  # what calls add to each first token, wherever it is made
+    overtaking_share: float = 1.0  # of the wait for overtakers: what a request under a TTFT limit leaves time for
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Plan:
     fetch_blocks: int  # leading blocks that it has when it begins to compute
     blocks: int  # that each leg holds
     is_known: bool = True  # both nodes' speeds were measured lately
+    calls_s: float = 0.0  # as in `Rates`
     seen: Survey | None = field(default=None, compare=False, repr=False)  # what it was chosen from
 
     def bare(self) -> Plan:
@@ -112,7 +115,7 @@ class Plan:
 
     @property
     def predicted_ttft_s(self) -> float:
-        return self.prefill.ttft_s
+        return self.prefill.ttft_s + self.calls_s
 
     @property
     def predicted_tpot_s(self) -> float:

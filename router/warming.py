@@ -3,12 +3,15 @@
 A burst of prompts with a common beginning would be spread over all nodes, for none of them has it when the second
 prompt comes; so the router remembers where it sent the first. By node and not by arena: who queues behind that prompt
 finds its blocks computed, and whoever would have to fetch them would wait longer than that.
+
+A name stands for all blocks before it too, so whoever computes one of them computes those: how far a prompt is known
+is found by looking at a few of its blocks, and whole prompts are noted at once.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 
 from kvstore.blocks import BlockHash
 
@@ -17,38 +20,68 @@ TTL_S = 30.0  # by then the directory knows, or the node has died
 
 
 class Warming:
-    """Which node is about to have which block."""
+    """Which node is about to have which block. All prompts are named from their first block on."""
 
     def __init__(self, ttl_s: float = TTL_S, max_blocks: int = MAX_BLOCKS) -> None:
         self._ttl_s, self._max_blocks = ttl_s, max_blocks
-        self._nodes: OrderedDict[BlockHash, dict[str, float]] = OrderedDict()  # block -> node id -> until when
+        self._firsts: dict[BlockHash, dict[str, float]] = {}  # a prompt's first block -> node id -> until when
+        self._blocks: dict[str, dict[BlockHash, float]] = {}  # node id -> block -> until when
+        self._num_blocks = 0  # of all nodes
+        self._sent: deque[tuple[float, str, Sequence[BlockHash]]] = deque()  # until when, node id; oldest first
 
     def sent(self, hashes: Sequence[BlockHash], node_id: str, now_s: float) -> None:
-        """This node will have computed these blocks."""
+        """This node will have computed these blocks. `hashes` is kept, and must not change."""
+        hashes = hashes[: self._max_blocks]
+        if not hashes:
+            return
         until_s = now_s + self._ttl_s
-        for block_hash in hashes:
-            self._nodes.setdefault(block_hash, {})[node_id] = until_s
-            self._nodes.move_to_end(block_hash)
-        while len(self._nodes) > self._max_blocks:
-            self._nodes.popitem(last=False)
+        blocks = self._blocks.setdefault(node_id, {})
+        self._num_blocks -= len(blocks)
+        blocks.update(dict.fromkeys(hashes, until_s))
+        self._num_blocks += len(blocks)
+        self._firsts.setdefault(hashes[0], {})[node_id] = until_s
+        self._sent.append((until_s, node_id, hashes))
+        while self._num_blocks > self._max_blocks or self._sent[0][0] <= now_s:
+            before_s, node_id, hashes = self._sent.popleft()
+            self._drop(hashes, node_id, before_s)
 
     def forget(self, hashes: Sequence[BlockHash], node_id: str) -> None:
         """The leg that was to compute them is over without having done so."""
-        for block_hash in hashes:
-            nodes = self._nodes.get(block_hash, {})
-            nodes.pop(node_id, None)
-            if not nodes:
-                self._nodes.pop(block_hash, None)
+        self._drop(hashes, node_id, float("inf"))
 
     def runs(self, hashes: Sequence[BlockHash], now_s: float) -> dict[str, int]:
         """Node id -> length of the leading run that it is about to have; nodes with none are left out."""
-        runs: dict[str, int] = {}
-        going: set[str] | None = None
-        for depth, block_hash in enumerate(hashes):
-            nodes = self._nodes.get(block_hash)
-            here = {node_id for node_id, until_s in nodes.items() if until_s > now_s} if nodes else set()
-            going = here if going is None else going & here
-            if not going:
-                break
-            runs.update(dict.fromkeys(going, depth + 1))
-        return runs
+        firsts = self._firsts.get(hashes[0]) if hashes else None
+        if not firsts:
+            return {}
+        blocks = self._blocks
+        return {node_id: _run(blocks[node_id], hashes, now_s) for node_id, until_s in firsts.items() if until_s > now_s}
+
+    def _drop(self, hashes: Sequence[BlockHash], node_id: str, until_s: float) -> None:
+        """What was not promised anew since."""
+        blocks = self._blocks.get(node_id, {})
+        for block_hash in hashes:
+            if blocks.get(block_hash, float("inf")) <= until_s and blocks.pop(block_hash, None) is not None:
+                self._num_blocks -= 1
+        if not blocks:
+            self._blocks.pop(node_id, None)
+        nodes = self._firsts.get(hashes[0], {}) if hashes else {}
+        if node_id in nodes and hashes[0] not in blocks:
+            del nodes[node_id]
+            if not nodes:
+                del self._firsts[hashes[0]]
+
+
+def _run(blocks: Mapping[BlockHash, float], hashes: Sequence[BlockHash], now_s: float) -> int:
+    """How many of `hashes` are promised, of which the first is: in steps that double, then by halves."""
+    known, unknown = 1, 2
+    while unknown <= len(hashes) and blocks.get(hashes[unknown - 1], 0.0) > now_s:
+        known, unknown = unknown, 2 * unknown
+    unknown = min(unknown, len(hashes) + 1)
+    while unknown - known > 1:
+        middle = (known + unknown) // 2
+        if blocks.get(hashes[middle - 1], 0.0) > now_s:
+            known = middle
+        else:
+            unknown = middle
+    return known

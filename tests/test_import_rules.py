@@ -30,6 +30,7 @@ PURE_ROUTER = (
     "fit",
     "hits",
     "line",
+    "overtaking",
     "plan",
     "policy",
     "predict",

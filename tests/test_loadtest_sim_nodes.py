@@ -209,9 +209,35 @@ def test_a_machine_is_fitted_to_what_was_measured() -> None:
             fitted({name: value for name, value in data.items() if name != field})
     with pytest.raises(BadMachine, match="prefill"):
         fitted(data | {"prefill": [[1, 2]]})
+    assert (found.first_s, found.handoff_s, found.chunk_tokens, found.stall_s) == (0.0, 0.0, 0, 0.0)
+    for field in ("first_s", "handoff_s", "chunk_tokens", "stall_s"):
+        assert getattr(fitted(data | {field: 3}), field) == 3
+        for value in (-1, "1", float("nan")):
+            with pytest.raises(BadMachine, match=field):
+                fitted(data | {field: value})
 
 
 def test_an_unknown_machine_is_refused(tmp_path: Path) -> None:
     for name in ("9xA100", str(tmp_path / "none.json")):
         with pytest.raises(BadMachine, match="machine"):
             find_machine(name)
+
+
+def test_a_shorter_prompt_goes_before_one_that_was_begun_between_two_of_its_chunks() -> None:
+    prefill, done = node(chunk_tokens=10, rank=shortest_first), list[int]()
+    for number, tokens in enumerate((40, 5)):
+        one = job(number, tokens)
+        one.cost_s, one.sent_s = tokens / 100, 0.0
+        prefill.queue.append(one)
+        end_s = prefill.begin(0.1 * number, begins_all)
+        assert end_s is not None
+        done += [each.number for each in prefill.end_step(end_s)]
+    assert done == [1]
+    while (end_s := prefill.begin(1.0, begins_all)) is not None:
+        done += [each.number for each in prefill.end_step(end_s)]
+    assert done == [1, 0]
+
+
+def begins_all(found: Job) -> None:
+    begins(found)
+    found.uncached = found.to_compute

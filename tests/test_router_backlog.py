@@ -55,7 +55,7 @@ def test_blocks_that_a_node_was_sent_to_compute_are_warm_for_a_while() -> None:
     warming.sent(PROMPT[:6], "n0", 0.0)
     warming.sent(PROMPT[:3], "n1", 3.0)
     assert warming.runs(PROMPT, 4.0) == {"n0": 6, "n1": 3}
-    assert warming.runs(PROMPT[1:], 4.0) == {"n0": 5, "n1": 2}
+    assert warming.runs(PROMPT[:1], 4.0) == {"n0": 1, "n1": 1}
     assert warming.runs(PROMPT, 5.0) == {"n1": 3}
     assert warming.runs([], 4.0) == warming.runs(PROMPT[7:], 4.0) == {}
 
@@ -72,9 +72,48 @@ def test_what_a_failed_leg_promised_is_forgotten() -> None:
 
 
 def test_memory_of_warm_blocks_is_bounded() -> None:
-    warming = Warming(max_blocks=4)
+    warming = Warming(max_blocks=8)
     warming.sent(PROMPT, "n0", 0.0)
-    assert warming.runs(PROMPT, 1.0) == {} and warming.runs(PROMPT[6:], 1.0) == {"n0": 4}
+    assert warming.runs(PROMPT, 1.0) == {"n0": 8}
+    warming.sent(PROMPT[:3], "n1", 1.0)
+    assert warming.runs(PROMPT, 1.0) == {"n1": 3}, "the oldest went"
+    for at_s in range(100):
+        warming.sent(PROMPT, "n0", float(at_s))
+    assert warming.runs(PROMPT, 99.0) == {"n0": 8}
+
+
+# Prompts of a tree: each step from a block to the next is one of three, and a block's name is the way to it.
+ways = st.lists(st.sampled_from("abc"), min_size=1, max_size=12).map("".join)
+promises = st.lists(st.tuples(ways, st.sampled_from(["n0", "n1", "n2"]), st.booleans()), max_size=40)
+
+
+def chain(way: str) -> list[BlockHash]:
+    return [BlockHash(way[: depth + 1].encode()) for depth in range(len(way))]
+
+
+@given(promises, ways)
+def test_a_run_is_as_long_as_what_some_promise_shares_with_the_prompt(
+    sent: list[tuple[str, str, bool]], way: str
+) -> None:
+    warming, expected = Warming(ttl_s=10.0), dict[str, dict[str, float]]()
+    for number, (other, node_id, is_kept) in enumerate(sent):
+        warming.sent(chain(other), node_id, float(number))
+        expected.setdefault(node_id, {})[other] = number + 10.0
+        if not is_kept:  # what others promised of the same blocks goes too, so these are not asked for here
+            warming.forget(chain(other), node_id)
+            expected[node_id] = {o: until_s for o, until_s in expected[node_id].items() if o[0] != other[0]}
+            for one in [o for o in "abc" if o == other[0]]:
+                warming.forget([h for o, n, _ in sent if n == node_id and o[0] == one for h in chain(o)], node_id)
+    now_s = float(len(sent))
+    runs = {
+        node_id: max((common(way, other) for other, until_s in others.items() if until_s > now_s), default=0)
+        for node_id, others in expected.items()
+    }
+    assert warming.runs(chain(way), now_s) == {node_id: run for node_id, run in runs.items() if run}
+
+
+def common(one: str, other: str) -> int:
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 names = st.sampled_from([f"n{n}" for n in range(30)])

@@ -16,11 +16,11 @@ from router_fakes import BLOCK, FakeCluster, FakeNode, expected, request, runnin
 from scraping import scrape
 
 from batonpb import inference_pb2
-from router.accuracy import MAX_REQUESTS, Accuracy, Errors
+from router.accuracy import MAX_REQUESTS, Accuracy, Calls, Errors
 from router.cluster import Cluster, NodeView
 from router.errors import UnknownRequest
 from router.journal import MAX_CANDIDATES, Journal, decision
-from router.plan import Plan, Rates, RequestView
+from router.plan import Plan, PrefillTerms, Rates, RequestView
 from router.policy import POLICIES
 from router.speeds import PrefillSpeed, StepSpeed
 
@@ -247,3 +247,22 @@ def test_a_request_that_moved_says_nothing_about_predictions() -> None:
     timeline.migrations = 0
     accuracy.finished(timeline)
     assert accuracy.ttft.seconds(0.5) == 0.5, "the prediction counts from the plan on"
+
+
+def test_what_calls_add_is_learned_from_those_that_did_not_wait() -> None:
+    calls = Calls()
+    for number in range(40):
+        idle = PrefillTerms(queue_s=0.0, room_s=0.0, fetch_s=0.0, compute_s=0.1 * number)
+        calls.note(idle, idle.ttft_s + 0.03)
+        calls.note(PrefillTerms(queue_s=5.0, room_s=0.0, fetch_s=0.0, compute_s=0.1), 50.0)
+    assert calls.seconds == pytest.approx(0.03)
+    cluster = Cluster(BLOCK, 64)
+    cluster.put(NodeView("both", "both", PrefillSpeed(0.0, 0.001), StepSpeed(0.01)))
+    ask, rng = RequestView(100, 5), random.Random(0)
+    plans = [POLICIES["predict"]()(ask, cluster, 0.0, rng, Rates(calls_s=seconds)) for seconds in (0.0, 0.03)]
+    assert all(isinstance(plan, Plan) for plan in plans)
+    without, learned = (plan.predicted_ttft_s for plan in plans if isinstance(plan, Plan))
+    assert learned == pytest.approx(without + 0.03)
+    for _ in range(400):
+        calls.note(idle, idle.ttft_s - 1.0)
+    assert calls.seconds == 0.0, "never less than nothing"

@@ -67,6 +67,17 @@ def test_goodput_does_not_fall_under_overload_and_who_is_admitted_is_in_time(que
     assert goodputs == sorted(goodputs)
 
 
+@pytest.mark.parametrize("scale", [3.0, 4.0])
+def test_under_overload_fewer_are_rejected_or_late_than_with_conductor(scale: float) -> None:
+    trace = [request.faster(scale) for request in TRACE]
+    config = replace(CONFIG, ttft_limit_s=10.0, queue="shortest")
+    ours, theirs = (
+        figures(Simulator(replace(config, policy=name)).run(trace), 10.0) for name in ("predict", "conductor")
+    )
+    assert ours["ttft_s"]["p99"] <= min(10.0, theirs["ttft_s"]["p99"])
+    assert ours["attained"] > theirs["attained"]
+
+
 def test_runs_repeat_bit_for_bit(runs: dict[str, dict[str, Any]]) -> None:
     assert simulate(policy="predict") == runs["predict"]
     assert simulate(policy="predict", seed=1) != runs["predict"]
