@@ -91,11 +91,15 @@ def running_ranks(number: int) -> Iterator[Ranks]:
         yield Ranks(processes)
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                pipe.close()
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.close()  # the end of its jobs
+        for process in processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
 
 
 @pytest.fixture(scope="module")
