@@ -1,0 +1,244 @@
+"""Serving, end to end: Baton's clusters beside vLLM on the CPU, on the same two cores, by the same client over HTTP.
+
+    benchmarks/install_peers.sh /somewhere vllm mooncake sglang-router nixl
+    python -m benchmarks.serving --peer-folder /somewhere --json docs/results/serving.jsonl
+    python -m benchmarks.serving --peer none --quick        # Baton alone, a look
+
+SmolLM-135M's shape with random bf16 weights. Set-ups, each with two computing cores and 2 GiB for KV:
+  baton-1p1d          a prefill node and a decode node, one core each, a store (1 GiB of the 2), a router
+  baton-2both         two nodes that do both legs, one core each, likewise
+  vllm-2cores         vLLM, 2 threads
+  vllm-2replicas      two of them with a thread each; the client sends to one and the other in turns
+  vllm-sglang-router  the same two behind sglang-router (cache_aware)
+  vllm-pd-mooncake    vLLM's prefill and decode over Mooncake Store (1 GiB more for each one's segment)
+  vllm-pd-nixl        likewise over NIXL
+vLLM runs with its defaults (prefix caching, chunked prefill; `--vllm-options` adds some) and with the libraries that
+its authors advise to preload. Routers, stores and the client itself go on the same two cores, wherever there is room.
+
+Workloads, in turns: each set-up runs one after the other, after a pause that outlasts vLLM's spinning threads, then
+all again. (a), (b) and (c) are open loads of `--seconds`; (d) is half without and half with prompts that arrive; (e)
+asks one at a time. Goodput counts requests within `--goodput`. `--sweep` looks for the highest rate at which 90 % of
+the requests of an open load are: coarsely (within 25 %), and it takes minutes for each set-up.
+Temperature 0, end tokens ignored, fresh random prompts in each turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine_shapes import SHAPES
+from benchmarks.rows import Peer, Row, lines, print_table, tall_table
+from benchmarks.serving_aims import aims
+from benchmarks.serving_model import write_model
+from benchmarks.serving_setups import Fleet, MakeClient
+from benchmarks.serving_workloads import (
+    INTERFERENCE,
+    LONE,
+    OPEN_LOADS,
+    Figures,
+    OpenLoad,
+    interference,
+    lone,
+    open_figures,
+    run_open,
+)
+from benchmarks.worker_process import REPOSITORY
+from loadtest.report import Report
+from loadtest.slo import Slo
+from loadtest.sweep import Search
+from loadtest.workload import Dice
+
+BATON = ("baton-1p1d", "baton-2both")
+PEERS = (
+    "vllm-2cores",
+    "vllm-2replicas",
+    "vllm-sglang-router",
+    "vllm-pd-mooncake",
+    "vllm-pd-nixl",
+)
+TITLE = "serving, SmolLM-135M's shape, bf16, 2 cores"
+PAUSE_S = 1.5  # until the last one's idle threads no longer spin
+WARM_UP_S = 4.0
+SWEEP_SHARE, SWEEP_PRECISION = 0.9, 0.25
+VOCAB_SIZE = SHAPES["135m"].vocab_size
+
+Found = dict[tuple[str, str], dict[str, list[float]]]  # (workload, figure) -> set-up -> turns
+
+
+class Bench:
+    """One run: what it found, workload by workload."""
+
+    def __init__(self, args: argparse.Namespace, clients: Mapping[str, MakeClient]) -> None:
+        self.found: Found = {}
+        self._args, self._clients = args, clients
+        self._slo = Slo.parse(args.goodput)
+
+    def run(self) -> None:
+        for name in self._clients:
+            asyncio.run(self._warm_up(name))
+        for turn in range(self._args.turns):
+            for workload in self._args.workloads:
+                for name in self._clients:
+                    time.sleep(PAUSE_S)
+                    title, figures = asyncio.run(self._turn(workload, name, turn))
+                    self._keep(title, name, figures)
+        if self._args.sweep:
+            for workload in set(self._args.workloads) & OPEN_LOADS.keys():
+                for name in self._clients:
+                    self._keep(OPEN_LOADS[workload].name, name, asyncio.run(self._sweep(OPEN_LOADS[workload], name)))
+
+    async def _warm_up(self, name: str) -> None:
+        """Prompts of every length, once, and a little of the load with hits: nobody learns on the clock."""
+        async with self._clients[name]() as client:
+            await client.get_model()
+            await lone(client, VOCAB_SIZE, _dice(0))
+            await self._open(OPEN_LOADS["b"], name, 2.0, WARM_UP_S, _dice(0))
+
+    async def _turn(self, workload: str, name: str, turn: int) -> tuple[str, Figures]:
+        load, dice = OPEN_LOADS.get(workload), _dice(turn)
+        if load is not None:
+            report = await self._open(load, name, load.rate_per_s, self._args.seconds, dice)
+            _complain(name, report)
+            return load.name, open_figures(load, report)
+        async with self._clients[name]() as client:
+            await client.get_model()
+            if workload == "d":
+                return INTERFERENCE, await interference(client, self._args.seconds, VOCAB_SIZE, dice)
+            return LONE, await lone(client, VOCAB_SIZE, dice)
+
+    async def _open(self, load: OpenLoad, name: str, rate_per_s: float, seconds: float, dice: Dice) -> Report:
+        async with self._clients[name]() as client:
+            await client.get_model()
+            return await run_open(client, load.plan(rate_per_s, seconds, VOCAB_SIZE, dice), self._slo)
+
+    async def _sweep(self, load: OpenLoad, name: str) -> Figures:
+        search = Search(load.rate_per_s, precision=SWEEP_PRECISION)
+        while (rate_per_s := search.next_per_s()) is not None:
+            await asyncio.sleep(PAUSE_S)
+            report = await self._open(load, name, rate_per_s, self._args.seconds, _dice(0))
+            search.tell(rate_per_s, (report.good_share or 0.0) >= SWEEP_SHARE)
+            print(f"{load.name} {name} {rate_per_s:.2f}/s: {report.good_share or 0:.0%} in time", file=sys.stderr)
+        requests = load.shape.turns * (search.best_per_s or 0.0)
+        return {"highest rate in time, req/s": requests}
+
+    def _keep(self, workload: str, name: str, figures: Figures) -> None:
+        for figure, value in figures.items():
+            self.found.setdefault((workload, figure), {}).setdefault(name, []).append(value)
+        print(workload, name, {figure: float(f"{value:.4g}") for figure, value in figures.items()}, file=sys.stderr)
+
+
+def _dice(turn: int) -> Dice:
+    return Dice(turn, secrets.token_hex(8))
+
+
+def _complain(name: str, report: Report) -> None:
+    for error, count in report.errors.items():
+        print(f"{name}: {count} x {error}", file=sys.stderr)
+    lag_ms = report.lateness.p99_ms
+    if lag_ms > 100:
+        print(f"{name}: the client sent {lag_ms:.0f} ms late (P99)", file=sys.stderr)
+
+
+def results(found: Found, names: Sequence[str]) -> tuple[list[Row], list[Peer]]:
+    """The first set-up's rows; the others beside it. A row needs figures of the first one."""
+    first, *others = names
+    kept = {key: by_name for key, by_name in sorted(found.items(), key=lambda item: item[0][0]) if first in by_name}
+    rows = []
+    for (workload, figure), by_name in kept.items():
+        figure_name, _, unit = figure.rpartition(", ")
+        rows.append(Row(f"{workload}: {figure_name}", unit, tuple(by_name[first])))
+    return rows, [Peer(name, [by_name.get(name, []) for by_name in kept.values()]) for name in others]
+
+
+def about(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """What the figures hang on besides the code."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": processor.split(":")[1].strip(),
+        "commit": subprocess.run(git, cwd=REPOSITORY, capture_output=True, text=True).stdout.strip(),
+        "baton": names[0],
+        "setups": list(names),
+        "turns": args.turns,
+        "seconds": args.seconds,
+        "goodput": args.goodput,
+        "rates_per_s": {key: load.rate_per_s for key, load in OPEN_LOADS.items()},
+        "vllm_options": args.vllm_options,
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--peer", default="all", help="all (default), or none: Baton alone")
+    add("--peer-folder", type=Path, help="that install_peers.sh filled")
+    add("--setups", default="", help=f"some of {','.join((*BATON, *PEERS))}; the first is what the others stand beside")
+    add("--workloads", default="a,b,c,d,e", help="default %(default)s")
+    add("--turns", type=int, default=2)
+    add("--seconds", type=float, default=16.0, help="that requests of (a) to (d) come, in one turn (default 16)")
+    add("--goodput", nargs="+", default=["ttft:1000", "tpot:60"], metavar="NAME:MS")
+    add("--sweep", action="store_true", help="find the highest rate, too; open loads alone")
+    add("--quick", action="store_true", help="one turn of 6 s")
+    add(
+        "--vllm-options", type=str.split, default=[], help="added to `vllm serve`, as in '--max-num-batched-tokens 512'"
+    )
+    add("--cache", type=Path, help="keep what vLLM compiles there, so that it starts sooner the next time")
+    add("--json", type=Path, help="append the lines to this file, behind one about the run")
+    args = parser.parse_args(argv)
+    names = args.setups.split(",") if args.setups else [*BATON, *(() if args.peer == "none" else PEERS)]
+    if unknown := set(names) - {*BATON, *PEERS}:
+        parser.error(f"--setups: there is no {', '.join(sorted(unknown))}")
+    if names[0] not in BATON:
+        parser.error("--setups: the first must be one of Baton's")
+    if {*names} & {*PEERS} and args.peer_folder is None:
+        parser.error("peers need --peer-folder, or there is --peer none")
+    args.setups, args.workloads = names, args.workloads.split(",")
+    if unknown := {*args.workloads} - {*OPEN_LOADS, "d", "e"}:
+        parser.error(f"--workloads: there is no {', '.join(sorted(unknown))}")
+    if args.quick:
+        args.turns, args.seconds = 1, 6.0
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end too
+    with tempfile.TemporaryDirectory(prefix="baton-") as name:
+        folder = Path(name)
+        model = write_model(SHAPES["135m"], folder / "model")
+        with Fleet(model, args.cache or folder / "cache", args.peer_folder, args.vllm_options) as fleet:
+            clients = {}
+            for setup in args.setups:
+                begin_s = time.monotonic()
+                clients[setup] = fleet.start(setup)
+                print(f"{setup} is up after {time.monotonic() - begin_s:.0f} s", file=sys.stderr)
+            bench = Bench(args, clients)
+            bench.run()
+    rows, peers = results(bench.found, args.setups)
+    print_table(tall_table(TITLE, rows, peers))
+    for line in aims(bench.found):
+        print(line)
+    meta = {"benchmark": TITLE, "about": about(args, args.setups)}
+    found = [meta, *lines(TITLE, rows, peers)]
+    print("\n".join(map(json.dumps, found)))
+    if args.json:
+        with args.json.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in found)
+
+
+if __name__ == "__main__":
+    main()
