@@ -34,7 +34,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from benchmarks.engine_shapes import SHAPES
 from benchmarks.rows import Peer, Row, lines, print_table, tall_table
 from benchmarks.serving_aims import aims
 from benchmarks.serving_model import write_model
-from benchmarks.serving_setups import Fleet, MakeClient
+from benchmarks.serving_setups import Fleet, MakeClient, NotStarted
 from benchmarks.serving_workloads import (
     INTERFERENCE,
     LONE,
@@ -55,6 +56,7 @@ from benchmarks.serving_workloads import (
     run_open,
 )
 from benchmarks.worker_process import REPOSITORY
+from loadtest.exchange import SendError
 from loadtest.report import Report
 from loadtest.slo import Slo
 from loadtest.sweep import Search
@@ -72,6 +74,7 @@ TITLE = "serving, SmolLM-135M's shape, bf16, 2 cores"
 PAUSE_S = 1.5  # until the last one's idle threads no longer spin
 WARM_UP_S = 4.0
 SWEEP_SHARE, SWEEP_PRECISION = 0.9, 0.25
+_RATES = " ".join(f"{key}={load.rate_per_s:g}" for key, load in OPEN_LOADS.items())
 VOCAB_SIZE = SHAPES["135m"].vocab_size
 
 Found = dict[tuple[str, str], dict[str, list[float]]]  # (workload, figure) -> set-up -> turns
@@ -87,17 +90,28 @@ class Bench:
 
     def run(self) -> None:
         for name in self._clients:
-            asyncio.run(self._warm_up(name))
+            with self._said(name):
+                asyncio.run(self._warm_up(name))
         for turn in range(self._args.turns):
             for workload in self._args.workloads:
                 for name in self._clients:
                     time.sleep(PAUSE_S)
-                    title, figures = asyncio.run(self._turn(workload, name, turn))
-                    self._keep(title, name, figures)
+                    with self._said(name):
+                        self._keep(name, *asyncio.run(self._turn(workload, name, turn)))
         if self._args.sweep:
-            for workload in set(self._args.workloads) & OPEN_LOADS.keys():
+            for workload in OPEN_LOADS.keys() & self._args.workloads:
                 for name in self._clients:
-                    self._keep(OPEN_LOADS[workload].name, name, asyncio.run(self._sweep(OPEN_LOADS[workload], name)))
+                    load = OPEN_LOADS[workload]
+                    with self._said(name):
+                        self._keep(name, load.name, asyncio.run(self._sweep(load, name, self._args.rates[workload])))
+
+    @contextmanager
+    def _said(self, name: str) -> Iterator[None]:
+        """A server that is gone has no figures; the others go on."""
+        try:
+            yield
+        except SendError as error:
+            print(f"{name} has no figures: {error}", file=sys.stderr)
 
     async def _warm_up(self, name: str) -> None:
         """Prompts of every length, once, and a little of the load with hits: nobody learns on the clock."""
@@ -109,7 +123,7 @@ class Bench:
     async def _turn(self, workload: str, name: str, turn: int) -> tuple[str, Figures]:
         load, dice = OPEN_LOADS.get(workload), _dice(turn)
         if load is not None:
-            report = await self._open(load, name, load.rate_per_s, self._args.seconds, dice)
+            report = await self._open(load, name, self._args.rates[workload], self._args.seconds, dice)
             _complain(name, report)
             return load.name, open_figures(load, report)
         async with self._clients[name]() as client:
@@ -123,8 +137,8 @@ class Bench:
             await client.get_model()
             return await run_open(client, load.plan(rate_per_s, seconds, VOCAB_SIZE, dice), self._slo)
 
-    async def _sweep(self, load: OpenLoad, name: str) -> Figures:
-        search = Search(load.rate_per_s, precision=SWEEP_PRECISION)
+    async def _sweep(self, load: OpenLoad, name: str, start_per_s: float) -> Figures:
+        search = Search(start_per_s, precision=SWEEP_PRECISION)
         while (rate_per_s := search.next_per_s()) is not None:
             await asyncio.sleep(PAUSE_S)
             report = await self._open(load, name, rate_per_s, self._args.seconds, _dice(0))
@@ -133,7 +147,7 @@ class Bench:
         requests = load.shape.turns * (search.best_per_s or 0.0)
         return {"highest rate in time, req/s": requests}
 
-    def _keep(self, workload: str, name: str, figures: Figures) -> None:
+    def _keep(self, name: str, workload: str, figures: Figures) -> None:
         for figure, value in figures.items():
             self.found.setdefault((workload, figure), {}).setdefault(name, []).append(value)
         print(workload, name, {figure: float(f"{value:.4g}") for figure, value in figures.items()}, file=sys.stderr)
@@ -175,10 +189,17 @@ def about(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         "turns": args.turns,
         "seconds": args.seconds,
         "goodput": args.goodput,
-        "rates_per_s": {key: load.rate_per_s for key, load in OPEN_LOADS.items()},
+        "rates_per_s": args.rates,
         "vllm_options": args.vllm_options,
         "load_average": list(os.getloadavg()),
     }
+
+
+def _rate(text: str) -> tuple[str, float]:
+    key, _, rate = text.partition("=")
+    if key not in OPEN_LOADS or not float(rate) > 0:
+        raise ValueError
+    return key, float(rate)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -190,6 +211,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workloads", default="a,b,c,d,e", help="default %(default)s")
     add("--turns", type=int, default=2)
     add("--seconds", type=float, default=16.0, help="that requests of (a) to (d) come, in one turn (default 16)")
+    add("--rates", type=_rate, nargs="+", default=[], metavar="LOAD=PER_S", help=f"other ones than {_RATES}")
     add("--goodput", nargs="+", default=["ttft:1000", "tpot:60"], metavar="NAME:MS")
     add("--sweep", action="store_true", help="find the highest rate, too; open loads alone")
     add("--quick", action="store_true", help="one turn of 6 s")
@@ -206,12 +228,29 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--setups: the first must be one of Baton's")
     if {*names} & {*PEERS} and args.peer_folder is None:
         parser.error("peers need --peer-folder, or there is --peer none")
+    args.rates = {key: load.rate_per_s for key, load in OPEN_LOADS.items()} | dict(args.rates)
     args.setups, args.workloads = names, args.workloads.split(",")
     if unknown := {*args.workloads} - {*OPEN_LOADS, "d", "e"}:
         parser.error(f"--workloads: there is no {', '.join(sorted(unknown))}")
     if args.quick:
         args.turns, args.seconds = 1, 6.0
     return args
+
+
+def start_all(fleet: Fleet, names: Sequence[str]) -> dict[str, MakeClient]:
+    """Those that start; a peer that does not is said, and left out."""
+    clients = {}
+    for name in names:
+        begin_s = time.monotonic()
+        try:
+            clients[name] = fleet.start(name)
+        except NotStarted as error:
+            if name in BATON:
+                raise
+            print(f"{error}\n{name} is left out", file=sys.stderr)
+            continue
+        print(f"{name} is up after {time.monotonic() - begin_s:.0f} s", file=sys.stderr)
+    return clients
 
 
 def main() -> None:
@@ -221,13 +260,11 @@ def main() -> None:
         folder = Path(name)
         model = write_model(SHAPES["135m"], folder / "model")
         with Fleet(model, args.cache or folder / "cache", args.peer_folder, args.vllm_options) as fleet:
-            clients = {}
-            for setup in args.setups:
-                begin_s = time.monotonic()
-                clients[setup] = fleet.start(setup)
-                print(f"{setup} is up after {time.monotonic() - begin_s:.0f} s", file=sys.stderr)
-            bench = Bench(args, clients)
-            bench.run()
+            bench = Bench(args, start_all(fleet, args.setups))
+            try:
+                bench.run()
+            except (KeyboardInterrupt, SystemExit):
+                print("stopped: these are the figures so far", file=sys.stderr)
     rows, peers = results(bench.found, args.setups)
     print_table(tall_table(TITLE, rows, peers))
     for line in aims(bench.found):

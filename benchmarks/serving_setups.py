@@ -31,7 +31,7 @@ START_LIMIT_S = 400.0
 GIB = 2**30
 DTYPE = "bfloat16"
 SHM = Path("/dev/shm")
-LEFT_BY_VLLM = ("psm_*", "__KMP_REGISTERED_LIB_*")
+LEFT_BY_VLLM = ("psm_*", "__KMP_REGISTERED_LIB_*", "sem.mp-*")
 CONNECTORS = {
     "nixl": ({"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"},) * 2,
     "mooncake": tuple(
@@ -40,6 +40,10 @@ CONNECTORS = {
 }
 
 MakeClient = Callable[[], Client]
+
+
+class NotStarted(Exception):
+    """A server did not come up; with the end of its log, and with the errors in it."""
 
 
 class Service:
@@ -70,7 +74,8 @@ class Service:
             if text := found():
                 return text
             time.sleep(0.1)
-        raise SystemExit(f"{self._text()[-4000:]}\n{self.name} did not start")
+        errors = "\n".join(line for line in self._text().splitlines() if "Error" in line)  # the cause comes first
+        raise NotStarted(f"{self._text()[-2000:]}\n{errors[:2000]}\n{self.name} did not start")
 
     def _text(self) -> str:
         return os.pread(self._log.fileno(), 1 << 24, 0).decode(errors="replace")
@@ -200,8 +205,9 @@ class Fleet:
         command = [str(site / "mooncake" / "mooncake_master"), f"-rpc_port={rpc}", f"-metrics_port={metrics}"]
         command += ["-enable_http_metadata_server=true", f"-http_metadata_server_port={http}"]
         command += [f"-rpc_address={HOST}", f"-http_metadata_server_host={HOST}"]
-        libraries = ":".join([str(path.parent) for path in (self._peers / "debian").glob("**/libibverbs.so.1")][:1])
-        variables = {"LD_LIBRARY_PATH": libraries} if libraries else {}
+        # Debian's RDMA libraries where the system has none, and CUDA's runtime: it is linked against both.
+        libraries = [*self._peers.glob("debian/**/x86_64-linux-gnu"), *site.glob("nvidia/*/lib")]
+        variables = {"LD_LIBRARY_PATH": ":".join(map(str, libraries)), "MC_TCP_BIND_ADDRESS": HOST}
         self._service("mooncake_master", command, variables)
         config = self._folder / "mooncake.json"
         config.write_text(
@@ -218,7 +224,7 @@ class Fleet:
         )
         return variables | {
             "MOONCAKE_CONFIG_PATH": str(config),
-            "MC_TCP_BIND_ADDRESS": HOST,
+            "VLLM_HOST_IP": HOST,
             "PYTHONHASHSEED": "0",
             "PYTHONPATH": str(_only_mooncake(site, self._folder)),
         }
@@ -255,7 +261,7 @@ def _only_mooncake(site: Path, folder: Path) -> Path:
     """A folder that has Mooncake's packages and none of the others of its environment."""
     path = folder / "mooncake-only"
     path.mkdir()
-    for package in (*site.glob("mooncake*"), *site.glob("nvidia")):
+    for package in site.glob("mooncake*"):
         (path / package.name).symlink_to(package)
     return path
 

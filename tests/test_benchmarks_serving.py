@@ -207,6 +207,8 @@ def test_a_server_is_bound_to_its_cores_and_two_have_as_much_room_as_one(tmp_pat
         ["--setups", "vllm-2cores", "--peer-folder", "/x"],
         ["--setups", "baton-1p1d,vllm-2cores"],
         ["--peer", "none", "--workloads", "a,f"],
+        ["--peer", "none", "--rates", "d=3"],
+        ["--peer", "none", "--rates", "a=none"],
     ],
 )
 def test_what_cannot_be_run_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,3 +220,4 @@ def test_what_cannot_be_run_is_refused(argv: list[str], capsys: pytest.CaptureFi
 def test_a_quick_look_at_baton_alone() -> None:
     args = arguments(["--peer", "none", "--quick"])
     assert args.setups == ["baton-1p1d", "baton-2both"] and args.turns == 1 and args.workloads == list("abcde")
+    assert arguments(["--peer", "none", "--rates", "c=9"]).rates == args.rates | {"c": 9.0}
