@@ -7,6 +7,8 @@
 SmolLM-135M's shape with random bf16 weights. Set-ups, each with two computing cores and 2 GiB for KV:
   baton-1p1d          a prefill node and a decode node, one core each, a store (1 GiB of the 2), a router
   baton-2both         two nodes that do both legs, one core each, likewise
+  baton-1p1d-held, baton-2both-256, not by default: router, store and Redis on the prefill node's core; steps of 256
+                      tokens instead of 512
   vllm-2cores         vLLM, 2 threads
   vllm-2replicas      two of them with a thread each; the client sends to one and the other in turns
   vllm-sglang-router  the same two behind sglang-router (cache_aware)
@@ -43,7 +45,7 @@ from benchmarks.engine_shapes import SHAPES
 from benchmarks.rows import Peer, Row, lines, print_table, tall_table
 from benchmarks.serving_aims import aims
 from benchmarks.serving_model import write_model
-from benchmarks.serving_setups import Fleet, MakeClient, NotStarted
+from benchmarks.serving_setups import BATON, PEERS, Fleet, MakeClient, NotStarted
 from benchmarks.serving_workloads import (
     INTERFERENCE,
     LONE,
@@ -62,14 +64,7 @@ from loadtest.slo import Slo
 from loadtest.sweep import Search
 from loadtest.workload import Dice
 
-BATON = ("baton-1p1d", "baton-2both")
-PEERS = (
-    "vllm-2cores",
-    "vllm-2replicas",
-    "vllm-sglang-router",
-    "vllm-pd-mooncake",
-    "vllm-pd-nixl",
-)
+DEFAULT_BATON = ("baton-1p1d", "baton-2both")
 TITLE = "serving, SmolLM-135M's shape, bf16, 2 cores"
 PAUSE_S = 1.5  # until the last one's idle threads no longer spin
 WARM_UP_S = 4.0
@@ -221,7 +216,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cache", type=Path, help="keep what vLLM compiles there, so that it starts sooner the next time")
     add("--json", type=Path, help="append the lines to this file, behind one about the run")
     args = parser.parse_args(argv)
-    names = args.setups.split(",") if args.setups else [*BATON, *(() if args.peer == "none" else PEERS)]
+    names = args.setups.split(",") if args.setups else [*DEFAULT_BATON, *(() if args.peer == "none" else PEERS)]
     if unknown := set(names) - {*BATON, *PEERS}:
         parser.error(f"--setups: there is no {', '.join(sorted(unknown))}")
     if names[0] not in BATON:

@@ -17,11 +17,13 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serving_clients import OneServer, PrefillThenDecode, RoundRobin
 from benchmarks.worker_process import REPOSITORY
+from deploy.cores import running_on
 from deploy.redis import EmbeddedRedis
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from loadtest.exchange import Client
@@ -38,6 +40,24 @@ CONNECTORS = {
         {"kv_connector": "MooncakeStoreConnector", "kv_role": role} for role in ("kv_producer", "kv_consumer")
     ),
 }
+
+
+@dataclass(frozen=True)
+class BatonSetup:
+    """Two nodes. `chunk_tokens`: in a step of a node; `held`: Redis, store and router stay on the first node's core."""
+
+    roles: tuple[str, str]
+    chunk_tokens: int = 512
+    held: bool = False
+
+
+BATON = {
+    "baton-1p1d": BatonSetup(("prefill", "decode")),
+    "baton-2both": BatonSetup(("both", "both")),
+    "baton-1p1d-held": BatonSetup(("prefill", "decode"), held=True),
+    "baton-2both-256": BatonSetup(("both", "both"), chunk_tokens=256),
+}
+PEERS = ("vllm-2cores", "vllm-2replicas", "vllm-sglang-router", "vllm-pd-mooncake", "vllm-pd-nixl")
 
 MakeClient = Callable[[], Client]
 
@@ -112,8 +132,8 @@ class Fleet:
 
     def start(self, name: str) -> MakeClient:
         """Starts what is missing for a set-up; how to reach it."""
-        if name.startswith("baton-"):
-            address = self._baton(name, {"baton-1p1d": ("prefill", "decode"), "baton-2both": ("both", "both")}[name])
+        if name in BATON:
+            address = self._baton(name, BATON[name])
             return lambda: OneServer(address)
         if name in ("vllm-2replicas", "vllm-sglang-router"):
             self._replicas = self._replicas or self._vllm([0], [1])
@@ -132,28 +152,33 @@ class Fleet:
 
     # --- Baton ---
 
-    def _baton(self, name: str, roles: Sequence[str]) -> str:
+    def _baton(self, name: str, setup: BatonSetup) -> str:
         """Nodes compute on a core each; Redis, the store and the router go where there is room. The HTTP address."""
         folder = self._folder / name
         folder.mkdir()
         redis = EmbeddedRedis(folder / "redis")
-        redis.start()
+        cores = sorted(os.sched_getaffinity(0))[:1] if setup.held else ()
+        with running_on(cores):
+            redis.start()
         self._stack.callback(redis.stop)
         layout = kv_layout(ModelConfig.from_pretrained(self._model), EngineConfig(dtype=DTYPE))
         common = {"redis_url": redis.url}
         store_dir = str(folder / "store")
         store = {"dir": store_dir, "slot_bytes": layout.block_bytes, "memory_bytes": GIB, "host": "here"}
-        self._server("store", common | store)
+        with running_on(cores):
+            self._server("store", common | store)
         engine = {"dtype": DTYPE, "kv_cache_bytes": GIB // 2, "num_threads": 1}
+        engine |= {"max_num_batched_tokens": setup.chunk_tokens}
         node = common | {"model_dir": str(self._model), "model": "model", "engine": engine, "host": "here"}
-        node |= {"num_core_shares": len(roles), "store_dir": store_dir}
+        node |= {"num_core_shares": len(setup.roles), "store_dir": store_dir}
         nodes = [
             self._server("node", node | {"node_id": f"{role}-{i}", "role": role, "core_share": i}, wait=False)
-            for i, role in enumerate(roles)
+            for i, role in enumerate(setup.roles)
         ]
         for service in nodes:
             service.wait_for_line("READY ")
-        router = self._server("router", common | {"model_dir": str(self._model), "model": "model"})
+        with running_on(cores):
+            router = self._server("router", common | {"model_dir": str(self._model), "model": "model"})
         address = json.loads(router.wait_for_line("READY "))["http_address"]
         router.wait_for_url(f"http://{address}/ready")
         return str(address)

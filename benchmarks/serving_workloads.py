@@ -48,9 +48,9 @@ class OpenLoad:
 
 
 OPEN_LOADS = {
-    "a": OpenLoad("(a) conversations of 4 turns, 256 in, 64 out each", Shape(256, 64, turns=4, think_s=1.0), 2.0),
-    "b": OpenLoad("(b) 1024 shared of 1152 in, 32 out", Shape(1152, 32, PrefixShape(1024, 4)), 10.0),
-    "c": OpenLoad("(c) unique, 1024 in, 64 out", Shape(1024, 64), 1.5, has_hits=False),
+    "a": OpenLoad("(a) conversations of 4 turns, 256 in, 64 out each", Shape(256, 64, turns=4, think_s=1.0), 1.5),
+    "b": OpenLoad("(b) 1024 shared of 1152 in, 32 out", Shape(1152, 32, PrefixShape(1024, 4)), 8.0),
+    "c": OpenLoad("(c) unique, 1024 in, 64 out", Shape(1024, 64), 1.0, has_hits=False),
 }
 INTERFERENCE = "(d) 4 streams, 1024-token prompts at 1/s"
 LONE = "(e) lone prompts"
