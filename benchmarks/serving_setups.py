@@ -33,7 +33,7 @@ START_LIMIT_S = 400.0
 GIB = 2**30
 DTYPE = "bfloat16"
 SHM = Path("/dev/shm")
-LEFT_BY_VLLM = ("psm_*", "__KMP_REGISTERED_LIB_*", "sem.mp-*")
+LEFT_BY_VLLM = ("psm_*", "__KMP_REGISTERED_LIB_*")
 CONNECTORS = {
     "nixl": ({"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"},) * 2,
     "mooncake": tuple(
