@@ -213,7 +213,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--vllm-options", type=str.split, default=[], help="added to `vllm serve`, as in '--max-num-batched-tokens 512'"
     )
-    add("--cache", type=Path, help="keep what vLLM compiles there, so that it starts sooner the next time")
+    add("--cache", type=Path, help="keep the model and what vLLM compiles there, for a later run")
     add("--json", type=Path, help="append the lines to this file, behind one about the run")
     args = parser.parse_args(argv)
     names = args.setups.split(",") if args.setups else [*DEFAULT_BATON, *(() if args.peer == "none" else PEERS)]
@@ -253,8 +253,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end too
     with tempfile.TemporaryDirectory(prefix="baton-") as name:
         folder = Path(name)
-        model = write_model(SHAPES["135m"], folder / "model")
-        with Fleet(model, args.cache or folder / "cache", args.peer_folder, args.vllm_options) as fleet:
+        cache = args.cache or folder
+        model = cache / "model"  # what vLLM compiles is only found again for a model at the same place
+        if not (model / "tokenizer.json").exists():
+            write_model(SHAPES["135m"], model)
+        with Fleet(model, cache, args.peer_folder, args.vllm_options) as fleet:
             bench = Bench(args, start_all(fleet, args.setups))
             try:
                 bench.run()

@@ -29,7 +29,7 @@ from engine.config import EngineConfig, ModelConfig, kv_layout
 from loadtest.exchange import Client
 
 HOST = "127.0.0.1"
-START_LIMIT_S = 400.0
+START_LIMIT_S = 600.0
 GIB = 2**30
 DTYPE = "bfloat16"
 SHM = Path("/dev/shm")
