@@ -101,7 +101,9 @@ class Service:
         return os.pread(self._log.fileno(), 1 << 24, 0).decode(errors="replace")
 
     def stop(self) -> None:
-        """Asks first, then ends all that is left of the group."""
+        """Asks first, then ends all that is left of the group. Idempotent."""
+        if self._log.closed:
+            return
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -209,8 +211,13 @@ class Fleet:
                 command += ["--kv-transfer-config", json.dumps(connectors[index])]
             services.append(self._service("vllm", command, variables))
             addresses.append(f"{HOST}:{port}")
-        for service, address in zip(services, addresses, strict=True):
-            service.wait_for_url(f"http://{address}/health")
+        try:
+            for service, address in zip(services, addresses, strict=True):
+                service.wait_for_url(f"http://{address}/health")
+        except NotStarted:
+            for service in services:  # they would only be in the way of the other set-ups
+                service.stop()
+            raise
         return addresses
 
     def _sglang_router(self, addresses: Sequence[str]) -> str:
