@@ -18,7 +18,8 @@ from benchmarks.serving_model import text_of, tokens_of
 from loadtest.exchange import Ask, Message, ModelInfo, SendError, Stream, Target
 from loadtest.http_client import HttpClient
 
-PREFILL_TIMEOUT_S = 120.0
+MODEL_NAME = "model"  # of all set-ups
+TIMEOUT_S = 120.0
 NIXL_ASKS = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -33,8 +34,13 @@ class OneServer(HttpClient):
     """One server. Answers are read back as tokens, so that conversations go on with them."""
 
     def __init__(self, address: str, as_text: bool = False) -> None:
-        super().__init__(Target(address, timeout_s=PREFILL_TIMEOUT_S), chat=False)
+        super().__init__(Target(address, timeout_s=TIMEOUT_S), chat=False)
         self._as_text = as_text
+
+    async def get_model(self, wait_s: float = 10.0) -> ModelInfo:
+        info = await super().get_model(wait_s)
+        self._model = MODEL_NAME  # sglang-router says that its workers' is unknown
+        return info
 
     def encode(self, ask: Ask) -> bytes:
         tokens = [token for message in ask.messages for token in message.content]
@@ -103,7 +109,7 @@ class PrefillThenDecode(_Several):
 
     async def __aenter__(self) -> PrefillThenDecode:
         await super().__aenter__()
-        timeout = aiohttp.ClientTimeout(total=PREFILL_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         self._session = await self._stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
         return self
 

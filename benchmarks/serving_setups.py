@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving_clients import OneServer, PrefillThenDecode, RoundRobin
+from benchmarks.serving_clients import MODEL_NAME, OneServer, PrefillThenDecode, RoundRobin
 from benchmarks.worker_process import REPOSITORY
 from deploy.cores import running_on
 from deploy.redis import EmbeddedRedis
@@ -171,7 +171,7 @@ class Fleet:
             self._server("store", common | store)
         engine = {"dtype": DTYPE, "kv_cache_bytes": GIB // 2, "num_threads": 1}
         engine |= {"max_num_batched_tokens": setup.chunk_tokens}
-        node = common | {"model_dir": str(self._model), "model": "model", "engine": engine, "host": "here"}
+        node = common | {"model_dir": str(self._model), "model": MODEL_NAME, "engine": engine, "host": "here"}
         node |= {"num_core_shares": len(setup.roles), "store_dir": store_dir}
         nodes = [
             self._server("node", node | {"node_id": f"{role}-{i}", "role": role, "core_share": i}, wait=False)
@@ -180,7 +180,7 @@ class Fleet:
         for service in nodes:
             service.wait_for_line("READY ")
         with running_on(cores):
-            router = self._server("router", common | {"model_dir": str(self._model), "model": "model"})
+            router = self._server("router", common | {"model_dir": str(self._model), "model": MODEL_NAME})
         address = json.loads(router.wait_for_line("READY "))["http_address"]
         router.wait_for_url(f"http://{address}/ready")
         return str(address)
@@ -204,7 +204,7 @@ class Fleet:
             port = free_port()
             variables = vllm_variables(self._peers, self._cache, own) | dict(extra[index] if extra else {})
             command = [str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(self._model)]
-            command += ["--served-model-name", "model", "--host", HOST, "--port", str(port), "--dtype", DTYPE]
+            command += ["--served-model-name", MODEL_NAME, "--host", HOST, "--port", str(port), "--dtype", DTYPE]
             command += ["--max-model-len", "8192", "--max-num-seqs", "64", "--enable-prompt-tokens-details"]
             command += self._vllm_options
             if connectors:

@@ -98,7 +98,7 @@ async def test_an_answer_comes_back_as_tokens_and_text_goes_out_where_it_must() 
         await client.get_model()
         stream = Stream(Clock())
         await client.send(client.encode(ask(3, 4)), stream)
-    assert server.bodies[0]["prompt"] == "t3 t4"
+    assert server.bodies[0]["prompt"] == "t3 t4" and server.bodies[0]["model"] == "model"
     assert stream.answer(as_text=False) == (7, 8, 9) and stream.cached_tokens == 2
 
 
