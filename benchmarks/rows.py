@@ -2,7 +2,8 @@
 
 A JSON line is `{"benchmark", "row", "unit", "baton": {"min", "median", "max", "n"}, "peer", "peer_value", "ratio"}`:
 one for each peer that has figures for the row; the last three are null where none has. `ratio` is Baton's median over
-the peer's. A limit, such as a roofline, is a peer whose lines say besides which fraction of it Baton has `reached`.
+the peer's, null where that is 0. A limit, such as a roofline, is a peer whose lines say besides which fraction of it
+Baton has `reached`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def table(benchmark: str, rows: Sequence[Row], peers: Sequence[Peer]) -> Table:
             elif peer.is_limit:
                 cells += [f"{other.summary()['median']:.4g}", f"{_reached(row, other):.0%}"]
             else:
-                cells += [f"{other.summary()['median']:.4g}", f"{len(other.values)}", f"{_ratio(row, other):.2f}"]
+                cells += [f"{other.summary()['median']:.4g}", f"{len(other.values)}", _shown(_ratio(row, other))]
         grid.add_row(row.name, row.unit, *cells)
     return grid
 
@@ -101,7 +102,7 @@ def tall_table(title: str, rows: Sequence[Row], peers: Sequence[Peer]) -> Table:
         grid.add_row(row.name, row.unit, "baton", *_cells(row))
         for peer, other in zip(peers, beside, strict=True):
             if other is not None:
-                grid.add_row("", "", peer.name, *_cells(other), f"{_ratio(row, other):.2f}")
+                grid.add_row("", "", peer.name, *_cells(other), _shown(_ratio(row, other)))
         grid.add_section()
     return grid
 
@@ -121,11 +122,16 @@ def _beside(rows: Sequence[Row], peers: Sequence[Peer]) -> list[tuple[Row, list[
     ]
 
 
-def _ratio(row: Row, other: Row) -> float:
-    return row.summary()["median"] / other.summary()["median"]
+def _ratio(row: Row, other: Row) -> float | None:
+    median = other.summary()["median"]
+    return row.summary()["median"] / median if median else None
+
+
+def _shown(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def _reached(row: Row, limit: Row) -> float:
     """1 is the limit: of a rate (`tok/s`) what Baton has of it, of a time what the limit has of Baton's."""
-    ratio = _ratio(row, limit)
+    ratio = row.summary()["median"] / limit.summary()["median"]
     return ratio if row.unit.endswith("/s") else 1 / ratio

@@ -36,3 +36,8 @@ def test_a_tall_table_has_a_line_for_each_who_has_figures() -> None:
     grid = tall_table("b", [RATE, TIME], [Peer("one", [(40.0, 50.0, 30.0), ()]), Peer("two", [(10.0,), (4.0,)])])
     assert list(grid.columns[2].cells) == ["baton", "one", "two", "baton", "two"]
     assert list(grid.columns[-1].cells) == ["", "0.50", "2.00", "", "1.25"]
+
+
+def test_a_peer_at_zero_has_no_ratio() -> None:
+    [line] = lines("serving", [Row("goodput", "req/s", (2.0,))], [Peer("peer", [[0.0]])])
+    assert line["peer_value"]["median"] == 0.0 and line["ratio"] is None
