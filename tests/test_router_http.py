@@ -334,7 +334,7 @@ async def test_a_client_that_does_not_read(redis_url: str, monkeypatch: pytest.M
             is_over = True
 
     monkeypatch.setattr(Frontend, "generate", counted)
-    monkeypatch.setattr(HttpDoor.__init__, "__defaults__", (None, 1.0))
+    monkeypatch.setattr(HttpDoor.__init__, "__defaults__", (None, 1.0, None))
     monkeypatch.setattr(HttpDoor, "open", _with_small_buffers(HttpDoor.open))
     async with talking(redis_url, letters) as cluster:
         body = {"prompt": list(b"Once"), "max_tokens": 4000, "logprobs": 20, "stream": True}
