@@ -17,10 +17,11 @@ SmolLM-135M's shape with random bf16 weights. Set-ups, each with two computing c
 vLLM runs with its defaults (prefix caching, chunked prefill; `--vllm-options` adds some) and with the libraries that
 its authors advise to preload. Routers, stores and the client itself go on the same two cores, wherever there is room.
 
-Workloads, in turns: each set-up runs one after the other, after a pause that outlasts vLLM's spinning threads, then
-all again. (a), (b) and (c) are open loads of `--seconds`; (d) is half without and half with prompts that arrive; (e)
-asks one at a time. Goodput counts requests within `--goodput`. `--sweep` looks for the highest rate at which 90 % of
-the requests of an open load are: coarsely (within 25 %), and it takes minutes for each set-up.
+Workloads, in turns: each set-up runs one after the other, after a pause that outlasts vLLM's spinning threads, then all
+again. (a), (b) and (c) are open loads of `--seconds`, (b) with prefixes that every server has seen; (d) is half without
+and half with prompts that arrive; (e) asks one at a time. Goodput counts requests within `--goodput`. `--sweep` looks
+for the highest rate at which 90 % of the requests of an open load are: coarsely (within 25 %), and it takes minutes for
+each set-up.
 All set-ups of a run stay up: a vLLM server takes about 3.5 GB, one of Baton's set-ups about 4, so 24 GB are enough for
 four set-ups. vLLM compiles its model for each server when it starts (a minute); --cache spares a later run that.
 Temperature 0, end tokens ignored, fresh random prompts in each turn.
@@ -58,6 +59,7 @@ from benchmarks.serving_workloads import (
     lone,
     open_figures,
     run_open,
+    warm_prefixes,
 )
 from benchmarks.worker_process import REPOSITORY
 from loadtest.exchange import SendError
@@ -132,7 +134,9 @@ class Bench:
     async def _open(self, load: OpenLoad, name: str, rate_per_s: float, seconds: float, dice: Dice) -> Report:
         async with self._clients[name]() as client:
             await client.get_model()
-            return await run_open(client, load.plan(rate_per_s, seconds, VOCAB_SIZE, dice), self._slo)
+            plan = load.plan(rate_per_s, seconds, VOCAB_SIZE, dice)
+            await warm_prefixes(client, load, plan)
+            return await run_open(client, plan, self._slo)
 
     async def _sweep(self, load: OpenLoad, name: str, start_per_s: float) -> Figures:
         search = Search(start_per_s, precision=SWEEP_PRECISION)

@@ -21,15 +21,17 @@ def aims(found: Found) -> Iterator[str]:
         yield _line(f"(d) {growth.split(',')[0]}: {value:.2f}", f"at most {MAX_ITL_GROWTH}", value <= MAX_ITL_GROWTH)
     for key in ("a", "b"):
         for figure in ("goodput, req/s", "highest rate in time, req/s"):
-            own, best = (
-                _best(found, OPEN_LOADS[key].name, figure, "baton"),
-                _best(found, OPEN_LOADS[key].name, figure, "vllm"),
-            )
-            if own is not None and best is not None:
-                words = f"({key}) {figure.split(',')[0]}: {own:.2f} against the best vLLM's {best:.2f} req/s"
-                yield _line(words, f"{MIN_GOODPUT_RATIO:g} times as much", own >= MIN_GOODPUT_RATIO * best)
+            yield from _goodput(found, key, figure)
     for length, (pair_before_ms, alone_before_ms) in LONE_BEFORE_MS.items():
         yield from _lone(found, length, pair_before_ms, alone_before_ms)
+
+
+def _goodput(found: Found, key: str, figure: str) -> Iterator[str]:
+    workload = OPEN_LOADS[key].name
+    own, best = _best(found, workload, figure, "baton"), _best(found, workload, figure, "vllm")
+    if own is not None and best is not None:
+        words = f"({key}) {figure.split(',')[0]}: {own:.2f} against the best vLLM's {best:.2f} req/s"
+        yield _line(words, f"{MIN_GOODPUT_RATIO:g} times as much", own > 0 and own >= MIN_GOODPUT_RATIO * best)
 
 
 def _lone(found: Found, length: int, pair_before_ms: float, alone_before_ms: float) -> Iterator[str]:
@@ -57,5 +59,8 @@ def _median(found: Found, workload: str, figure: str, name: str) -> float | None
 
 
 def _best(found: Found, workload: str, figure: str, kind: str) -> float | None:
+    """Of the set-ups of that kind that answered at all: a peer that only failed is none to be better than."""
     by_name = found.get((workload, figure), {})
-    return max((statistics.median(by_name[name]) for name in by_name if name.startswith(kind)), default=None)
+    failed = by_name.keys() - found.get((workload, "TTFT p50, ms"), by_name).keys()
+    names = [name for name in by_name if name.startswith(kind) and name not in failed]
+    return max((statistics.median(by_name[name]) for name in names), default=None)

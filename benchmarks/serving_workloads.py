@@ -56,6 +56,18 @@ INTERFERENCE = "(d) 4 streams, 1024-token prompts at 1/s"
 LONE = "(e) lone prompts"
 
 
+async def warm_prefixes(client: Client, load: OpenLoad, plan: Plan) -> None:
+    """Prefixes that many share have long been seen: each goes out twice before the clock runs, so to both of two."""
+    if load.shape.prefix is None:
+        return
+    length, clock = load.shape.prefix.length, Clock()
+    prefixes = dict.fromkeys(session.turns[0].content[:length] for session in plan.sessions)
+    for prefix in prefixes:
+        for _ in range(2):
+            request = client.encode(Ask((Message("user", prefix),), 1, 0))
+            await exchange(client, Shot(0, clock(), request), clock)
+
+
 async def run_open(client: Client, plan: Plan, slo: Slo) -> Report:
     """Sends an open load and waits for all answers."""
     phase = await Runner(client, lambda: client).run(plan)

@@ -26,6 +26,7 @@ from benchmarks.serving_workloads import (
     lone,
     open_figures,
     run_open,
+    warm_prefixes,
 )
 from loadtest.exchange import Ask, Clock, Message, Stream
 from loadtest.record import RequestRecord
@@ -141,6 +142,18 @@ def test_set_ups_get_the_same_arrivals_and_other_prompts(key: str) -> None:
     assert plans[0].sessions[0].turns[0].content != plans[1].sessions[0].turns[0].content
 
 
+async def test_each_of_two_servers_has_seen_each_prefix() -> None:
+    one, other = FakeServer(), FakeServer()
+    load = OPEN_LOADS["b"]
+    plan = load.plan(8.0, 5.0, 1000, Dice(0, ""))
+    async with one.serving() as first, other.serving() as second, RoundRobin([first, second]) as client:
+        await client.get_model()
+        await warm_prefixes(client, load, plan)
+    prefixes = {session.turns[0].content[:1024] for session in plan.sessions}
+    assert len(prefixes) == 4
+    assert all({tuple(body["prompt"]) for body in server.bodies} == prefixes for server in (one, other))
+
+
 async def test_a_small_run_of_each_workload_has_its_figures() -> None:
     async with FakeServer(cached_tokens=64).serving() as address, OneServer(address) as client:
         await client.get_model()
@@ -192,6 +205,15 @@ def test_aims_are_told_for_what_was_measured() -> None:
     assert [line.split()[0] for line in said] == ["met", "MISSED", "met", "MISSED"]
     assert "767 ms before" in said[2] and "290 ms here" in said[3]
     assert list(aims({})) == []
+
+
+def test_nobody_is_better_than_a_peer_that_only_failed_nor_than_one_at_zero_by_being_at_zero() -> None:
+    goodput, ttft = (OPEN_LOADS["b"].name, "goodput, req/s"), (OPEN_LOADS["b"].name, "TTFT p50, ms")
+    found = {goodput: {"baton-2both": [2.0], "vllm-2cores": [0.0]}, ttft: {"baton-2both": [9.0]}}
+    assert list(aims(found)) == []
+    at_zero = {"baton-2both": [0.0], "vllm-2cores": [0.0]}
+    [line] = aims({goodput: at_zero, ttft: at_zero})
+    assert line.startswith("MISSED")
 
 
 def test_a_server_is_bound_to_its_cores_and_two_have_as_much_room_as_one(tmp_path: Path) -> None:
