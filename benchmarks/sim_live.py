@@ -45,7 +45,7 @@ BLOCK = EngineConfig().block_size  # tokens that a trace's block is sent as
 SCALE = BLOCK_TOKENS // BLOCK
 GROUP = 8  # measurements whose mean is one for the fit: of single ones the lowest would count the most
 WARM_UP = 8
-NUM_BLOCKS, STORE_BYTES = 1536, 1 << 30
+NUM_BLOCKS, STORE_BYTES = 5120, 1 << 30  # room for all that a burst admits
 
 
 @dataclass(frozen=True)
