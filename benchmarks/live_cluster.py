@@ -99,10 +99,10 @@ class LiveCluster:
         await drive(Arrivals(times_s), play, clock, times_s)
         return [found[index] for index in range(len(asks))]
 
-    async def one_by_one(self, asks: Sequence[Ask], seconds: float) -> list[Served]:
+    async def one_by_one(self, asks: Sequence[Ask], seconds: float, load: float = 1.0) -> list[Served]:
         """Each when the one before it has its first token, so none waits for a prompt; no new ones after `seconds`.
 
-        All decode beside each other, as they do under load.
+        All decode beside each other, as they do under load; pauses leave the prefill node busy for `load` of the time.
         """
         clock = Clock()
         async with asyncio.TaskGroup() as group:
@@ -110,11 +110,12 @@ class LiveCluster:
             for ask in asks:
                 if clock() >= seconds:
                     break
-                began = asyncio.Event()
+                began, begin_s = asyncio.Event(), clock()
                 tasks.append(group.create_task(self.send(ask, clock, began)))
                 waiting = asyncio.create_task(began.wait())
                 await asyncio.wait((tasks[-1], waiting), return_when=asyncio.FIRST_COMPLETED)
                 waiting.cancel()
+                await asyncio.sleep((clock() - begin_s) * (1.0 / load - 1.0))
         return [task.result() for task in tasks]
 
 

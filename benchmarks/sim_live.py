@@ -45,7 +45,7 @@ BLOCK = EngineConfig().block_size  # tokens that a trace's block is sent as
 SCALE = BLOCK_TOKENS // BLOCK
 GROUP = 8  # measurements whose mean is one for the fit: of single ones the lowest would count the most
 WARM_UP = 8
-NUM_BLOCKS, STORE_BYTES = 1536, 1 << 30
+NUM_BLOCKS, STORE_BYTES = 5120, 1 << 30  # room for all that a burst admits
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,12 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[Outcome]:
             first = asks_of(requests[:half], cluster.vocab_size, f"calibration {seed}")
             await cluster.one_by_one(first[:WARM_UP], args.seconds)
             fit_seconds, middle = args.calibration_seconds / 2, WARM_UP + (half - WARM_UP) // 2
-            measured = await cluster.one_by_one(first[WARM_UP:middle], fit_seconds)
+            measured = await cluster.one_by_one(first[WARM_UP:middle], fit_seconds, args.load)
             part = slice_of(requests[half:], fitted(machine_data(measured, cluster)), args.seconds, args.load)
             served = await cluster.replay(asks_of(part, cluster.vocab_size, f"judged {seed}"))
-            measured += await cluster.one_by_one(first[middle:], fit_seconds)  # the machine's speed may have changed
+            measured += await cluster.one_by_one(
+                first[middle:], fit_seconds, args.load
+            )  # the machine's speed may have changed
             data = machine_data(measured, cluster)
             print(f"repeat {seed}: {fitted(data)}", file=sys.stderr)
             if args.machine_out:
