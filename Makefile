@@ -10,6 +10,7 @@ demo: $(STAMP)
 	$(BIN)/python -m deploy.demo
 
 test: $(STAMP)
+	@$(MAKE) --no-print-directory kube-tools || echo "baton: no kube-tools; the tests that need them say so and are skipped"
 	$(BIN)/python -m pytest
 
 check: $(STAMP)
