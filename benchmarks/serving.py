@@ -254,6 +254,20 @@ def start_all(fleet: Fleet, names: Sequence[str]) -> dict[str, MakeClient]:
     return clients
 
 
+def report(args: argparse.Namespace, found: Found) -> None:
+    """The table, the aims, and the lines."""
+    rows, peers = results(found, args.setups)
+    print_table(tall_table(TITLE, rows, peers))
+    for line in aims(found):
+        print(line)
+    meta = {"benchmark": TITLE, "about": about(args, args.setups)}
+    written = [meta, *lines(TITLE, rows, peers)]
+    print("\n".join(map(json.dumps, written)))
+    if args.json:
+        with args.json.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in written)
+
+
 def main() -> None:
     args = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end too
@@ -269,16 +283,7 @@ def main() -> None:
                 bench.run()
             except (KeyboardInterrupt, SystemExit):
                 print("stopped: these are the figures so far", file=sys.stderr)
-    rows, peers = results(bench.found, args.setups)
-    print_table(tall_table(TITLE, rows, peers))
-    for line in aims(bench.found):
-        print(line)
-    meta = {"benchmark": TITLE, "about": about(args, args.setups)}
-    found = [meta, *lines(TITLE, rows, peers)]
-    print("\n".join(map(json.dumps, found)))
-    if args.json:
-        with args.json.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in found)
+            report(args, bench.found)  # before the servers end, which takes a while
 
 
 if __name__ == "__main__":
