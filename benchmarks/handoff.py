@@ -38,6 +38,7 @@ from batonpb import common_pb2, node_pb2, node_pb2_grpc
 from benchmarks.engine_shapes import SHAPES
 from benchmarks.rows import Row, print_rows
 from deploy.redis import EmbeddedRedis
+from deploy.redis_url import REDIS_URL_VARIABLE
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from loadtest.exchange import Clock
 
@@ -203,8 +204,10 @@ async def server_process(
 
     `prefix` are words before its command, `extra` variables of its environment.
     """
+    # The URL may have a password, which is not for arguments.
+    environment = os.environ | (extra or {}) | {REDIS_URL_VARIABLE: config["redis_url"]}
+    config = {name: value for name, value in config.items() if name != "redis_url"}
     command = [*prefix, sys.executable, "-m", "deploy.process", kind, json.dumps(config)]
-    environment = os.environ | (extra or {})
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)
     assert process.stdout is not None
     try:

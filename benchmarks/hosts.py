@@ -43,7 +43,7 @@ from benchmarks.handoff import OUTPUT_TOKENS, last_chunk, node_request, server_p
 from benchmarks.lan import Lan, floor_s, reason_to_skip
 from benchmarks.rows import Peer, Row, print_beside
 from benchmarks.worker_process import WorkerProcess
-from deploy.process import WIRE_KEY_VARIABLE
+from deploy.process import SECRETS
 from deploy.redis import EmbeddedRedis
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from kvstore.curve import new_wire_key
@@ -69,7 +69,7 @@ class Setting:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {WIRE_KEY_VARIABLE: self.wire_key}
+        return {SECRETS["wire_key"]: self.wire_key}
 
     @property
     def wire_key(self) -> str:
@@ -217,6 +217,7 @@ class Bench:
                     "bind_host": host.address,
                     "advertise_host": host.address,
                     "host": f"host-{index}",
+                    "trusts_network": True,
                 }
                 record = await stack.enter_async_context(
                     server_process("node", config, host.command(), setting.environment)

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.kvstore_worker import Memory, content
 from benchmarks.worker_process import say, take_stdout
-from deploy.process import WIRE_KEY_VARIABLE
+from deploy.process import SECRETS
 from kvstore.blocks import BlockHash, hash_blocks
 from kvstore.client import KVClient
 from kvstore.copies import copy_and_sum
@@ -28,7 +28,7 @@ class Worker:
 
     def __init__(self, redis_url: str, cluster: str, slot_bytes: int, store_dir: str, max_blocks: int) -> None:
         self._directory = Directory(redis_url, cluster)
-        wire_key = os.environ.get(WIRE_KEY_VARIABLE, "")
+        wire_key = os.environ.get(SECRETS["wire_key"], "")
         self._client = KVClient(self._directory, slot_bytes, Path(store_dir) if store_dir else None, wire_key=wire_key)
         self._memory = Memory(max_blocks, slot_bytes)
         self._slot_bytes = slot_bytes

@@ -160,6 +160,11 @@ class ServerProcess:
         """`prefix` are words before its command, `extra` variables of its environment."""
         import sys
 
+        from deploy.redis_url import REDIS_URL_VARIABLE
+
+        # Where a password may be, which is not for arguments.
+        secret = {REDIS_URL_VARIABLE: config["redis_url"]} if "@" in config.get("redis_url", "") else {}
+        config = {name: value for name, value in config.items() if name != "redis_url" or not secret}
         process = await asyncio.create_subprocess_exec(
             *prefix,
             sys.executable,
@@ -169,7 +174,7 @@ class ServerProcess:
             json.dumps(config),
             stdout=asyncio.subprocess.PIPE,
             cwd=REPOSITORY,
-            env=os.environ | (extra or {}),
+            env=os.environ | (extra or {}) | secret,
         )
         assert process.stdout is not None
         while True:

@@ -11,7 +11,7 @@ from harness import ProcessCluster
 
 from batonpb import node_pb2
 from benchmarks.lan import Host, Lan, reason_to_skip
-from deploy.process import WIRE_KEY_VARIABLE
+from deploy.process import SECRETS
 
 SKIP = reason_to_skip()
 NETNS = [pytest.mark.netns, pytest.mark.skipif(bool(SKIP), reason=SKIP)]
@@ -36,14 +36,14 @@ class HostsCluster(ProcessCluster):
         super().__init__(model, redis_url, folder, **engine_options)
         self.lan = lan
         self._router_host = router_host
-        self._environment = {WIRE_KEY_VARIABLE: wire_key}
+        self._environment = {SECRETS["wire_key"]: wire_key}
 
     async def launch(self, name: str, kind: str, config: dict[str, Any]) -> None:
         index = self._router_host if kind == "router" else int(config["host"].removeprefix("host-"))
         host = self.lan.hosts[index]
         where = {
             "store": {"advertise_host": host.address, "trusts_network": True},
-            "node": {"advertise_host": host.address, "bind_host": host.address},
+            "node": {"advertise_host": host.address, "bind_host": host.address, "trusts_network": True},
             "router": {"advertise_host": host.address, "host": host.address},
         }
         self.processes[name] = await ServerProcess.start(

@@ -19,7 +19,7 @@ from hosts_harness import NETNS
 from kvstore_support import SLOT_BYTES, chain, content, take, writer_of
 
 from benchmarks.lan import Host, Lan
-from deploy.process import WIRE_KEY_VARIABLE
+from deploy.process import SECRETS
 from deploy.redis import EmbeddedRedis
 from kvstore.client import KVClient
 from kvstore.curve import new_wire_key
@@ -73,7 +73,7 @@ async def reader(request: pytest.FixtureRequest, lan: Lan, short_dir: Path) -> A
             "host": "there",
             "trusts_network": True,
         }
-        environment = {WIRE_KEY_VARIABLE: wire_key}
+        environment = {SECRETS["wire_key"]: wire_key}
         store = await ServerProcess.start("store", config, prefix=host.command(), extra=environment)
         stack.push_async_callback(store.stop)
         directory = Directory(redis.url)

@@ -7,14 +7,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from test_two_hosts import BIN, MAX_TOKENS, PROMPT, RAY_PORT, SKIP, Host, folder, hosts, model, start_ray
+from hosts_harness import NETNS
+from test_two_hosts import BIN, MAX_TOKENS, PROMPT, RAY_PORT, folder, hosts, model, run, start, start_ray
 
+from benchmarks.lan import Host
 from deploy import oracle
 from router.tokenizer import Tokenizer
 
 __all__ = ["folder", "hosts", "model"]
 
-pytestmark = [pytest.mark.netns, pytest.mark.ray, pytest.mark.skipif(bool(SKIP), reason=SKIP)]
+pytestmark = [*NETNS, pytest.mark.ray]
 
 
 def test_stages_of_a_node_on_two_hosts(hosts: tuple[Host, Host], folder: Path, model: Path) -> None:
@@ -24,7 +26,7 @@ def test_stages_of_a_node_on_two_hosts(hosts: tuple[Host, Host], folder: Path, m
         start_ray(first, second, stack, folder)
         cut = ["--both", "1", "--pipeline-parallel-size", "2"]
         where = ["--ray-address", f"{first.address}:{RAY_PORT}", "--num-threads", "1", "--store-memory", "64M"]
-        serve = first.start(stack, folder / "serve.log", f"{BIN}/baton", "serve", str(model), *cut, *where, *state)
+        serve = start(first, stack, folder / "serve.log", f"{BIN}/baton", "serve", str(model), *cut, *where, *state)
         assert serve.stdout is not None
         assert serve.stdout.readline().startswith("ready: "), (folder / "serve.log").read_text()
         assert all(f"both-0{rank} is up on" in (folder / "serve.log").read_text() for rank in ("", ".1"))
@@ -33,9 +35,9 @@ def test_stages_of_a_node_on_two_hosts(hosts: tuple[Host, Host], folder: Path, m
         [alone] = oracle.ask(model, [oracle.Question(token_ids, {"temperature": 0.0, "max_tokens": MAX_TOKENS})])
         sampling = ["--temperature", "0", "--max-tokens", str(MAX_TOKENS)]
         before = second.received_bytes()
-        answer = json.loads(first.run(f"{BIN}/baton", "generate", PROMPT, "--json", *sampling, *state))
+        answer = json.loads(run(first, f"{BIN}/baton", "generate", PROMPT, "--json", *sampling, *state))
         assert answer["token_ids"] == alone
         assert second.received_bytes() - before > len(token_ids) * 256 * 4, "activations of all tokens went over"
 
-        first.run(f"{BIN}/baton", "down", *state)
+        run(first, f"{BIN}/baton", "down", *state)
         assert serve.wait(20) == 0
