@@ -107,7 +107,7 @@ class BatonClient:
         self._cache.write(position, memoryview(data))
 
     def get(self, position: int) -> bytes:
-        data = bytearray(self._cache.block_bytes)
+        data = bytearray(self._cache.piece_bytes)
         self._cache.read([position], [memoryview(data)])
         return bytes(data)
 

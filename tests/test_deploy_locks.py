@@ -44,7 +44,7 @@ def config_of(*argv: str) -> ClusterConfig:
 def specs_of(**options: Any) -> list[PlacedSpec]:
     config = ClusterConfig(model_dir=POCKET, **options)
     machines = [Machine(f"{n:056x}", f"10.0.0.{n + 1}", f"host-{n}", 8, 0) for n in range(2)]
-    specs = Specs(config, "0123abcd", f"redis://:{PASSWORD}@127.0.0.1:1", LAYOUT, "", TOKEN)
+    specs = Specs(config, "0123abcd", f"redis://:{PASSWORD}@127.0.0.1:1", LAYOUT, cluster_token=TOKEN)
     assert TOKEN not in repr(specs) and PASSWORD not in repr(specs)
     return list(specs.all(machines, place(config, machines), machines[0]))
 

@@ -23,7 +23,7 @@ LAYOUT = KVLayout("m", "float32", block_size=16, num_layers=1, num_kv_heads=1, h
 def specs_of(wire_key: str = KEY, **options: Any) -> list[PlacedSpec]:
     config = ClusterConfig(model_dir=POCKET, **options)
     machines = [Machine(f"{n:056x}", f"10.0.0.{n + 1}", f"host-{n}", 8, 0) for n in range(2)]
-    specs = Specs(config, "0123abcd", "redis://127.0.0.1:1", LAYOUT, wire_key)
+    specs = Specs(config, "0123abcd", "redis://127.0.0.1:1", LAYOUT, wire_key=wire_key)
     assert not wire_key or wire_key not in repr(specs)
     return list(specs.all(machines, place(config, machines), machines[0]))
 
