@@ -175,7 +175,7 @@ def check_choice(option: str, chosen: list[str], known: Any) -> None:
 
 def described(args: argparse.Namespace) -> dict[str, Any]:
     """All arguments that change a figure."""
-    left_out = {"command", "json", "plots", "policy", "scale"}
+    left_out = {"command", "parser", "json", "plots", "policy", "scale"}
     return {name: value for name, value in sorted(vars(args).items()) if name not in left_out}
 
 
