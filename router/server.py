@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import time
@@ -54,6 +55,8 @@ class RouterServer:
         async with AsyncExitStack() as stack:
             address, http_address, metrics_address = await self._open(stack)
             self._stack = stack.pop_all()
+        gc.collect()
+        gc.freeze()  # libraries and tokenizer stay: the collector need not walk over them between requests
         words = address, http_address or "none", metrics_address or "none"
         logger.info("event=router_up address=%s http=%s metrics=%s", *words)
         return {
