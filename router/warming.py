@@ -54,8 +54,13 @@ class Warming:
         firsts = self._firsts.get(hashes[0]) if hashes else None
         if not firsts:
             return {}
-        blocks = self._blocks
-        return {node_id: _run(blocks[node_id], hashes, now_s) for node_id, until_s in firsts.items() if until_s > now_s}
+        blocks, second = self._blocks, hashes[1] if len(hashes) > 1 else hashes[0]
+        # Hundreds of nodes may share a first block, and hardly any of them the second: they cost no call.
+        return {
+            node_id: _run(blocks[node_id], hashes, now_s) if blocks[node_id].get(second, 0.0) > now_s else 1
+            for node_id, until_s in firsts.items()
+            if until_s > now_s
+        }
 
     def _drop(self, hashes: Sequence[BlockHash], node_id: str, until_s: float) -> None:
         """What was not promised anew since."""
