@@ -63,7 +63,8 @@ class Call:
         text = self.request.headers.get(TIMEOUT)
         if text is None:
             return Caller(self.tenant, self.received_s, trace=self.trace)
-        if not (text.isascii() and text.isdigit() and 1 <= int(text[:11]) <= MAX_TIMEOUT_MS):
+        is_number = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_TIMEOUT_MS))
+        if not (is_number and 1 <= int(text) <= MAX_TIMEOUT_MS):
             raise InvalidRequest(TIMEOUT, f"must be an integer in [1, {MAX_TIMEOUT_MS}]")
         return Caller(self.tenant, self.received_s, self.received_s + int(text) / 1000, self.trace)
 
@@ -235,9 +236,9 @@ class Routes:
         return _json({**about, "tokens": token_ids, "token_strs": None})
 
     async def _detokenize(self, call: Call) -> web.StreamResponse:
+        call.renamed = {"token_ids": "tokens", "tokens": "tokens"}
         request = await self._ask(call, lambda body: read(DetokenizeRequest, body))
         check_model(request.model or "", self._frontend.model().model)
-        call.renamed = {"token_ids": "tokens", "tokens": "tokens"}
         message = inference_pb2.DetokenizeRequest(token_ids=request.tokens)
         response = await self._frontend.detokenize(message, call.caller())
         return _json({"prompt": response.text})

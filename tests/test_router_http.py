@@ -122,6 +122,9 @@ async def test_a_wrong_field_is_named(cluster: FakeCluster) -> None:
         error = check_error(answer, headers)
         assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param), (change, answer)
         assert error["message"].startswith(f"{param}: "), change
+    for path, change, param in (("/detokenize", {"tokens": 7}, "tokens"), ("/tokenize", {"prompt": 7}, "prompt")):
+        status, headers, answer = await post(cluster.http_url + path, change)
+        assert (status, check_error(answer, headers)["param"]) == (400, param)
     assert not cluster.nodes["decode0"].seen.admits
 
 
@@ -217,6 +220,21 @@ async def test_a_body_without_a_length_is_bounded_too(cluster: FakeCluster) -> N
     writer.close()
 
 
+async def test_a_body_that_waits_to_be_asked_for(cluster: FakeCluster) -> None:
+    """`Expect: 100-continue`: a body that is taken is asked for, one that is refused need not be sent."""
+    host, _, port = cluster.http_url.removeprefix("http://").rpartition(":")
+    body = json.dumps(ONCE).encode()
+    for length, media_type, status in ((len(body), "json", 200), (MAX_BYTES + 1, "json", 413), (3, "xml", 415)):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/{media_type}\r\n"
+        writer.write(f"{head}Content-Length: {length}\r\nExpect: 100-Continue\r\n\r\n".encode())
+        if status == 200:
+            assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(body)
+        assert (await asyncio.wait_for(reader.readline(), 10)).startswith(f"HTTP/1.1 {status} ".encode())
+        writer.close()
+
+
 async def test_request_ids(cluster: FakeCluster) -> None:
     url, ident = cluster.http_url, "x" * 128
     status, headers, answer = await post(url + COMPLETIONS, ONCE, {"X-Request-Id": ident})
@@ -284,7 +302,7 @@ async def test_a_deadline(cluster: FakeCluster) -> None:
         node.faults["start"] = lambda: asyncio.sleep(5)
     status, headers, answer = await post(url + CHAT, HELLO, {"X-Request-Timeout-Ms": "500"})
     assert status == 504 and check_error(answer, headers)["code"] == "deadline_exceeded"
-    for wrong in ("soon", "0", "-1", "9" * 5000):
+    for wrong in ("soon", "0", "-1", "9" * 5000, "0" * 10 + "1" * 400, "0" * 10 + "1" * 5000):
         status, headers, answer = await post(url + CHAT, HELLO, {"X-Request-Timeout-Ms": wrong})
         assert status == 400 and check_error(answer, headers)["param"] == "X-Request-Timeout-Ms"
 
