@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import secrets
@@ -19,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -221,6 +220,7 @@ class Cluster:
         try:
             self._wait_until_started(added)
         except DeployError:
+            self._call("remove_folder", [member for member in added if member.kind == "store"])  # its machine is new
             self._remove(added)
             raise
         return [f"{member.name} is up on {member.placed.machine.address}" for member in added]
@@ -300,7 +300,7 @@ class Cluster:
         try:
             layers, heads = kv_pieces(self.config.widths, model)
             engine = EngineConfig(self.config.dtype, device, self.config.block_size)
-            return kv_layout(model, dataclasses.replace(engine, kv_layer_pieces=layers, kv_head_pieces=heads))
+            return kv_layout(model, replace(engine, kv_layer_pieces=layers, kv_head_pieces=heads))
         except UnsupportedModel as error:
             raise StartFailed(str(error)) from None
 
@@ -446,7 +446,7 @@ def _actor(placed: PlacedSpec, group: PlacementGroup | None = None, bundle: int 
     if group is not None:
         where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
     options = {"num_cpus": 0, "num_gpus": placed.num_gpus, "max_restarts": -1, "scheduling_strategy": where}
-    return ray.remote(ServerActor).options(**options).remote(placed.spec)
+    return ray.remote(ServerActor).options(**options).remote(replace(placed.spec, life=secrets.token_hex(4)))
 
 
 def _answer(ref: Any) -> Started | None:
