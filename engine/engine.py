@@ -1,6 +1,7 @@
 """The engine: requests in, one step at a time, tokens and full blocks out. Knows no network, no clock but for speed.
 
-Not thread safe, but for `export_blocks`, `lend_blocks` and `timing`: one thread owns an engine (see `engine.loop`).
+Not thread safe, but for `export_blocks`, `lend_blocks`, `timing` and `rank_work`: one thread owns an engine
+(see `engine.loop`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from engine.model import Model
 from engine.native_model import fastest
 from engine.parallel import RankGroup
 from engine.pieces import pieces_of
+from engine.rank_meter import RankWork
 from engine.ranks import LedModel
 from engine.request import EngineLoad, FinishReason, OutputToken, Request, RequestOutput, RequestStatus, SamplingParams
 from engine.runner import Runner
@@ -69,9 +71,15 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, folder: Path, engine_config: EngineConfig, group: RankGroup | None = None) -> Engine:
-        """An engine for a Hugging Face folder; with a group, the leader's. Raises `UnsupportedModel`."""
+        """An engine for a Hugging Face folder; with a group, the leader's.
+
+        Raises `UnsupportedModel`, `RanksDisagree`.
+        """
         model_config = ModelConfig.from_pretrained(folder)
-        dtype = TORCH_DTYPES[kv_layout(model_config, engine_config).dtype]
+        layout = kv_layout(model_config, engine_config)
+        if group is not None:
+            group.agree(layout)
+        dtype = TORCH_DTYPES[layout.dtype]
         model = load_model(folder, model_config, dtype, torch.device(engine_config.device), group)
         return cls(model_config, engine_config, fastest(model), group)
 
@@ -228,6 +236,8 @@ class Engine:
         tokens, run = self._runner.run(chunks)
         self._speed.observe(chunks, run.total_s)
         self.timing += StepTiming.of_step(chunks, schedule_s, run)
+        if self._led is not None:
+            self._led.end_step(run.forward_s)
         return [self._advance(chunk, token) for chunk, token in zip(chunks, tokens, strict=True)]
 
     def _advance(self, chunk: Chunk, token: OutputToken | InvalidRequest | None) -> RequestOutput:
@@ -285,6 +295,11 @@ class Engine:
     def num_told_steps(self) -> int:
         """Steps that the ranks that follow were told of. What is in a block now, they have once they ended these."""
         return self._led.num_told_steps if self._led is not None else 0
+
+    @property
+    def rank_work(self) -> RankWork:
+        """What the leader of a wide node did so far, as its followers tell theirs; any thread may ask."""
+        return self._led.work if self._led is not None else RankWork()
 
     @property
     def long_prefill_tokens_per_s(self) -> float:

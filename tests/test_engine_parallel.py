@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,13 +61,13 @@ class Ranks:
     def __init__(self, processes: Sequence[subprocess.Popen[str]]) -> None:
         self.processes = processes
 
-    def send(self, folder: Path, tp: int, pp: int, waits: bool = False) -> None:
+    def send(self, folder: Path, tp: int, pp: int, waits: bool = False, **fields: Any) -> None:
         """A job, which begins once the leader says that it is ready; where it `waits`, at a line to the leader."""
         pieces = {"kv_layer_pieces": pp, "kv_head_pieces": min(tp, SIZES["num_key_value_heads"])}
         job = {"folder": str(folder), "tp": tp, "pp": pp, "address": f"127.0.0.1:{free_port()}", "waits": waits}
         work = {"engine": OPTIONS | pieces, "prompts": PROMPTS, "params": [GREEDY, SAMPLED]}
         for process in self.processes[: tp * pp]:
-            self.say(process, json.dumps(job | work))
+            self.say(process, json.dumps(job | work | fields))
         assert self.hear() == "READY\n"
 
     def say(self, process: subprocess.Popen[str], line: str) -> None:
