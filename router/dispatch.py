@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, aclosing, contextmanager, nullcon
 from dataclasses import dataclass
 
 from batonpb import common_pb2
-from kvstore.directory import ON_DISK, Directory
+from kvstore.directory import Directory
 from kvstore.errors import DirectoryUnavailable
 from router.decider import Decider
 from router.errors import ClusterBusy, ClusterUnavailable, DeadlinePassed, LegFailed, LegRefused, WouldBeLate
@@ -108,11 +108,11 @@ class Dispatcher:
         if journey.pool is None:
             return {}
         try:
-            runs = await self._directory.locate(journey.hashes(journey.pool))
+            runs = await self._directory.runs(journey.hashes(journey.pool))
         except DirectoryUnavailable as error:
             logger.debug("request_id=%s event=locate_failed %s", journey.request.request_id, error)
             return {}
-        return {arena_id: Hit(len(slots), slots.count(ON_DISK)) for arena_id, slots in runs.items()}
+        return {arena_id: Hit(run.num_blocks, run.num_disk_blocks) for arena_id, run in runs.items()}
 
     async def _attempt(self, journey: Journey, plan: Plan, timeline: Timeline) -> AsyncGenerator[Progress, None]:
         """Both legs once. Ends with a finish reason, or raises `LegFailed` or `LegRefused`."""
