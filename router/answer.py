@@ -25,6 +25,7 @@ class Form:
     request_id: str  # the call's, which n answers have in common
     index: int = 0
     stops: Sequence[str] = ()
+    keeps_stop: bool = False  # what ends the text is shown
     echo: str = ""  # text that comes first
     calls_tools: bool = False
 
@@ -37,7 +38,7 @@ class Answer:
         self._form = form
         self._timeline = timeline
         words = detokenizer(decoder, request.prompt_ids)
-        self._text = TextStream(words, form.stops, request.end_ids, request.sampling.min_tokens)
+        self._text = TextStream(words, form.stops, request.end_ids, request.sampling.min_tokens, form.keeps_stop)
         self._calls = ToolCallParser(f"{form.request_id}/{form.index}") if form.calls_tools else None
         self._lead = form.echo
         self._num_tokens = 0

@@ -139,6 +139,7 @@ class Frontend:
         form = Form(
             request_id=request.request_id,
             stops=tuple(checked.sampling.stop),
+            keeps_stop=checked.sampling.include_stop_str_in_output,
             echo=await self._echo(checked, request),
             calls_tools=checked.chat is not None and bool(checked.chat.tools),
         )
@@ -224,6 +225,7 @@ class Frontend:
         prompt_ids = await self._tokenise(checked, pool)
         sampling = check_tokens(prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size)
         del sampling.stop[:]  # nodes know no text
+        sampling.include_stop_str_in_output = False
         # Beside a grammar ignore_eos puts the end off, and there is one.
         is_endless = sampling.ignore_eos and sampling.WhichOneof("grammar") is None
         eos_ids = frozenset() if is_endless else self._tokenizer.eos_token_ids
@@ -249,7 +251,7 @@ class Frontend:
         return await self._encode(text, is_template=checked.chat is not None)
 
     def _text_of(self, text: str | None = None, chat: Chat | None = None) -> str:
-        return text or "" if chat is None else self._tokenizer.render(chat.messages, chat.tools)
+        return text or "" if chat is None else self._tokenizer.render(chat.messages, chat.tools, chat.setting)
 
     async def _encode(self, text: str, is_template: bool) -> list[int]:
         if len(text) <= INLINE_CHARS:

@@ -46,6 +46,31 @@ IDLE: Mapping[str, tuple[object, ...]] = {
     "guided_grammar": (),
     "guided_whitespace_pattern": (),
     "guided_decoding_backend": (),
+    "logits_processors": ([],),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+    "cache_salt": (),
+    "thinking_token_budget": (),
+    # There is no parser of reasoning here, so it is text like any other, as it is in servers that run without one.
+    "include_reasoning": (True, False),
+    "separate_reasoning": (True, False),
+    "stream_reasoning": (True, False),
+    # SGLang's, which its clients and its router send with each request.
+    "session_params": ({},),
+    "return_hidden_states": (False,),
+    "return_cached_tokens_details": (False,),
+    "lora_path": (),
+    "ebnf": (),
+    "stop_regex": ([],),
+    "sampling_seed": (),
+    "custom_logit_processor": (),
+    "custom_params": ({},),
+    "extra_key": (),
+    "bootstrap_host": (),
+    "bootstrap_port": (),
+    "bootstrap_room": (),
+    "data_parallel_rank": (),
+    "use_audio_in_video": (False,),
 }
 
 

@@ -22,6 +22,7 @@ from router.http_models import (
     ResponseFormat,
     Sampled,
     StreamOptions,
+    Templated,
     TextPart,
     TokenizeRequest,
     Tool,
@@ -38,7 +39,7 @@ TOOL_CHOICES = {
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _SAME = (  # fields that SamplingParams has under the same name
     *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("min_tokens", "ignore_eos"),
+    *("min_tokens", "ignore_eos", "include_stop_str_in_output"),
 )
 
 
@@ -77,6 +78,7 @@ def ask_chat(request: ChatRequest, request_id: str) -> Asked:
     if num_logprobs is not None:
         sampling.logprobs = num_logprobs
     message.chat.CopyFrom(_chat(request.messages, request.tools))
+    _set_template(message.chat, request)
     _choose_tool(message.chat, request)
     return Asked(
         [message],
@@ -123,8 +125,13 @@ def ask_tokens(request: TokenizeRequest) -> inference_pb2.TokenizeRequest:
     if request.add_special_tokens not in (None, is_text):
         raise InvalidRequest("add_special_tokens", f"must be {str(is_text).lower()} here, as requests have it")
     if request.messages is None:
+        for name in Templated.model_fields:
+            if getattr(request, name) not in (None, {}, name == "add_generation_prompt"):
+                raise InvalidRequest(name, "goes with messages only")
         return inference_pb2.TokenizeRequest(text=request.prompt or "")
-    return inference_pb2.TokenizeRequest(chat=_chat(request.messages, request.tools))
+    chat = _chat(request.messages, request.tools)
+    _set_template(chat, request)
+    return inference_pb2.TokenizeRequest(chat=chat)
 
 
 def _fill(
@@ -145,6 +152,8 @@ def _fill(
         _copy(sampling, name, getattr(request, name))
     _copy(sampling, "top_k", 0 if request.top_k == -1 else request.top_k)
     _copy(sampling, "seed", None if request.seed is None else request.seed % 2**64)
+    if request.no_stop_trim:
+        sampling.include_stop_str_in_output = True
     sampling.stop_token_ids.extend(request.stop_token_ids or ())
     sampling.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop or ())
     for key, bias in (request.logit_bias or {}).items():
@@ -223,6 +232,14 @@ def _text(content: str | list[TextPart] | None) -> str:
     return content or ""
 
 
+def _set_template(chat: inference_pb2.ChatPrompt, request: Templated) -> None:
+    if request.chat_template_kwargs:
+        chat.chat_template_kwargs = _json(request.chat_template_kwargs, "chat_template_kwargs")
+    _copy(chat, "reasoning_effort", request.reasoning_effort)
+    _copy(chat, "add_generation_prompt", request.add_generation_prompt)
+    _copy(chat, "continue_final_message", request.continue_final_message)
+
+
 def _choose_tool(chat: inference_pb2.ChatPrompt, request: ChatRequest) -> None:
     choice = request.tool_choice
     if choice is None:
@@ -283,6 +300,8 @@ def _guides(request: Sampled) -> list[Grammar]:
         "guided_json": ("json_schema", request.guided_json),
         "guided_regex": ("regex", request.guided_regex),
         "guided_choice": ("choice", request.guided_choice),
+        "regex": ("regex", request.regex),
+        "json_schema": ("json_schema", request.json_schema),
     }
     return [(name, kind, value) for name, (kind, value) in guides.items() if value is not None]
 

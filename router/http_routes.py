@@ -24,14 +24,14 @@ from router.frontend import Caller, Frontend
 from router.http_answers import ChatChoice, Choice, CompletionChoice, Counts, Json, Totals, whole_answer
 from router.http_body import INLINE_BYTES, parse_object, read_body
 from router.http_errors import RefusedCall, failure_of
-from router.http_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read
+from router.http_models import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest, read
 from router.http_openapi import openapi
 from router.http_page import StatusPage
 from router.http_requests import Asked, ask_chat, ask_completion, ask_tokens
 from router.http_stream import STALL_S, ClientGone, EventStream, answers
 from router.tenants import EVERYBODY, Tenant
 from router.traces import NO_TRACE, TRACEPARENT, TRACERESPONSE, TRACESTATE, Trace
-from router.validate import check_model
+from router.validate import MAX_REQUEST_ID_CHARS, check_model
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,17 @@ REQUEST_ID = "X-Request-Id"
 TIMEOUT = "X-Request-Timeout-Ms"  # what a call's deadline is over gRPC
 MAX_TIMEOUT_MS = 2**31
 AskedT = TypeVar("AskedT")
+SampledT = TypeVar("SampledT", bound=Sampled)
+
+
+def is_id(given: str) -> bool:
+    """Whether a request can be called that."""
+    return 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
+
+
+def no_id(name: str, given: str) -> InvalidRequest:
+    problem = f"must have 1 to {MAX_REQUEST_ID_CHARS} characters of printable ASCII, got {len(given)}"
+    return InvalidRequest(name, problem)
 
 
 @dataclass
@@ -47,7 +58,7 @@ class Call:
     """One call to an endpoint. `renamed` is for the errors of the core; see `Asked`."""
 
     request: web.BaseRequest
-    request_id: str
+    request_id: str  # of the headers; else of the body, and until that is read the router's own
     received_s: float  # monotonic
     tenant: Tenant = EVERYBODY
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -57,6 +68,19 @@ class Call:
     def headers(self) -> dict[str, str]:
         traced = {TRACERESPONSE: self.trace.context} if self.trace.context else {}
         return {REQUEST_ID: self.request_id} | traced
+
+    def read(self, kind: type[SampledT], body: Json) -> SampledT:
+        """The request in a JSON object, which may have the call's id. Raises `InvalidRequest`."""
+        asked = read(kind, body)
+        for name, given in (("request_id", asked.request_id), ("rid", asked.rid)):
+            if given is None:
+                continue
+            if not is_id(given):
+                raise no_id(name, given)
+            if not self.request.headers.get(REQUEST_ID):
+                self.request_id = given
+            break
+        return asked
 
     def caller(self) -> Caller:
         """Raises `InvalidRequest` for a time limit that is none."""
@@ -137,7 +161,7 @@ class Routes:
         return call.trace
 
     async def _traced_chat(self, call: Call) -> web.StreamResponse:
-        asked = await self._ask(call, lambda body: ask_chat(read(ChatRequest, body), call.request_id))
+        asked = await self._ask(call, lambda body: ask_chat(call.read(ChatRequest, body), call.request_id))
         choices = [
             ChatChoice(index, self._frontend.piece, asked.num_logprobs, asked.is_single_call)
             for index in range(asked.num_answers)
@@ -145,7 +169,7 @@ class Routes:
         return await self._answer(call, asked, choices, "chatcmpl", "chat.completion")
 
     async def _traced_completion(self, call: Call) -> web.StreamResponse:
-        asked = await self._ask(call, lambda body: ask_completion(read(CompletionRequest, body), call.request_id))
+        asked = await self._ask(call, lambda body: ask_completion(call.read(CompletionRequest, body), call.request_id))
         num_choices = len(asked.messages) * asked.num_answers
         choices = [CompletionChoice(index, self._frontend.piece, asked.num_logprobs) for index in range(num_choices)]
         return await self._answer(call, asked, choices, "cmpl", "text_completion")
