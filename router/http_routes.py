@@ -29,7 +29,7 @@ from router.http_models import ChatRequest, CompletionRequest, DetokenizeRequest
 from router.http_openapi import openapi
 from router.http_page import StatusPage
 from router.http_requests import Asked, ask_chat, ask_completion, ask_tokens
-from router.http_scores import Json
+from router.http_scores import Entries, Json
 from router.http_stream import STALL_S, ClientGone, EventStream, answers
 from router.tenants import EVERYBODY, Tenant
 from router.traces import NO_TRACE, TRACEPARENT, TRACERESPONSE, TRACESTATE, Trace
@@ -184,12 +184,13 @@ class Routes:
         }
         if asked.is_stream:
             return await self._stream(call, caller, asked, choices, head)
-        totals = Totals(len(asked.messages))
+        totals, entries = Totals(len(asked.messages)), Entries()
         num_finished = 0
         async with aclosing(answers(self._frontend, asked.messages, caller)) as responses:
             async for prompt, response in responses:
                 choice = choices[prompt * asked.num_answers + response.index]
                 if asked.is_scored and response.HasField("prompt_logprobs"):
+                    entries.add(response.prompt_logprobs)
                     await asyncio.to_thread(choice.add, response)  # they may be many
                 else:
                     choice.add(response)

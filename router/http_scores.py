@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from batonpb import common_pb2
+from router.errors import InvalidRequest
 
 Json = dict[str, Any]
 Piece = Callable[[int], bytes]  # a token as it is written
 LEAST_LOGPROB = -9999.0  # OpenAI's word for minus infinity, which JSON has not
+# Of all prompts of a call whose answer is one object; four times what one prompt may have. Each takes some 65 bytes of
+# JSON, and several times that until it is written.
+MAX_ENTRIES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,20 @@ class Scored:
     logprob: float | None  # None: it is the first one
     rank: int
     top: list[tuple[int, float]]  # alternatives, most likely first
+
+
+class Entries:
+    """How many logprobs of prompts an answer holds."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, scores: common_pb2.PromptLogprobs) -> None:
+        """Raises `InvalidRequest` for more than an answer may have."""
+        self._count += len(scores.token_ids) * (scores.num_top + 1)
+        if self._count > MAX_ENTRIES:
+            problem = f"tokens of all prompts times it and one more may be {MAX_ENTRIES} at most"
+            raise InvalidRequest("prompt_logprobs", f"{problem} where the answer is no stream")
 
 
 def scored(scores: common_pb2.PromptLogprobs) -> Iterator[Scored]:

@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 import openai
 import pytest
-from http_support import give_logprobs, post
+from conftest import eventually
+from http_support import events, give_logprobs, post
 from openai import AsyncOpenAI
 from router_fakes import EOS, FakeCluster, expected, request, running, saying, scores_of
 
@@ -299,6 +300,19 @@ async def test_a_limit_is_named_as_the_client_said_it(redis_url: str) -> None:
             assert (status, answer["error"]["param"]) == (400, param)
             assert answer["error"]["message"].startswith(f"{param}: ")
             assert str(MAX_PROMPT_LOGPROBS) in answer["error"]["message"]
+
+
+async def test_an_answer_has_so_many_and_no_more(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many prompts a call has. A stream keeps none of them."""
+    monkeypatch.setattr("router.http_scores.MAX_ENTRIES", 3 * 2 * len(PROMPT))
+    url, body = f"{cluster.http_url}/v1/completions", {"max_tokens": 0, "echo": True, "logprobs": 1}
+    for prompts, status_of in ((3, 200), (4, 400)):
+        status, _, answer = await post(url, body | {"prompt": [PROMPT] * prompts})
+        assert status == status_of
+    assert answer["error"]["param"] == "logprobs" and "of all prompts" in answer["error"]["message"]
+    *chunks, done = await events(url, body | {"prompt": [PROMPT] * 4, "stream": True})
+    assert done == "[DONE]" and {chunk["choices"][0]["index"] for chunk in chunks} == set(range(4))
+    await eventually(lambda: cluster.active == 0, 5, "the other legs are cancelled")
 
 
 async def test_an_end_token_that_is_not_wanted_is_not_shown(redis_url: str) -> None:
