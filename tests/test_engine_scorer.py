@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from engine import native_model
 from engine.attention import ForwardBatch
+from engine.cuda_graphs import GraphedModel
 from engine.engine import Engine
 from engine.request import PromptLogprobs, Request
 from engine.scheduler import MAX_SCORED_TOKENS
@@ -37,6 +38,11 @@ def scoring(engine: Engine, name: str, tokens: Sequence[int], num_top: int = 5, 
     return request
 
 
+def again(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A graph on a CPU: its function."""
+    return compute
+
+
 def check(scores: PromptLogprobs | None, prompt: Sequence[int], model: PreTrainedModel, num_top: int = 5) -> None:
     """Against the log-softmax of transformers' logits."""
     assert scores is not None
@@ -55,14 +61,16 @@ def check(scores: PromptLogprobs | None, prompt: Sequence[int], model: PreTraine
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [64, 7, 1])
-@pytest.mark.parametrize("way", ["compiled", "torch"])
+@pytest.mark.parametrize("way", ["compiled", "torch", "graphs"])
 def test_scores_are_those_of_transformers(
     case: tuple[Path, PreTrainedModel], way: str, max_num_batched_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In chunks of any size, several prompts to a step, with requests between them that ask for nothing."""
     folder, model = case
-    if way == "torch":
+    if way != "compiled":
         monkeypatch.setattr(native_model, "can_run", lambda *_: False)
+    if way == "graphs":
+        monkeypatch.setattr("engine.engine.on_device", lambda model, cache: GraphedModel(model, cache, "padded", again))
     engine = make_engine(folder, max_num_batched_tokens=max_num_batched_tokens)
     prompts = {str(length): make_prompt(length) for length in LENGTHS}
     plain = [plain_request(engine, f"plain {name}", prompt) for name, prompt in prompts.items()]
