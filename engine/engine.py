@@ -162,10 +162,13 @@ class Engine:
     def import_blocks(self, request_id: str, payloads: Sequence[Payload]) -> int:
         """Adopts blocks that were computed elsewhere, right behind what a held request has; returns how many.
 
-        Stops at the first that is not valid, and before the block of the last token, which must be computed. A block
-        whose pieces travel apart takes as many payloads as there are pieces here, in the order of `pieces`.
+        Stops at the first that is not valid, and before the block of the last token, which must be computed. None for a
+        request whose prompt is to be scored, all of which must be. A block whose pieces travel apart takes as many
+        payloads as there are pieces here, in the order of `pieces`.
         """
         request = self._held(request_id)
+        if request.is_scoring:
+            return 0
         first = request.num_computed_tokens // self.layout.block_size
         end = (request.num_tokens - 1) // self.layout.block_size
         adopted, num_pieces = 0, len(self.pieces)
@@ -233,12 +236,16 @@ class Engine:
         for chunk in chunks:
             if chunk.request.started_s is None:
                 chunk.request.started_s = begin
-        tokens, run = self._runner.run(chunks)
-        self._speed.observe(chunks, run.total_s)
-        self.timing += StepTiming.of_step(chunks, schedule_s, run)
+        ran = self._runner.run(chunks)
+        self._speed.observe(chunks, ran.seconds.total_s)
+        self.timing += StepTiming.of_step(chunks, schedule_s, ran.seconds)
         if self._led is not None:
-            self._led.end_step(run.forward_s)
-        return [self._advance(chunk, token) for chunk, token in zip(chunks, tokens, strict=True)]
+            self._led.end_step(ran.seconds.forward_s)
+        for index, scores in ran.scores.items():
+            known = chunks[index].request.prompt_logprobs
+            assert known is not None
+            known.extend(scores)
+        return [self._advance(chunk, token) for chunk, token in zip(chunks, ran.tokens, strict=True)]
 
     def _advance(self, chunk: Chunk, token: OutputToken | InvalidRequest | None) -> RequestOutput:
         request = chunk.request

@@ -16,8 +16,9 @@ from prometheus_client import CollectorRegistry
 from router.errors import ClusterUnavailable, RouterError
 from router.frontend import Frontend
 from router.http_errors import Failure, RefusedCall, failure_of
+from router.http_ids import REQUEST_ID, is_id, no_id
 from router.http_page import StatusPage
-from router.http_routes import REQUEST_ID, Call, Routes, is_id, no_id
+from router.http_routes import Call, Routes
 from router.http_stream import STALL_S
 from router.tenants import AUTHORIZATION
 

@@ -36,7 +36,6 @@ IDLE: Mapping[str, tuple[object, ...]] = {
     "documents": (),
     "mm_processor_kwargs": (),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "allowed_token_ids": (),
     "bad_words": ([],),

@@ -148,6 +148,9 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
     def piece(self, token_id: int) -> bytes:
         """A token as it is written, special ones by their names: a list of tokens has a word for each."""
         data = self.bytes_of(token_id) if self.bytes_of is not None else b""

@@ -1,7 +1,8 @@
 """One rank of models on several: `python tests/rank_process.py RANK`. Each line of its input is a job, as JSON.
 
-A job names a folder, how it is cut, where its ranks meet, and prompts; rank 0 answers with a line of tokens, the others
-follow it. One process does many jobs, for most of the time of each would go into importing torch.
+A job names a folder, how it is cut, where its ranks meet, and prompts; rank 0 answers with a line, all tokens and the
+last prompt's logprobs, the others follow it. One process does many jobs, for most of the time of each would go into
+importing torch.
 
 With `meets`, a folder, two stages keep each other waiting: see `Meeting`. With `log`, a file, rank 0 notes each part of
 a step that it has computed.
@@ -22,7 +23,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.follower import Follower
 from engine.parallel import RankGroup, open_meeting
-from engine.request import SamplingParams
+from engine.request import PromptLogprobs, Request, SamplingParams
 from engine.shard import Shard
 
 MEET_S = 20.0
@@ -100,9 +101,21 @@ def main() -> None:
         if job.get("waits"):
             sys.stdin.readline()
         answers = [engine.generate(job["prompts"], SamplingParams(**params)) for params in job["params"]]
+        scores = logprobs_of(engine, job["prompts"][-1])
         engine.check_integrity()
         engine.close()
-        print(json.dumps(answers), flush=True)
+        print(json.dumps([answers, scores]), flush=True)
+
+
+def logprobs_of(engine: Engine, prompt: list[int]) -> list[float]:
+    scores, root = PromptLogprobs(num_top=1), engine.layout.root()
+    request = Request("scores", list(prompt), len(prompt), SamplingParams(max_tokens=1), root, engine.layout.block_size)
+    request.prompt_logprobs = scores
+    engine.add(request)
+    while not request.is_finished:
+        for output in engine.step():
+            engine.unpin([block.block_id for block in output.full_blocks])
+    return scores.logprobs
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import free_port
 from engine_driver import BLOCK, MODELS, SIZES, make_engine, make_prompt
+from rank_process import logprobs_of
 
 from engine.attention import ForwardBatch, SequenceSpan
 from engine.config import EngineConfig, ModelConfig
@@ -37,6 +38,9 @@ OPTIONS = {
     "max_num_batched_tokens": 48,
     "max_model_len": 256,
 }
+
+
+Found = tuple[list[list[list[int]]], list[float]]  # tokens by parameters and prompt, logprobs
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +114,24 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def alone(folders: dict[str, Path]) -> dict[Path, list[list[list[int]]]]:
+def alone(folders: dict[str, Path]) -> dict[Path, Found]:
     """What one rank puts out for each model."""
-    tokens = {}
+    found = {}
     for folder in folders.values():
         engine = make_engine(folder, max_num_batched_tokens=48)
-        tokens[folder] = [engine.generate(PROMPTS, SamplingParams(**params)) for params in (GREEDY, SAMPLED)]
-    return tokens
+        tokens = [engine.generate(PROMPTS, SamplingParams(**params)) for params in (GREEDY, SAMPLED)]
+        found[folder] = tokens, logprobs_of(engine, PROMPTS[-1])
+    return found
 
 
 @pytest.mark.parametrize("width", sorted(WIDTHS))
-def test_tokens_are_those_of_one_rank(
-    ranks: Ranks, alone: dict[Path, list[list[list[int]]]], folder: Path, width: str
-) -> None:
+def test_tokens_are_those_of_one_rank(ranks: Ranks, alone: dict[Path, Found], folder: Path, width: str) -> None:
+    """And so are the logprobs of a prompt, in chunks and stages."""
     ranks.send(folder, *WIDTHS[width])
-    assert json.loads(ranks.hear()) == alone[folder]
+    tokens, logprobs = json.loads(ranks.hear())
+    expected_tokens, expected_logprobs = alone[folder]
+    assert tokens == expected_tokens
+    assert len(logprobs) == len(PROMPTS[-1]) - 1 and logprobs == pytest.approx(expected_logprobs, abs=1e-4)
 
 
 def test_who_loses_a_rank_ends(folders: dict[str, Path]) -> None:

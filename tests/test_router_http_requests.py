@@ -56,6 +56,7 @@ REQUEST: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "priority": ({"priority": -3}, {"priority": -3}),
     "n": ({"n": 4}, {"n": 4}),
     "echo": ({"echo": True}, {"echo": True}),
+    "prompt_logprobs": ({"prompt_logprobs": 3}, {"prompt_logprobs": 3}),
 }
 ELSEWHERE = {"sampling", "chat"}  # whose fields have tests of their own
 
