@@ -50,10 +50,5 @@ def test_flags_are_there() -> None:
     assert len(used) > 15 and used <= known | ELSEWHERE, used - known - ELSEWHERE
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)", PAGE):
-        assert (REPOSITORY / "docs" / target).exists(), target
-
-
 def test_ports_of_the_checklist_are_the_options() -> None:
     assert {"port", "http_port", "admin_port", "metrics_port"} <= set(keys_of(serve_parser()))
