@@ -13,6 +13,9 @@ from conftest import REPOSITORY
 from scraping import documented
 
 from deploy.cli import _parser
+from grammar import source
+from router import grpc_door, http_body, http_models, http_requests, validate, validate_chat
+from router.config import RouterConfig
 
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
@@ -114,3 +117,35 @@ def test_the_map_has_each_package_and_folder() -> None:
     text = text_of(REPOSITORY / "docs" / "architecture.md").partition("## The folders")[2].partition("\n## ")[0]
     named = re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)
     assert sorted(named) == sorted(FOLDERS)
+
+
+# Limits of what clients may send: a row's first words -> the numbers in its second column.
+LIMITS: dict[str, list[int]] = {
+    "an HTTP body": [RouterConfig.max_message_bytes, http_body.MAX_OBJECTS, http_body.MAX_LISTS, http_body.MAX_NAMES],
+    "prompts x `n`": [http_requests.MAX_CHOICES, http_models.MAX_MESSAGES, http_models.MAX_PROMPT_TOKENS],
+    "a message": [RouterConfig.max_message_bytes],
+    "a prompt's text": [RouterConfig.max_prompt_bytes],
+    "answers to one request": [validate.MAX_ANSWERS],
+    "tools of a chat": [validate_chat.MAX_TOOLS, validate_chat.MAX_CALLS],
+    "tokens to make text of": [validate.MAX_TOKEN_IDS],
+    "a grammar": [
+        *(source.MAX_TEXT_BYTES, source.MAX_LARK_BYTES, source.MAX_CHOICES, source.MAX_CHOICE_CHARS),
+    ],
+    "requests": [RouterConfig.max_concurrent_requests],
+}
+
+
+@pytest.mark.parametrize("row", LIMITS)
+def test_limits_are_those_that_there_are(row: str) -> None:
+    text = text_of(REPOSITORY / "docs" / "architecture.md").partition("## Limits of what")[2]
+    (column,) = re.findall(rf"^\| {re.escape(row)}[^|]*\| ([^|]*)\|", text, re.MULTILINE)
+    units = {"": 1, " KiB": 2**10, " MiB": 2**20}
+    found = re.findall(r"(?<![\w-])(\d[\d,]*)( KiB| MiB|)\b", column)
+    assert [int(number.replace(",", "")) * units[unit] for number, unit in found] == LIMITS[row]
+
+
+def test_grpcs_own_limits_are_those_that_there_are() -> None:
+    text = text_of(REPOSITORY / "docs" / "grpc.md")
+    largest = grpc_door.TRANSPORT_FACTOR * RouterConfig.max_message_bytes
+    assert f"messages beyond {largest >> 20} MiB" in text
+    assert f"more than {grpc_door.max_calls(RouterConfig.max_concurrent_requests):,} calls" in text
