@@ -12,7 +12,10 @@ import pytest
 from conftest import REPOSITORY
 from scraping import documented
 
-from deploy.cli import _parser
+from deploy.commands import parser
+from grammar import source
+from router import grpc_door, http_body, http_models, http_requests, validate, validate_chat
+from router.config import RouterConfig
 
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
@@ -62,7 +65,7 @@ FLAGS = {
     for path in (REPOSITORY / folder).rglob("*.py")
     for flag in re.findall(r'"(--[a-z0-9-]+)"', text_of(path))
 }
-FLAGS |= all_flags(_parser()) | OF_OTHERS
+FLAGS |= all_flags(parser()) | OF_OTHERS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
@@ -122,3 +125,35 @@ def test_the_tree_names_what_is_there() -> None:
         [part] = re.findall(rf"^{package}/.*?(?=^\w)", text, re.MULTILINE | re.DOTALL)
         for name in re.findall(r"[\w*]+\.py\b", part):
             assert list((REPOSITORY / package).glob(name)), f"{package}/{name}"
+
+
+# Limits of what clients may send: a row's first words -> the numbers in its second column.
+LIMITS: dict[str, list[int]] = {
+    "an HTTP body": [RouterConfig.max_message_bytes, http_body.MAX_OBJECTS, http_body.MAX_LISTS, http_body.MAX_NAMES],
+    "prompts x `n`": [http_requests.MAX_CHOICES, http_models.MAX_MESSAGES, http_models.MAX_PROMPT_TOKENS],
+    "a message": [RouterConfig.max_message_bytes],
+    "a prompt's text": [RouterConfig.max_prompt_bytes],
+    "answers to one request": [validate.MAX_ANSWERS],
+    "tools of a chat": [validate_chat.MAX_TOOLS, validate_chat.MAX_CALLS],
+    "tokens to make text of": [validate.MAX_TOKEN_IDS],
+    "a grammar": [
+        *(source.MAX_TEXT_BYTES, source.MAX_LARK_BYTES, source.MAX_CHOICES, source.MAX_CHOICE_CHARS),
+    ],
+    "requests": [RouterConfig.max_concurrent_requests],
+}
+
+
+@pytest.mark.parametrize("row", LIMITS)
+def test_limits_are_those_that_there_are(row: str) -> None:
+    text = text_of(REPOSITORY / "docs" / "architecture.md").partition("## Limits of what")[2]
+    (column,) = re.findall(rf"^\| {re.escape(row)}[^|]*\| ([^|]*)\|", text, re.MULTILINE)
+    units = {"": 1, " KiB": 2**10, " MiB": 2**20}
+    found = re.findall(r"(?<![\w-])(\d[\d,]*)( KiB| MiB|)\b", column)
+    assert [int(number.replace(",", "")) * units[unit] for number, unit in found] == LIMITS[row]
+
+
+def test_grpcs_own_limits_are_those_that_there_are() -> None:
+    text = text_of(REPOSITORY / "docs" / "grpc.md")
+    largest = grpc_door.TRANSPORT_FACTOR * RouterConfig.max_message_bytes
+    assert f"messages beyond {largest >> 20} MiB" in text
+    assert f"more than {grpc_door.max_calls(RouterConfig.max_concurrent_requests):,} calls" in text
