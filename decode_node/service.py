@@ -8,7 +8,7 @@ from typing import Literal
 
 import grpc
 
-from batonpb import node_pb2, node_pb2_grpc
+from batonpb import common_pb2, node_pb2, node_pb2_grpc
 from decode_node.worker import DecodeLeg, DecodeWorker
 from engine.engine import Engine
 from engine.errors import InvalidRequest
@@ -42,9 +42,13 @@ class DecodeService(node_pb2_grpc.DecodeServicer):
                 if not admit.runs_alone:
                     start = (await _read(context, "start", self._start_wait_s)).start
                 token_ids = started_with(start.tokens, request, self._engine)
+                is_told = False
                 async for tokens in leg.run(token_ids, start.coming_blocks):
-                    await context.write(_tokens(leg, tokens))
-                await context.write(_finished(leg))
+                    message = _tokens(leg, tokens)
+                    is_told = bool(message.tokens.finish_reason)
+                    await context.write(message)
+                if not is_told:
+                    await context.write(_finished(leg))
 
 
 async def _read(
@@ -75,11 +79,16 @@ def _tokens(leg: DecodeLeg, tokens: Sequence[OutputToken]) -> node_pb2.DecodeRes
         compute_s=leg.compute_s,
         queue_s=leg.queue_s,
         fetch_s=min(leg.fetch_s, leg.queue_s),
+        finish_reason=_finish_reason(leg),
     )
     return node_pb2.DecodeResponse(tokens=message)
 
 
 def _finished(leg: DecodeLeg) -> node_pb2.DecodeResponse:
-    assert leg.finish_reason is not None
-    finished = node_pb2.Finished(finish_reason=FINISH_REASONS[leg.finish_reason])
-    return node_pb2.DecodeResponse(finished=finished)
+    return node_pb2.DecodeResponse(finished=node_pb2.Finished(finish_reason=_finish_reason(leg)))
+
+
+def _finish_reason(leg: DecodeLeg) -> common_pb2.FinishReason:
+    if leg.finish_reason is None:
+        return common_pb2.FINISH_REASON_UNSPECIFIED
+    return FINISH_REASONS[leg.finish_reason]

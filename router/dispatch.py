@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from batonpb import common_pb2
+from batonpb import common_pb2, node_pb2
 from kvstore.directory import ON_DISK, Directory
 from kvstore.errors import DirectoryUnavailable
 from router.decider import Decider
@@ -26,6 +26,8 @@ from router.registry import Registry
 from router.timeline import Timeline
 
 logger = logging.getLogger(__name__)
+
+Computed = node_pb2.PrefillResponse | node_pb2.Tokens  # by a leg that had the prompt to compute
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Dispatcher:
         own_s = 0.0 if plan.prefill_node else plan.prefill.compute_s
         with (
             self._registry.decode_leg(plan.decode_node, Burden(own_s, plan.blocks)) as decode,
-            self._warms(journey, plan) as has_computed,
+            self._warms(journey, plan, timeline) as has_computed,
         ):
             # 1) Both legs count from now on: whoever is planned next must see them.
             with self._prefill_leg(plan) as prefill:
@@ -132,12 +134,9 @@ class Dispatcher:
                 timeline.prefill_started()
                 first = await prefill.run(message, self._remaining_s(journey), metadata) if prefill else None
                 if prefill and first:
-                    has_computed(prefill, first.local_hit_tokens + first.store_hit_tokens, first.compute_s)
+                    has_computed(prefill, first)
             # 3) The first token. It goes to the client while Start is on its way.
             if first is not None:
-                if is_first:
-                    timeline.hit(first.local_hit_tokens, first.store_hit_tokens)
-                    timeline.waited(first.queue_s, first.fetch_s)
                 if not first.finish_reason:
                     decode.start([first.token], first.coming_blocks)
                 yield _take(journey, timeline, [first.token], first.finish_reason)
@@ -149,14 +148,13 @@ class Dispatcher:
                 tokens = reply.tokens
                 if not is_computed:
                     is_computed = True
-                    has_computed(decode, tokens.local_hit_tokens + tokens.store_hit_tokens, tokens.compute_s)
-                    if is_first:
-                        timeline.hit(tokens.local_hit_tokens, tokens.store_hit_tokens)
-                        timeline.waited(tokens.queue_s, tokens.fetch_s)
+                    has_computed(decode, tokens)
                 elif first is not None and is_first:
                     timeline.transferred(tokens.fetch_s)
                 timeline.decode_hit(tokens.store_hit_tokens)
-                yield _take(journey, timeline, tokens.tokens)
+                yield _take(journey, timeline, tokens.tokens, tokens.finish_reason)
+                if tokens.finish_reason:
+                    return
             yield Progress((), reply.finished.finish_reason)
 
     def _prefill_leg(self, plan: Plan) -> AbstractContextManager[PrefillLeg | None]:
@@ -165,18 +163,22 @@ class Dispatcher:
         return self._registry.prefill_leg(plan.prefill_node, Burden(plan.prefill.compute_s, plan.blocks))
 
     @contextmanager
-    def _warms(self, journey: Journey, plan: Plan) -> Iterator[Callable[[Leg, int, float], None]]:
+    def _warms(self, journey: Journey, plan: Plan, timeline: Timeline) -> Iterator[Callable[[Leg, Computed], None]]:
         """Inside, whoever is planned next knows what the first leg is going to compute.
 
-        Call what it gives with the leg that has computed the prompt, its hits in tokens, and its seconds.
+        Call what it gives with the leg that has computed the prompt, and its word about that.
         """
         promise = self._decider.promise(journey, plan)
-        num_tokens, is_computed = journey.num_tokens, False
+        num_tokens, is_first, is_computed = journey.num_tokens, not journey.output_ids, False
 
-        def has_computed(leg: Leg, num_hit_tokens: int, seconds: float) -> None:
+        def has_computed(leg: Leg, answer: Computed) -> None:
             nonlocal is_computed
             is_computed = True
-            self._registry.computed(leg, Work(max(1, num_tokens - num_hit_tokens), num_hit_tokens, seconds))
+            num_hits = answer.local_hit_tokens + answer.store_hit_tokens
+            self._registry.computed(leg, Work(max(1, num_tokens - num_hits), num_hits, answer.compute_s))
+            if is_first:
+                timeline.hit(answer.local_hit_tokens, answer.store_hit_tokens)
+                timeline.waited(answer.queue_s, answer.fetch_s)
 
         try:
             yield has_computed

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,30 +21,25 @@ SHORTEST_S, LONGEST_S = 1 / 64, 256.0  # of prompts that are told apart by their
 _EDGES_S = tuple(SHORTEST_S * 2**n for n in range(round(math.log2(LONGEST_S / SHORTEST_S)) + 1))
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """A first leg that was sent and has not begun."""
+class Waiting(NamedTuple):
+    """A first leg that was sent and has not begun. The least key goes first."""
 
+    key: float
     work_s: float
-    sent_s: float
-
-    @property
-    def key(self) -> float:
-        return key(self.work_s, self.sent_s)
+    leg: object = None
 
 
 def key(work_s: float, sent_s: float) -> float:
-    """The least goes first."""
+    """Of a leg: by it those that wait are ranked."""
     return work_s + AGEING * sent_s
 
 
 class Line:
-    """Those that wait for one node."""
+    """Those that wait for one node; whoever goes first comes first."""
 
-    def __init__(self, waiting: Iterable[Waiting]) -> None:
-        ranked = sorted(waiting, key=lambda one: one.key)
+    def __init__(self, ranked: Sequence[Waiting]) -> None:
         self._keys = [one.key for one in ranked]
-        self._until_s = [0.0, *itertools.accumulate(one.work_s for one in ranked)]
+        self._until_s = [0.0, *itertools.accumulate([one.work_s for one in ranked])]
 
     def overtaken_s(self, newcomer: float) -> float:
         """Seconds of work that a newcomer of this key goes before."""

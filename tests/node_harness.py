@@ -123,6 +123,8 @@ async def finish(call: grpc.aio.StreamStreamCall) -> Decoded:
         if message.HasField("tokens"):
             decoded.local_hit_tokens = message.tokens.local_hit_tokens
             decoded.store_hit_tokens = message.tokens.store_hit_tokens
+            if reason := message.tokens.finish_reason:
+                decoded.finished = node_pb2.Finished(finish_reason=reason)
         if message.HasField("finished"):
             decoded.finished = message.finished
     return decoded

@@ -215,6 +215,7 @@ class FakeNode:
             self.seen.starts.append(token_ids)
             await self._moment("start", context)
             reason = common_pb2.FINISH_REASON_UNSPECIFIED
+            tells_last = "finished" not in self.faults  # as nodes do, unless a fault wants to come between the two
             count, tokens = 0, []
             while not reason:
                 await asyncio.sleep(self.step_s)
@@ -225,13 +226,16 @@ class FakeNode:
                     local, store = self.hits
                     hits = {"local_hit_tokens": local, "store_hit_tokens": store}
                     message = node_pb2.Tokens(tokens=tokens, queue_s=self.queue_s, fetch_s=self.fetch_s, **hits)
+                    if tells_last:
+                        message.finish_reason = reason
                     await context.write(node_pb2.DecodeResponse(tokens=message))
                     tokens = []
                 count += 1
                 await self._moment(f"token {count}", context)
-            await self._moment("finished", context)
-            finished = node_pb2.Finished(finish_reason=reason)
-            await context.write(node_pb2.DecodeResponse(finished=finished))
+            if not tells_last:
+                await self._moment("finished", context)
+                finished = node_pb2.Finished(finish_reason=reason)
+                await context.write(node_pb2.DecodeResponse(finished=finished))
 
     async def GetLoad(self, _message: node_pb2.GetLoadRequest, context: grpc.aio.ServicerContext) -> node_pb2.Load:
         return node_pb2.Load(node_id=self.node_id, draining=self.record.draining)

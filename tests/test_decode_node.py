@@ -86,7 +86,9 @@ async def test_without_a_first_token_the_node_computes_the_prompt(machine: Machi
     told_s = {message.tokens.compute_s for message in decoded.messages if message.HasField("tokens")}
     assert len(told_s) == 1 and min(told_s) > 0.0, "what the prompt took, the same in each message"
     kinds = [message.WhichOneof("message") for message in decoded.messages]
-    assert set(kinds[:-1]) == {"tokens"} and kinds[-1] == "finished"
+    assert set(kinds) == {"tokens"}
+    reasons = [message.tokens.finish_reason for message in decoded.messages]
+    assert reasons[-1] == common_pb2.FINISH_REASON_LENGTH and not any(reasons[:-1]), "the last tokens say so"
 
 
 async def test_fetches_while_prefill_is_still_at_work(machine: Machine) -> None:

@@ -82,20 +82,22 @@ class Admitted(_message.Message):
     def __init__(self, free_blocks: _Optional[int] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("tokens", "local_hit_tokens", "store_hit_tokens", "compute_s", "queue_s", "fetch_s")
+    __slots__ = ("tokens", "local_hit_tokens", "store_hit_tokens", "compute_s", "queue_s", "fetch_s", "finish_reason")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]
     local_hit_tokens: int
     store_hit_tokens: int
     compute_s: float
     queue_s: float
     fetch_s: float
-    def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., fetch_s: _Optional[float] = ...) -> None: ...
+    finish_reason: _common_pb2.FinishReason
+    def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("finish_reason",)

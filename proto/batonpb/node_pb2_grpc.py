@@ -120,7 +120,8 @@ class DecodeServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Decode(self, request_iterator, context):
-        """Admit reserves room and starts to fetch; Start names the first token; then tokens stream until Finished.
+        """Admit reserves room and starts to fetch; Start names the first token; then tokens stream, the last ones with a reason to
+        finish; where there were none left to say it, Finished follows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
