@@ -45,7 +45,6 @@ class FakeNode(node_pb2_grpc.PrefillServicer, node_pb2_grpc.DecodeServicer):
                 yield node_pb2.DecodeResponse(tokens=tokens)
             if not left:
                 yield node_pb2.DecodeResponse(finished=node_pb2.Finished(finish_reason=LENGTH))
-            return
 
 
 def _record(role: str, address: str) -> NodeRecord:

@@ -246,6 +246,7 @@ class Nodes:
         times_s = [clock()]
         start = node_pb2.Start(tokens=[answer.token], coming_blocks=answer.coming_blocks)
         await call.write(node_pb2.DecodeRequest(start=start))
+        await call.done_writing()
         store_hit_tokens = 0
         while (response := await call.read()) is not grpc.aio.EOF:
             times_s += [clock()] * len(response.tokens.tokens)

@@ -119,9 +119,10 @@ class Dispatcher:
     async def _attempt(self, journey: Journey, plan: Plan, timeline: Timeline) -> AsyncGenerator[Progress, None]:
         """Both legs once. Ends with a finish reason, or raises `LegFailed` or `LegRefused`."""
         timeline.planned(plan)
-        message, is_first = journey.message(), not journey.output_ids
+        message, is_first = journey.admit(runs_alone=plan.prefill_node is None), not journey.output_ids
         metadata = journey.request.trace.metadata
         own_s = 0.0 if plan.prefill_node else plan.prefill.compute_s
+        first: node_pb2.PrefillResponse | None = None
         with (
             self._registry.decode_leg(plan.decode_node, Burden(own_s, plan.blocks)) as decode,
             self._warms(journey, plan, timeline) as has_computed,
@@ -129,11 +130,11 @@ class Dispatcher:
             # 1) Both legs count from now on: whoever is planned next must see them.
             with self._prefill_leg(plan) as prefill:
                 # 2) Room on the decode node, before any prefill is spent.
-                await decode.admit(message, self._remaining_s(journey), prefill is None, metadata)
+                await decode.admit(message, self._remaining_s(journey), metadata)
                 timeline.admitted()
                 timeline.prefill_started()
-                first = await prefill.run(message, self._remaining_s(journey), metadata) if prefill else None
-                if prefill and first:
+                if prefill:
+                    first = await prefill.run(message.admit.request, self._remaining_s(journey), metadata)
                     has_computed(prefill, first)
             # 3) The first token. It goes to the client while Start is on its way.
             if first is not None:

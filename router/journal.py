@@ -146,10 +146,10 @@ def decision(policy: str, request: RequestView, num_nodes: int, chosen: Plan | R
     if seen is not None:
         firsts = _best(seen.first.cost_s, seen.firsts | seen.alone)
         columns = [getattr(seen.first, name)[firsts] for name in PREFILL_TERMS]
-        prefill = Candidates(_names(seen, firsts), np.stack(columns))
+        prefill = Candidates(_names(seen, firsts), np.array(columns))
         seconds = _best(seen.second.cost_s, seen.seconds)
         columns = [getattr(seen.second, name)[seconds] for name in DECODE_TERMS]
-        decode = Candidates(_names(seen, seconds), np.stack(columns))
+        decode = Candidates(_names(seen, seconds), np.array(columns))
     hit_blocks = longest(request.hits).num_blocks
     limit_s = request.ttft_limit_s
     return Decision(policy, request.num_tokens, hit_blocks, num_nodes, chosen.bare(), prefill, decode, limit_s)

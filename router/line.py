@@ -51,7 +51,7 @@ class Demand:
 
     def __init__(self, memory_s: float = 120.0) -> None:
         self._memory_s = memory_s
-        self._work_s = np.zeros(len(_EDGES_S))  # by class; older ones count less
+        self._work_s = [0.0] * len(_EDGES_S)  # by class; older ones count less
         self._at_s = self._began_s = -math.inf
 
     def sent(self, work_s: float, now_s: float) -> None:
@@ -64,14 +64,16 @@ class Demand:
         """By class: the share of all nodes' time that shorter prompts take, for one in the middle of it."""
         self._fade(now_s)
         seen_s = self._memory_s * -math.expm1(-max(1.0, now_s - self._began_s) / self._memory_s)
-        shares = (np.cumsum(self._work_s) - self._work_s / 2) / (seen_s * max(1, num_nodes))
-        return tuple(shares.tolist())
+        whole_s, shorter_s = seen_s * max(1, num_nodes), itertools.accumulate(self._work_s)
+        return tuple([(up_to_s - own_s / 2) / whole_s for up_to_s, own_s in zip(shorter_s, self._work_s, strict=True)])
 
     def _fade(self, now_s: float) -> None:
         if self._began_s == -math.inf:
             self._began_s = self._at_s = now_s
-        self._work_s *= math.exp(-max(0.0, now_s - self._at_s) / self._memory_s)
-        self._at_s = max(self._at_s, now_s)
+        if now_s > self._at_s:
+            kept = math.exp((self._at_s - now_s) / self._memory_s)
+            self._work_s = [work_s * kept for work_s in self._work_s]
+            self._at_s = now_s
 
 
 def with_overtakers(

@@ -115,6 +115,11 @@ class Tokenizer:
         return frozenset(token.content for token in added if not token.special)
 
     @functools.cached_property
+    def largest_id(self) -> int:
+        """Of all that it may encode to."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values())
+
+    @functools.cached_property
     def _longest_token_bytes(self) -> int:
         if self._backend.normalizer is not None:  # it may drop any amount of text
             return 1 << 62

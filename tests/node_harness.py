@@ -117,6 +117,7 @@ async def start(call: grpc.aio.StreamStreamCall, tokens: Sequence[int] = (), com
 async def finish(call: grpc.aio.StreamStreamCall) -> Decoded:
     """Reads a started call to its end."""
     decoded = Decoded()
+    await call.done_writing()  # no other leg follows in this call
     while (message := await call.read()) is not grpc.aio.EOF:
         decoded.messages.append(message)
         decoded.token_ids += ids(message.tokens.tokens)

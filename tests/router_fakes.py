@@ -118,6 +118,8 @@ class FakeNode:
         self.hits = (0, 0)  # (local, store) tokens that each leg reports
         self.compute_s = self.queue_s = self.fetch_s = 0.0  # likewise
         self.metadata: list[dict[str, str]] = []  # of each call, as it came
+        self.num_decode_calls = 0
+        self.keeps_calls = True  # a Decode call may have several legs
         self.health = health.aio.HealthServicer()
         self._directory = Directory(redis_url, CLUSTER)
         self._role = role
@@ -200,7 +202,13 @@ class FakeNode:
         )
 
     async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
-        admit = (await context.read()).admit
+        self.num_decode_calls += 1
+        while (message := await context.read()) is not grpc.aio.EOF:
+            await self._decode(message.admit, context)
+            if not self.keeps_calls:
+                return
+
+    async def _decode(self, admit: node_pb2.Admit, context: grpc.aio.ServicerContext) -> None:
         request = admit.request
         self.metadata.append(dict(context.invocation_metadata() or ()))
         self.seen.admits.append(request)
