@@ -157,7 +157,7 @@ def decision(policy: str, request: RequestView, num_nodes: int, chosen: Plan | R
 
 def _best(cost_s: Column, mask: Mask) -> NDArray[np.intp]:
     """Rows of the least costs, in their order."""
-    rows = np.flatnonzero(mask)
+    rows = mask.nonzero()[0]
     if len(rows) > MAX_CANDIDATES:
         rows = rows[np.argpartition(cost_s[rows], MAX_CANDIDATES)[:MAX_CANDIDATES]]
     return rows[np.argsort(cost_s[rows])]

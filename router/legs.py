@@ -182,7 +182,7 @@ class DecodeLeg(Leg):
         if answer is grpc.aio.EOF:
             raise self._failed("ended the stream without Finished")
         message: node_pb2.DecodeResponse = answer
-        self._is_over = bool(message.finished.finish_reason or message.tokens.finish_reason)
+        self._is_over = bool(message.tokens.finish_reason) or message.HasField("finished")
         return message
 
     def close(self) -> None:
