@@ -220,7 +220,7 @@ async def test_the_command_line_prints_several_answers(
     assert await asyncio.to_thread(main, [*argv, "--json"]) == 0
     assert [answer["text"] for answer in json.loads(capsys.readouterr().out)] == texts
     assert await asyncio.to_thread(main, [*argv[:5], "17"]) == 1
-    assert "n: must be in [1, 16], got 17" in capsys.readouterr().err
+    assert "--n must be from 1 to 16, got 17" in capsys.readouterr().err
 
 
 async def test_stop_strings_are_not_looked_for_in_the_prompt(cluster: FakeCluster) -> None:
