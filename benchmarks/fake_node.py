@@ -66,8 +66,8 @@ def _record(role: str, address: str) -> NodeRecord:
 async def _serve(redis_url: str, cluster: str, roles: Sequence[str]) -> None:
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     node = FakeNode()
-    node_pb2_grpc.add_PrefillServicer_to_server(node, server)
-    node_pb2_grpc.add_DecodeServicer_to_server(node, server)
+    node_pb2_grpc.add_PrefillServicer_to_server(node, server)  # type: ignore[no-untyped-call]
+    node_pb2_grpc.add_DecodeServicer_to_server(node, server)  # type: ignore[no-untyped-call]
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     directory = Directory(redis_url, cluster)

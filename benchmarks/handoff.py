@@ -21,12 +21,11 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import random
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,8 @@ import grpc
 from batonpb import common_pb2, node_pb2, node_pb2_grpc
 from benchmarks.engine_shapes import SHAPES
 from benchmarks.rows import Row, print_rows
+from benchmarks.server_process import server_process
 from deploy.redis import EmbeddedRedis
-from deploy.redis_url import REDIS_URL_VARIABLE
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from loadtest.exchange import Clock
 
@@ -46,7 +45,6 @@ LENGTHS = (1024, 4096, 16384)  # tokens
 OUTPUT_TOKENS = 24
 DTYPE = "bfloat16"
 CHUNK_TOKENS = EngineConfig().max_num_batched_tokens
-START_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -62,48 +60,69 @@ class HandOff:
     late_tokens: int
 
 
+@dataclass(frozen=True)
+class Legs:
+    """What the calls of both legs gave. `times_s` has an entry for each token, since the first call."""
+
+    compute_s: float  # of the first leg
+    times_s: Sequence[float]
+    store_hit_tokens: int  # that the decode node had from the store
+
+    @property
+    def step_s(self) -> float:
+        """The median gap behind the second token."""
+        return statistics.median(later - earlier for earlier, later in itertools.pairwise(self.times_s[1:]))
+
+
+async def both_legs(
+    prefill: node_pb2_grpc.PrefillStub, decode: node_pb2_grpc.DecodeStub, request: node_pb2.NodeRequest
+) -> Legs:
+    """What a router does."""
+    clock = Clock()
+    call = decode.Decode()
+    await call.write(node_pb2.DecodeRequest(admit=node_pb2.Admit(request=request)))
+    await call.read()
+    answer = await prefill.Prefill(node_pb2.PrefillRequest(request=request))
+    times_s = [clock()]
+    start = node_pb2.Start(tokens=[answer.token], coming_blocks=answer.coming_blocks)
+    await call.write(node_pb2.DecodeRequest(start=start))
+    store_hit_tokens = 0
+    while (response := await call.read()) is not grpc.aio.EOF:
+        times_s += [clock()] * len(response.tokens.tokens)
+        store_hit_tokens = max(store_hit_tokens, response.tokens.store_hit_tokens)
+    if len(times_s) != OUTPUT_TOKENS:
+        raise RuntimeError(f"{len(times_s)} of {OUTPUT_TOKENS} tokens came")
+    return Legs(answer.compute_s, times_s, store_hit_tokens)
+
+
 class Cluster:
     """The nodes' stubs."""
 
     def __init__(self, publishing: grpc.aio.Channel, alone: grpc.aio.Channel, decode: grpc.aio.Channel) -> None:
-        self._prefill = node_pb2_grpc.PrefillStub(publishing)
-        self._alone = node_pb2_grpc.PrefillStub(alone)
-        self._decode = node_pb2_grpc.DecodeStub(decode)
-        self._control = node_pb2_grpc.NodeControlStub(decode)
+        self._prefill = node_pb2_grpc.PrefillStub(publishing)  # type: ignore[no-untyped-call]
+        self._alone = node_pb2_grpc.PrefillStub(alone)  # type: ignore[no-untyped-call]
+        self._decode = node_pb2_grpc.DecodeStub(decode)  # type: ignore[no-untyped-call]
+        self._control = node_pb2_grpc.NodeControlStub(decode)  # type: ignore[no-untyped-call]
 
     async def hand_off(self, prompts: Sequence[Sequence[int]], alone_first: bool) -> HandOff:
         """The first prompt goes through both legs, the second to the node that publishes nothing."""
         request, other = [node_request(prompt) for prompt in prompts]
         alone_s = await self._compute_s(other) if alone_first else 0.0
         before = (await self._load()).fetches.local
-        clock = Clock()
-        call = self._decode.Decode()
-        await call.write(node_pb2.DecodeRequest(admit=node_pb2.Admit(request=request)))
-        await call.read()
-        answer = await self._prefill.Prefill(node_pb2.PrefillRequest(request=request))
-        times_s = [clock()]
-        start = node_pb2.Start(tokens=[answer.token], coming_blocks=answer.coming_blocks)
-        await call.write(node_pb2.DecodeRequest(start=start))
-        store_hit_tokens = 0
-        while (response := await call.read()) is not grpc.aio.EOF:
-            times_s += [clock()] * len(response.tokens.tokens)
-            store_hit_tokens = max(store_hit_tokens, response.tokens.store_hit_tokens)
-        if len(times_s) != OUTPUT_TOKENS:
-            raise RuntimeError(f"{len(times_s)} of {OUTPUT_TOKENS} tokens came")
+        legs = await both_legs(self._prefill, self._decode, request)
         after = (await self._load()).fetches.local
         num_blocks = after.num_blocks - before.num_blocks
         if not num_blocks:
             raise RuntimeError("the decode node fetched nothing from the store")
-        block_tokens = store_hit_tokens // num_blocks
-        gaps_s = [later - earlier for earlier, later in itertools.pairwise(times_s[1:])]
+        block_tokens = legs.store_hit_tokens // num_blocks
         return HandOff(
-            prefill_s=answer.compute_s,
+            prefill_s=legs.compute_s,
             prefill_alone_s=alone_s or await self._compute_s(other),
-            ttft_s=times_s[0],
-            gap_s=times_s[1] - times_s[0],
-            step_s=statistics.median(gaps_s),
+            ttft_s=legs.times_s[0],
+            gap_s=legs.times_s[1] - legs.times_s[0],
+            step_s=legs.step_s,
             copy_s=(after.seconds - before.seconds) / num_blocks * (last_chunk(len(prompts[0])) // block_tokens),
-            late_tokens=len(prompts[0]) // block_tokens * block_tokens - store_hit_tokens,
+            late_tokens=len(prompts[0]) // block_tokens * block_tokens - legs.store_hit_tokens,
         )
 
     async def _compute_s(self, request: node_pb2.NodeRequest) -> float:
@@ -113,7 +132,8 @@ class Cluster:
         return float(answer.compute_s)
 
     async def _load(self) -> node_pb2.Load:
-        return await self._control.GetLoad(node_pb2.GetLoadRequest())
+        load: node_pb2.Load = await self._control.GetLoad(node_pb2.GetLoadRequest())
+        return load
 
 
 def last_chunk(num_tokens: int) -> int:
@@ -194,33 +214,6 @@ async def _cluster(folder: Path, model: Path, redis_url: str, max_tokens: int) -
             ),
         ]
         yield Cluster(*nodes)
-
-
-@asynccontextmanager
-async def server_process(
-    kind: str, config: dict[str, Any], prefix: Sequence[str] = (), extra: Mapping[str, str] | None = None
-) -> AsyncIterator[dict[str, Any]]:
-    """A server in a process of its own, from its ready line on; what it registered.
-
-    `prefix` are words before its command, `extra` variables of its environment.
-    """
-    # The URL may have a password, which is not for arguments.
-    environment = os.environ | (extra or {}) | {REDIS_URL_VARIABLE: config["redis_url"]}
-    config = {name: value for name, value in config.items() if name != "redis_url"}
-    command = [*prefix, sys.executable, "-m", "deploy.process", kind, json.dumps(config)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment)
-    assert process.stdout is not None
-    try:
-        line = b""
-        while not line.startswith(b"READY "):
-            line = await asyncio.wait_for(process.stdout.readline(), START_LIMIT_S)
-            if not line:
-                raise RuntimeError(f"the {kind} ended with {await process.wait()} before it was ready")
-        yield json.loads(line[len(b"READY ") :])
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
 
 
 def write_model(folder: Path, max_tokens: int) -> Path:

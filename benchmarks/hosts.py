@@ -27,7 +27,6 @@ import json
 import os
 import random
 import signal
-import statistics
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -39,15 +38,15 @@ from typing import Any
 import grpc
 
 from batonpb import node_pb2, node_pb2_grpc
-from benchmarks.handoff import OUTPUT_TOKENS, last_chunk, node_request, server_process, write_model
+from benchmarks.handoff import OUTPUT_TOKENS, both_legs, last_chunk, node_request, write_model
 from benchmarks.lan import Lan, floor_s, reason_to_skip
 from benchmarks.rows import Peer, Row, print_beside
+from benchmarks.server_process import server_process
 from benchmarks.worker_process import WorkerProcess
 from deploy.process import SECRETS
 from deploy.redis import EmbeddedRedis
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from kvstore.curve import new_wire_key
-from loadtest.exchange import Clock
 
 LENGTHS = (1024, 4096)  # tokens
 RATES = {"100 Mbit/s": 1e8, "1 Gbit/s": 1e9, "10 Gbit/s": 1e10, "unlimited": 0.0}
@@ -230,40 +229,27 @@ class Nodes:
     """Their stubs."""
 
     def __init__(self, prefill: grpc.aio.Channel, decode: grpc.aio.Channel) -> None:
-        self._prefill = node_pb2_grpc.PrefillStub(prefill)
-        self._decode = node_pb2_grpc.DecodeStub(decode)
-        self._control = node_pb2_grpc.NodeControlStub(decode)
+        self._prefill = node_pb2_grpc.PrefillStub(prefill)  # type: ignore[no-untyped-call]
+        self._decode = node_pb2_grpc.DecodeStub(decode)  # type: ignore[no-untyped-call]
+        self._control = node_pb2_grpc.NodeControlStub(decode)  # type: ignore[no-untyped-call]
 
     async def hand_off(self, prompt: Sequence[int]) -> HandOff:
         """What a router does."""
         request = node_request(prompt)
         before = (await self._load()).fetches.remote
-        clock = Clock()
-        call = self._decode.Decode()
-        await call.write(node_pb2.DecodeRequest(admit=node_pb2.Admit(request=request)))
-        await call.read()
-        answer = await self._prefill.Prefill(node_pb2.PrefillRequest(request=request))
-        times_s = [clock()]
-        start = node_pb2.Start(tokens=[answer.token], coming_blocks=answer.coming_blocks)
-        await call.write(node_pb2.DecodeRequest(start=start))
-        store_hit_tokens = 0
-        while (response := await call.read()) is not grpc.aio.EOF:
-            times_s += [clock()] * len(response.tokens.tokens)
-            store_hit_tokens = max(store_hit_tokens, response.tokens.store_hit_tokens)
-        if len(times_s) != OUTPUT_TOKENS:
-            raise RuntimeError(f"{len(times_s)} of {OUTPUT_TOKENS} tokens came")
+        legs = await both_legs(self._prefill, self._decode, request)
         after = (await self._load()).fetches.remote
-        gaps_s = [later - earlier for earlier, later in itertools.pairwise(times_s[1:])]
         return HandOff(
-            ttft_s=times_s[0],
-            gap_s=times_s[1] - times_s[0],
-            step_s=statistics.median(gaps_s),
-            late_tokens=len(prompt) // EngineConfig().block_size * EngineConfig().block_size - store_hit_tokens,
+            ttft_s=legs.times_s[0],
+            gap_s=legs.times_s[1] - legs.times_s[0],
+            step_s=legs.step_s,
+            late_tokens=len(prompt) // EngineConfig().block_size * EngineConfig().block_size - legs.store_hit_tokens,
             received_bytes=after.num_bytes - before.num_bytes,
         )
 
     async def _load(self) -> node_pb2.Load:
-        return await self._control.GetLoad(node_pb2.GetLoadRequest())
+        load: node_pb2.Load = await self._control.GetLoad(node_pb2.GetLoadRequest())
+        return load
 
 
 def live_figures(setting: Setting, length: int, rate: str, run: Sequence[HandOff]) -> list[Figure]:

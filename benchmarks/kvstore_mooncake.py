@@ -42,7 +42,7 @@ class PoolMemory(Memory):
         address = store.alloc_from_mem_pool(num_bytes)
         if not address:
             raise RuntimeError("the memory pool is too small")
-        pool = (ctypes.c_uint8 * num_bytes).from_address(address)
+        pool: Any = (ctypes.c_uint8 * num_bytes).from_address(address)
         self.rows = np.frombuffer(pool, np.uint8).reshape(num_positions, block_bytes)
         self.rows.fill(0)
 
@@ -120,7 +120,8 @@ def segment(setting: Setting) -> int:
 
 def set_up(store: Any, shared: dict[str, Any], segment_bytes: int) -> int:
     buffer_bytes = LOCAL_BUFFER_BYTES
-    return store.setup(HOST, shared["metadata"], segment_bytes, buffer_bytes, "tcp", "", shared["master"])
+    code: int = store.setup(HOST, shared["metadata"], segment_bytes, buffer_bytes, "tcp", "", shared["master"])
+    return code
 
 
 def done(status: int) -> None:
@@ -212,7 +213,7 @@ def wait_for(process: subprocess.Popen[bytes], port: int) -> None:
             return
         except OSError:
             time.sleep(0.02)
-    raise RuntimeError(f"{process.args} does not listen on {port}")
+    raise RuntimeError(f"{process.args!r} does not listen on {port}")
 
 
 def end(process: subprocess.Popen[Any]) -> None:

@@ -120,10 +120,8 @@ def wire_measurements(size: str) -> list[Measurement]:
 
 
 def look_up_measurements() -> list[Measurement]:
-    return [
-        Measurement("us", n, "exist", (Own(f"locate {n} blocks", "locate"), Own(f"match {n} blocks", "match")))
-        for n in (64, 512)
-    ]
+    own = ("locate", "count", "match")
+    return [Measurement("us", n, "exist", tuple(Own(f"{one} {n} blocks", one) for one in own)) for n in (64, 512)]
 
 
 def tables(wanted: Wanted) -> list[Table]:

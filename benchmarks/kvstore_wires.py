@@ -65,7 +65,7 @@ class ZmqWire(Wire):
     def __init__(self, setting: Setting, shared: dict[str, Any], stop: Callable[[], None] | None) -> None:
         super().__init__(setting, shared, stop)
         self.version = f"pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}"
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(f"tcp://{HOST}:{shared['port']}")
 
@@ -156,13 +156,13 @@ def own(kind: str, num_blocks: int, block_bytes: int) -> None:
     memory = Memory(num_blocks, block_bytes)
     for name in range(num_blocks):
         memory.put(name, content(name, block_bytes))
-    blocks = [memoryview(row) for row in memory.rows]
+    blocks = [row.data for row in memory.rows]
     serve = serve_zmq if kind == "pyzmq" else serve_tcp
     serve(blocks)
 
 
 def serve_zmq(blocks: Sequence[memoryview]) -> None:
-    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     print(router.bind_to_random_port(f"tcp://{HOST}"), flush=True)
     while True:
         sender, request = router.recv_multipart()

@@ -63,7 +63,11 @@ class Client(Protocol):
 
     version: str
     shared: dict[str, Any]  # for those who join; empty: nobody can
-    operations: Mapping[str, Operation]  # each times only what a user of the store would wait for
+
+    @property
+    def operations(self) -> Mapping[str, Operation]:
+        """Each times only what a user of the store would wait for."""
+        ...
 
     def put(self, position: int, data: bytes) -> None:
         """Sets the client's own memory."""
@@ -87,10 +91,12 @@ class Memory:
         self.rows[position] = np.frombuffer(data, np.uint8)
 
     def get(self, position: int) -> bytes:
-        return self.rows[position].tobytes()
+        data: bytes = self.rows[position].tobytes()
+        return data
 
     def address(self, position: int = 0) -> int:
-        return self.rows[position].ctypes.data
+        address: int = self.rows[position].ctypes.data
+        return address
 
 
 class Picks:

@@ -6,8 +6,6 @@ And a trace that is sent to it, with what came back: the client's times, and the
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 import grpc
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
+from benchmarks.server_process import server_process
 from deploy.redis import EmbeddedRedis
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from kvstore.directory import Directory
@@ -25,7 +24,7 @@ from loadtest.exchange import Clock
 from loadtest.prompts import Prompt
 from loadtest.runner import drive
 
-START_LIMIT_S = 120.0
+ANSWER_LIMIT_S = 120.0
 CLUSTER = "sim-live"
 
 
@@ -80,7 +79,7 @@ class LiveCluster:
         request.tokens.token_ids.extend(ask.prompt)
         times_s: list[float] = []
         last, sent_s = inference_pb2.GenerateResponse(), clock()
-        async for last in self.stub.Generate(request, timeout=START_LIMIT_S):
+        async for last in self.stub.Generate(request, timeout=ANSWER_LIMIT_S):
             times_s += [clock()] * len(last.tokens)
             if began is not None and times_s:
                 began.set()
@@ -134,7 +133,7 @@ async def live_cluster(folder: Path, model: Path, num_blocks: int, memory_bytes:
         async with AsyncExitStack() as stack:
 
             async def start(kind: str, config: dict[str, Any]) -> dict[str, Any]:
-                return await stack.enter_async_context(_process(kind, common | config))
+                return await stack.enter_async_context(server_process(kind, common | config))
 
             await start("store", store | {"host": "here"})
             for share, role in enumerate(("prefill", "decode")):
@@ -161,22 +160,3 @@ async def _until_there(redis_url: str) -> None:
         await asyncio.sleep(0.05)
     await directory.close()
     await asyncio.sleep(1.0)  # for the router to have seen them
-
-
-@asynccontextmanager
-async def _process(kind: str, config: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """A server in a process of its own, from its ready line on; what it registered."""
-    command = [sys.executable, "-m", "deploy.process", kind, json.dumps(config)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        line = b""
-        while not line.startswith(b"READY "):
-            line = await asyncio.wait_for(process.stdout.readline(), START_LIMIT_S)
-            if not line:
-                raise RuntimeError(f"the {kind} ended with {await process.wait()} before it was ready")
-        yield json.loads(line[len(b"READY ") :])
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()

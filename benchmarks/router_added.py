@@ -68,7 +68,8 @@ def through_router(client: GrpcClient, generator: random.Random, legs: int) -> W
 
 def direct(channel: grpc.aio.Channel, generator: random.Random, legs: int) -> Way:
     """The calls that a router makes for one request, made by the client itself, in the same order."""
-    prefill, decode = node_pb2_grpc.PrefillStub(channel), node_pb2_grpc.DecodeStub(channel)
+    prefill = node_pb2_grpc.PrefillStub(channel)  # type: ignore[no-untyped-call]
+    decode = node_pb2_grpc.DecodeStub(channel)  # type: ignore[no-untyped-call]
 
     async def way() -> Times:
         tokens = generator.choices(range(256), k=PROMPT_CHARACTERS)
@@ -126,8 +127,9 @@ async def added(layout: str, redis_url: str, num_requests: int, repeats: int) ->
 
 def _rows(layout: str, runs: Sequence[list[list[Times]]]) -> list[Row]:
     """`runs[repeat][way]` has the times of one way, the direct one first."""
+    picks: dict[str, Callable[[Times], float]] = {"TTFT": lambda times: times.ttft_s, "E2E": lambda times: times.e2e_s}
     rows = []
-    for name, pick in (("TTFT", lambda times: times.ttft_s), ("E2E", lambda times: times.e2e_s)):
+    for name, pick in picks.items():
         for percent in (50, 99):
             pairs = [[1e3 * percentile([pick(t) for t in times], percent) for times in run] for run in runs]
             what = f"{layout}: {name} p{percent}"

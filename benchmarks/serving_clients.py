@@ -10,12 +10,12 @@ import json
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 
 from benchmarks.serving_model import text_of, tokens_of
-from loadtest.exchange import Ask, Message, ModelInfo, SendError, Stream, Target
+from loadtest.exchange import Ask, Content, Message, ModelInfo, SendError, Stream, Target
 from loadtest.http_client import HttpClient
 
 MODEL_NAME = "model"  # of all set-ups
@@ -43,8 +43,8 @@ class OneServer(HttpClient):
         return info
 
     def encode(self, ask: Ask) -> bytes:
-        tokens = [token for message in ask.messages for token in message.content]
-        content = text_of(tokens) if self._as_text else tuple(tokens)  # type: ignore[arg-type]
+        tokens = cast("list[int]", [token for message in ask.messages for token in message.content])
+        content: Content = text_of(tokens) if self._as_text else tuple(tokens)
         return super().encode(replace(ask, messages=(Message("user", content),)))
 
     async def send(self, request: bytes, stream: Stream) -> None:

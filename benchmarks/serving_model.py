@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.engine_shapes import Shape
 
@@ -20,7 +21,7 @@ def write_model(shape: Shape, folder: Path) -> Path:
     """The shape's weights and a tokenizer beside them. Returns the folder."""
     shape.write(folder)
     vocabulary = {word(token): token for token in range(shape.vocab_size)}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": None,

@@ -171,7 +171,12 @@ class Fleet:
             self._server("store", common | store)
         engine = {"dtype": DTYPE, "kv_cache_bytes": GIB // 2, "num_threads": 1}
         engine |= {"max_num_batched_tokens": setup.chunk_tokens}
-        node = common | {"model_dir": str(self._model), "model": MODEL_NAME, "engine": engine, "host": "here"}
+        node: dict[str, Any] = common | {
+            "model_dir": str(self._model),
+            "model": MODEL_NAME,
+            "engine": engine,
+            "host": "here",
+        }
         node |= {"num_core_shares": len(setup.roles), "store_dir": store_dir}
         nodes = [
             self._server("node", node | {"node_id": f"{role}-{i}", "role": role, "core_share": i}, wait=False)

@@ -115,9 +115,9 @@ def overload_rows(traces: Sequence[Sequence[TracedRequest]]) -> list[Figure]:
     speed = CONFIG.machine.prefill
     for scale in LOADS:
         for name in ("predict", "conductor"):
-            fast = [[request.faster(scale) for request in trace] for trace in traces[:2]]
+            faster = [[request.faster(scale) for request in trace] for trace in traces[:2]]
             changes = {"policy": name, "queue": "shortest", "ttft_limit_s": SLO_S}
-            runs[name] = [run(trace, seed, **changes) for seed, trace in enumerate(fast)]
+            runs[name] = [run(trace, seed, **changes) for seed, trace in enumerate(faster)]
         title = f"{scale:g}x, SLO 30 s, shortest"
         ours, theirs = (tuple(f["goodput_rps"] for f in runs[name]) for name in ("predict", "conductor"))
         rows.append(Figure(Row(f"{title}: goodput", "requests/s", ours), "conductor", theirs))

@@ -13,7 +13,16 @@ from decode_node.worker import DecodeLeg, DecodeWorker
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import OutputToken
-from node.convert import FINISH_REASONS, note_trace, started_with, statuses, to_owner, to_request, to_token
+from node.convert import (
+    FINISH_REASONS,
+    note_trace,
+    prompt_logprobs_of,
+    started_with,
+    statuses,
+    to_owner,
+    to_request,
+    to_token,
+)
 from node.grammar import GrammarMasks
 
 ADMIT_WAIT_S = 10.0
@@ -42,8 +51,10 @@ class DecodeService(node_pb2_grpc.DecodeServicer):
                 if not admit.runs_alone:
                     start = (await _read(context, "start", self._start_wait_s)).start
                 token_ids = started_with(start.tokens, request, self._engine)
+                is_first = True
                 async for tokens in leg.run(token_ids, start.coming_blocks):
-                    await context.write(_tokens(leg, tokens))
+                    await context.write(_tokens(leg, tokens, is_first))
+                    is_first = False
                 await context.write(_finished(leg))
 
 
@@ -67,7 +78,7 @@ def _admitted(leg: DecodeLeg) -> node_pb2.DecodeResponse:
     return node_pb2.DecodeResponse(admitted=node_pb2.Admitted(free_blocks=leg.free_blocks))
 
 
-def _tokens(leg: DecodeLeg, tokens: Sequence[OutputToken]) -> node_pb2.DecodeResponse:
+def _tokens(leg: DecodeLeg, tokens: Sequence[OutputToken], is_first: bool) -> node_pb2.DecodeResponse:
     message = node_pb2.Tokens(
         tokens=[to_token(token) for token in tokens],
         local_hit_tokens=leg.request.num_local_hit_tokens + leg.request.num_late_hit_tokens,
@@ -75,6 +86,7 @@ def _tokens(leg: DecodeLeg, tokens: Sequence[OutputToken]) -> node_pb2.DecodeRes
         compute_s=leg.compute_s,
         queue_s=leg.queue_s,
         fetch_s=min(leg.fetch_s, leg.queue_s),
+        prompt_logprobs=prompt_logprobs_of(leg.request) if is_first else None,
     )
     return node_pb2.DecodeResponse(tokens=message)
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import grpc
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from batonpb import admin_pb2, admin_pb2_grpc
 from deploy.channel import add_tls_arguments, open_channel, tls_from
 from deploy.client import checked_key
 from deploy.config import DeployError
-from deploy.serve import WIDTH, add_state_argument
-from deploy.state import StateDir
+from deploy.state import StateDir, add_state_argument
+from deploy.terminal import console
 
 ADMIN_KEY_VARIABLE = "BATON_ADMIN_KEY"
 TIMEOUT_S = 10.0
@@ -36,7 +34,7 @@ def add_drain_arguments(parser: argparse.ArgumentParser) -> None:
 
 def nodes(args: argparse.Namespace) -> int:
     answer: admin_pb2.ListNodesResponse = _call(args, "ListNodes", admin_pb2.ListNodesRequest())
-    Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False).print(node_table(answer.nodes))
+    console().print(node_table(answer.nodes))
     return 0
 
 

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from deploy import admin, client, config_cli, explain, keys, kv, scale, serve, size
+from deploy import admin, client, config_cli, explain, keys, kv, scale, serve, serve_arguments, size, status
 from deploy.config import DeployError
 from deploy.config_file import parse_with_file
+from deploy.state import add_state_argument
 from loadtest import bench, compare, flags, plan, simulate
 
 Command = Callable[[argparse.Namespace], int]
@@ -38,7 +39,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_arguments(parser)
-    serve.add_state_argument(parser)
+    add_state_argument(parser)
     further = parser.add_subparsers(metavar="report", title="results that are there")
     words = "lay results of runs side by side, in one page"
     report = further.add_parser("report", help=words, description=words[0].upper() + words[1:] + ".")
@@ -55,15 +56,15 @@ def _parser() -> argparse.ArgumentParser:
         arguments(sub)
         sub.set_defaults(command=command, parser=sub)
 
-    add("serve", serve.serve, serve.add_serve_arguments, "start a cluster and run it in the foreground")
+    add("serve", serve.serve, serve_arguments.add_serve_arguments, "start a cluster and run it in the foreground")
     add("config", config_cli.check, config_cli.add_arguments, "check or show a file for `baton serve --config`")
-    add("status", serve.status, serve.add_status_arguments, "show the nodes and arenas of the cluster that is up")
+    add("status", status.status, status.add_status_arguments, "show the nodes and arenas of the cluster that is up")
     add("kv", kv.run, kv.add_arguments, "show and change what the stores hold: stats, ls, inspect, evict, drain")
     add("nodes", admin.nodes, admin.add_nodes_arguments, "show the nodes as a router sees them")
     add("drain", admin.drain, admin.add_drain_arguments, "make a node refuse new requests, or take them again")
     add("key", keys.key, keys.add_key_arguments, "make an API key or an admin key")
     add("scale", scale.run, scale.add_arguments, "add nodes to the cluster that is up, or drain and remove some")
-    add("down", serve.down, serve.add_state_argument, "stop the cluster that is up")
+    add("down", serve.down, add_state_argument, "stop the cluster that is up")
     add("generate", client.generate, client.add_generate_arguments, "send one prompt and stream the answer")
     add("chat", client.chat, client.add_chat_arguments, "talk to the model, turn by turn")
     add("explain", explain.explain, explain.add_explain_arguments, "show why a request went where it went")

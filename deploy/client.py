@@ -13,8 +13,7 @@ import grpc
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
 from deploy.channel import ClientTls, add_tls_arguments, open_channel, tls_from
 from deploy.config import DeployError
-from deploy.serve import add_state_argument
-from deploy.state import StateDir
+from deploy.state import StateDir, add_state_argument
 
 API_KEY_VARIABLE = "BATON_API_KEY"
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from deploy.config_file import apply_file, shown
-from deploy.serve import add_serve_arguments, config_from
+from deploy.serve_arguments import add_serve_arguments, config_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

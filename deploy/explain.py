@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import grpc
 from google.protobuf.json_format import MessageToJson
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from batonpb import inference_pb2
 from deploy.channel import tls_from
 from deploy.client import Client, RequestFailed, add_router_arguments, address_from, api_key_from
 from deploy.config import DeployError
-from deploy.serve import WIDTH
 from deploy.state import StateDir
+from deploy.terminal import console
 
 PREFILL_TERMS = ("queue_s", "room_s", "fetch_s", "compute_s", "stall_s", "cost_s")
 DECODE_TERMS = ("step_s", "steps_s", "pressure_s", "cost_s")
@@ -34,13 +32,13 @@ def explain(args: argparse.Namespace) -> int:
     if args.json:
         print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    out = console()
     for number, decision in enumerate(answer.decisions, 1):
-        console.print(f"decision {number} of {len(answer.decisions)}, by {decision.policy}: {verdict(decision)}")
-        console.print(prefill_table(decision))
-        console.print(decode_table(decision))
+        out.print(f"decision {number} of {len(answer.decisions)}, by {decision.policy}: {verdict(decision)}")
+        out.print(prefill_table(decision))
+        out.print(decode_table(decision))
     if answer.ttft_s >= 0.0:
-        console.print(f"TTFT was {answer.ttft_s:.3f} s, TPOT {1000 * answer.tpot_s:.1f} ms")
+        out.print(f"TTFT was {answer.ttft_s:.3f} s, TPOT {1000 * answer.tpot_s:.1f} ms")
     return 0
 
 

@@ -15,7 +15,8 @@ from typing import TypeVar
 from deploy import kv_tables
 from deploy.config import DeployError
 from deploy.kv_stores import Store, Stores
-from deploy.serve import add_state_argument, say
+from deploy.state import add_state_argument
+from deploy.terminal import say
 from kvstore.blocks import HASH_BYTES, BlockHash
 from kvstore.directory import ON_DISK
 from kvstore.errors import KVStoreError

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 
 from deploy.kv_stores import Store
-from deploy.serve import WIDTH
+from deploy.terminal import console
 from kvstore.blocks import BlockHash
 from kvstore.told import UNKNOWN, BlockDetail, BlockRow, StoreStats, TierStats
 
@@ -32,9 +31,9 @@ class Report:
         if as_json:
             print(json.dumps(self.data | {"problems": self.problems}))
             return
-        console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+        out = console()
         for part in self.parts:
-            console.print(part)
+            out.print(part)
 
 
 def stats(answers: Sequence[tuple[Store, tuple[StoreStats, list[TierStats]]]], problems: list[str]) -> Report:

@@ -1,37 +1,28 @@
-"""Places a cluster's servers on Ray machines and keeps them alive: the one file that imports ray.
+"""One cluster: its servers on the machines of a Ray, from start to stop, and other numbers of them meanwhile.
 
-Ray starts processes, puts them on machines and GPUs, and starts them again when they die. No token and no block goes
-through it. Whatever `start` made, `stop` removes: actors, folders, Ray's session, Redis.
+What is needed where is planned by `placement` and `specs`, purely; `on_ray` does it. Whatever `start` made, `stop`
+removes: actors, folders, Ray's session, Redis.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
-import os
 import secrets
 import shutil
-import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
 
-import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
-
-from deploy.actors import ServerActor, Started
+from deploy import on_ray
 from deploy.config import ClusterConfig, ConfigError, DeployError, cluster_dir
-from deploy.cores import num_usable_cores
 from deploy.drain import drain
+from deploy.on_ray import Member, StartFailed
 from deploy.placement import Machine, Placement, place, router_machines, usable
-from deploy.processes import CLUSTER_VARIABLE, end_all, environment, processes_of, signals_kept
+from deploy.processes import CLUSTER_VARIABLE, end_all, processes_of
 from deploy.redis import EmbeddedRedis, check_given
 from deploy.specs import PlacedSpec, Specs
 from deploy.widths import kv_pieces
@@ -43,51 +34,14 @@ from node.gate import new_cluster_token
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
-OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours goes through it
 POLL_S = 0.1
 ROUTER_POLL_S = 0.5  # a router looks for nodes more often than this
-ANSWER_S = 2.0
 KILL_WAIT_S = 5.0
-CONNECT_TIMEOUT_S = 5.0
 DRAIN_S = 600.0  # for the requests of a node that is to go; what is left then goes on elsewhere
-RAY_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_memory_monitor_refresh_ms": "0",  # a node's memory is bounded by its options, and is no leak to kill it for
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-
-
-class StartFailed(DeployError):
-    """A part of the cluster did not come up; what had come up is stopped."""
 
 
 class Interrupted(DeployError):
     """Someone asked to stop while the cluster was starting."""
-
-
-@dataclass
-class _Member:
-    """A server in its actor."""
-
-    placed: PlacedSpec
-    actor: Any
-    group: PlacementGroup | None = None  # of a wide node's ranks
-    started: Started | None = None
-    asked_part: Any = None  # what part of its start is done; it has not answered yet
-
-    @property
-    def name(self) -> str:
-        return self.placed.spec.name
-
-    @property
-    def node_id(self) -> str:
-        """The node's, of a rank too; "" for other servers."""
-        return self.placed.placement.node_id if self.placed.placement is not None else ""
-
-    @property
-    def kind(self) -> str:
-        return self.placed.spec.kind
 
 
 class Cluster:
@@ -114,7 +68,7 @@ class Cluster:
         self._on_part = on_part
         self._interrupt = interrupt or threading.Event()
         self._redis: EmbeddedRedis | None = None
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
 
     @property
     def routers(self) -> tuple[str, ...]:
@@ -142,9 +96,7 @@ class Cluster:
     @property
     def pids(self) -> dict[str, int]:
         """Of each server, by its name, as it is now; those that are just coming up again are left out."""
-        refs = {member.name: member.actor.ready.remote() for member in self._members}
-        ray.wait(list(refs.values()), num_returns=len(refs), timeout=ANSWER_S)
-        return {name: started.pid for name, ref in refs.items() if (started := _answer(ref)) is not None}
+        return {name: started.pid for name, started in on_ray.answers(self._members).items()}
 
     def check(self) -> None:
         """What can be said of the cluster before anything is started. Raises `DeployError`."""
@@ -163,7 +115,7 @@ class Cluster:
         if self.redis_url:
             asyncio.run(check_given(self.redis_url, self.config.cluster))
         self.folders[0].mkdir(mode=0o700)
-        self._start_ray()
+        on_ray.join(self.config.ray_address, self.folders[0] / "ray", self.cluster_id)
         machines, own = self._wait_for_machines()
         placements = place(self.config, machines)
         self._start_redis(own)
@@ -181,18 +133,8 @@ class Cluster:
         self._wait_until_started(self._members)
         self._wait_until_routed()
 
-    def _add(self, placed: Iterable[PlacedSpec]) -> list[_Member]:
-        """Actors for these, each rank of a wide node in its bundle of the node's placement group."""
-        added: list[_Member] = []
-        ranks: dict[str, list[PlacedSpec]] = {}
-        for one in placed:
-            if one.placement is not None and one.is_wide:
-                ranks.setdefault(one.placement.node_id, []).append(one)
-            else:
-                added.append(_Member(one, _actor(one)))
-        for node in ranks.values():
-            group = _group(node)
-            added += [_Member(rank, _actor(rank, group, bundle), group) for bundle, rank in enumerate(node)]
+    def _add(self, placed: Iterable[PlacedSpec]) -> list[Member]:
+        added = on_ray.add(placed)
         self._members += added
         return added
 
@@ -221,6 +163,8 @@ class Cluster:
         try:
             self._wait_until_started(added)
         except DeployError:
+            stores = [member for member in added if member.kind == "store"]  # their machines are new
+            on_ray.call("remove_folder", stores, self.config.stop_timeout_s)
             self._remove(added)
             raise
         return [f"{member.name} is up on {member.placed.machine.address}" for member in added]
@@ -228,53 +172,40 @@ class Cluster:
     def _shrink(self, node_ids: Collection[str]) -> list[str]:
         gone = [member for member in self._members if member.node_id in node_ids]
         leaders = [member for member in gone if member.kind == "node" and member.started]
-        addresses = [self._address(member) for member in leaders]
+        addresses = [member.address() for member in leaders]
         with ThreadPoolExecutor(max(1, len(leaders))) as threads:
             is_over = self._interrupt.is_set
             token = self._specs.cluster_token
             left = list(threads.map(lambda at: drain(at, DRAIN_S, is_over, token) if at else 0, addresses))
-        self._call("stop", gone)
+        on_ray.call("stop", gone, self.config.stop_timeout_s)
         self._remove(gone)
         return [
             f"{member.name} is drained and gone" + (f", but {n} requests had to move" if n else "")
             for member, n in zip(leaders, left, strict=True)
         ]
 
-    def _remove(self, members: Collection[_Member]) -> None:
-        for member in members:
-            ray.kill(member.actor, no_restart=True)
-            self._members.remove(member)
-        for group in {id(member.group): member.group for member in members}.values():
-            if group is not None:
-                remove_placement_group(group)
-
-    def _address(self, member: _Member) -> str:
-        """Where a node listens now, for it has another port after each restart; "" where it is just coming back."""
-        try:
-            started: Started = ray.get(member.actor.ready.remote(), timeout=ANSWER_S)
-        except ray.exceptions.RayError:
-            return ""
-        return str(started.record["address"])
+    def _remove(self, members: Collection[Member]) -> None:
+        on_ray.kill(members)
+        on_ray.free_groups(members)
+        self._members = [member for member in self._members if member not in members]
 
     def stop(self) -> list[str]:
         """Stops everything, in the order of the requests' way: routers, nodes, stores. Idempotent.
 
         Returns what it could not remove, in words; an empty list is how it should be.
         """
-        if ray.is_initialized():
+        if on_ray.is_joined():
             for kinds in (("router",), ("node", "rank"), ("store",)):
                 members = [member for member in self._members if member.kind in kinds]
                 # Ranks that follow are told with their leader, and leave behind it.
                 leaderless = {member.node_id for member in members if member.kind == "node" and not member.started}
-                self._call(
-                    "stop", [member for member in members if member.started and member.node_id not in leaderless]
-                )
+                up = [member for member in members if member.started and member.node_id not in leaderless]
+                on_ray.call("stop", up, self.config.stop_timeout_s)
                 with_store = {m.placed.machine.ray_node_id for m in self._members if m.kind == "store"}
                 last = [m for m in members if "store" in kinds or m.placed.machine.ray_node_id not in with_store]
-                self._call("remove_folder", last)
-                for member in members:
-                    ray.kill(member.actor, no_restart=True)
-            ray.shutdown()
+                on_ray.call("remove_folder", last, self.config.stop_timeout_s)
+                on_ray.kill(members)
+            on_ray.leave()
         self._members.clear()
         if self._redis is not None:
             self._redis.stop()
@@ -304,34 +235,6 @@ class Cluster:
         except UnsupportedModel as error:
             raise StartFailed(str(error)) from None
 
-    def _start_ray(self) -> None:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        try:
-            _check_address(self.config.ray_address)
-            with signals_kept():
-                if self.config.ray_address:
-                    ray.init(address=self.config.ray_address, logging_level=logging.ERROR)
-                else:
-                    self._start_own_ray()
-        except Exception as error:
-            where = f"at {self.config.ray_address}" if self.config.ray_address else "here"
-            raise StartFailed(f"no Ray {where}: {_first_line(error)}") from error
-
-    def _start_own_ray(self) -> None:
-        # A token of one's own keeps Ray from writing one into the home folder. It stays for the life of this process,
-        # because Ray reads it only once.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        with environment(RAY_SETTINGS | {CLUSTER_VARIABLE: self.cluster_id}):
-            ray.init(
-                address="local",
-                num_cpus=0,  # actors ask for none, and Ray starts no workers ahead
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                _node_ip_address=LOOPBACK,  # on other addresses its servers listen to the network
-                logging_level=logging.ERROR,
-                _temp_dir=str(self.folders[0] / "ray"),
-            )
-
     def _wait_for_machines(self) -> tuple[list[Machine], Machine]:
         """`_machines`, once at least `min_machines` are there that this cluster may use."""
         deadline = time.monotonic() + self.config.start_timeout_s
@@ -342,6 +245,10 @@ class Cluster:
             self._check_patience(deadline, [f"{self.config.min_machines - count} machines more than the {count} there"])
             time.sleep(POLL_S)
 
+    def _machines(self) -> tuple[list[Machine], Machine]:
+        """All machines of this Ray, and the one that this process runs on."""
+        return on_ray.machines(is_own=not self.config.ray_address)
+
     def _num_wanted(self, machines: Sequence[Machine], own: Machine) -> int:
         try:
             wanted = [*usable(self.config, machines), *router_machines(self.config, machines, own)]
@@ -349,48 +256,28 @@ class Cluster:
             return 0
         return len({machine.ray_node_id for machine in wanted})
 
-    def _machines(self) -> tuple[list[Machine], Machine]:
-        """All machines of this Ray, and the one that this process runs on."""
-        own_id = ray.get_runtime_context().get_node_id()
-        machines = [self._machine(node, own_id) for node in ray.nodes() if node["Alive"]]
-        return machines, next(machine for machine in machines if machine.ray_node_id == own_id)
-
-    def _machine(self, node: Mapping[str, Any], own_id: str) -> Machine:
-        resources = node["Resources"]
-        cores = num_usable_cores() if node["NodeID"] == own_id else int(resources.get("CPU", 1))
-        return Machine(
-            ray_node_id=node["NodeID"],
-            address=node["NodeManagerAddress"] if self.config.ray_address else LOOPBACK,
-            name=node["NodeManagerHostname"],
-            cores=cores,
-            gpus=int(resources.get("GPU", 0)),
-            tags=frozenset(resources),
-            ray_resource=f"node:{node['NodeManagerAddress']}",
-        )
-
     def _start_redis(self, own: Machine) -> None:
         if not self.redis_url:
             self._redis = EmbeddedRedis(self.folders[0] / "redis", own.address if self.config.ray_address else "")
             self._redis.start()
             self.redis_url = self._redis.url
 
-    def _wait_until_started(self, members: Sequence[_Member]) -> None:
-        waiting = {member.actor.ready.remote(): member for member in members}
-        deadline = time.monotonic() + self.config.start_timeout_s
+    def _wait_until_started(self, members: Sequence[Member]) -> None:
+        waiting, deadline = list(members), time.monotonic() + self.config.start_timeout_s
         while waiting:
-            done, _ = ray.wait(list(waiting), timeout=POLL_S)
-            for ref in done:
-                self._note(waiting.pop(ref), ref)
-            for member in waiting.values():
-                if member.kind == "node":
-                    self._ask_part(member)
-            self._check_patience(deadline, (member.name for member in waiting.values()))
+            for member in on_ray.came_up(waiting, POLL_S):
+                waiting.remove(member)
+                self._note(member)
+            for member in waiting:
+                if member.kind == "node" and (part := member.part()) is not None:
+                    self._on_part(member.name, part)
+            self._check_patience(deadline, (member.name for member in waiting))
 
     def _wait_until_routed(self) -> None:
         """Until the routers have found the nodes, the last of which came up just now."""
         begin = time.monotonic()
         for member in (member for member in self._members if member.kind == "router"):
-            while not _said_yes(member.actor.is_ready.remote()):
+            while not member.is_ready():
                 self._check_patience(begin + self.config.start_timeout_s, [member.name])
                 time.sleep(POLL_S)
         time.sleep(max(0.0, begin + ROUTER_POLL_S - time.monotonic()))
@@ -401,82 +288,15 @@ class Cluster:
         if time.monotonic() > deadline:
             raise StartFailed(f"not up within {self.config.start_timeout_s:.0f} s: {', '.join(waiting_for)}")
 
-    def _note(self, member: _Member, ref: Any) -> None:
-        try:
-            started: Started = ray.get(ref)
-        except ray.exceptions.RayError as error:
-            raise StartFailed(f"{member.name} died while it was starting: {_first_line(error)}") from None
-        if started.error:
-            raise StartFailed(f"{member.name}: {started.error}")
-        member.started = started
+    def _note(self, member: Member) -> None:
+        assert member.started is not None
         if member.kind == "node":
             self._on_part(member.name, 1.0)
-        self._report(f"{member.name} is up on {member.placed.machine.address}, pid {started.pid}")
-
-    def _ask_part(self, member: _Member) -> None:
-        """Passes on how far a node's start is, when it has answered; waits for nothing, and asks once at a time."""
-        if member.asked_part is None:
-            member.asked_part = member.actor.part.remote()
-        elif ray.wait([member.asked_part], timeout=0)[0]:
-            with contextlib.suppress(ray.exceptions.RayError):  # if it died, its `ready` says so
-                self._on_part(member.name, ray.get(member.asked_part))
-            member.asked_part = None
-
-    def _call(self, method: str, members: Sequence[_Member]) -> None:
-        """Calls a method on all at once and waits for all, but never for long: what hangs is killed afterwards."""
-        refs = [getattr(member.actor, method).remote() for member in members]
-        if refs:
-            ray.wait(refs, num_returns=len(refs), timeout=self.config.stop_timeout_s)
-        for member, ref in zip(members, refs, strict=True):
-            try:
-                ray.get(ref, timeout=0)
-            except ray.exceptions.RayError as error:
-                logger.warning("%s failed name=%s error=%s", method, member.name, _first_line(error))
-
-
-def _group(ranks: Sequence[PlacedSpec]) -> PlacementGroup:
-    """One bundle for each rank, so that a wide node has all its GPUs or none; each on the machine that was chosen."""
-    bundles = [{rank.machine.ray_resource: 0.001} | ({"GPU": rank.num_gpus} if rank.num_gpus else {}) for rank in ranks]
-    is_packed = len({rank.machine.ray_node_id for rank in ranks}) == 1
-    return placement_group(bundles, strategy="STRICT_PACK" if is_packed else "PACK")
-
-
-def _actor(placed: PlacedSpec, group: PlacementGroup | None = None, bundle: int = 0) -> Any:
-    where: Any = NodeAffinitySchedulingStrategy(placed.machine.ray_node_id, soft=False)
-    if group is not None:
-        where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-    options = {"num_cpus": 0, "num_gpus": placed.num_gpus, "max_restarts": -1, "scheduling_strategy": where}
-    return ray.remote(ServerActor).options(**options).remote(placed.spec)
-
-
-def _answer(ref: Any) -> Started | None:
-    try:
-        started: Started = ray.get(ref, timeout=0)
-    except ray.exceptions.RayError:
-        return None
-    return started
-
-
-def _said_yes(ref: Any) -> bool:
-    try:
-        return bool(ray.get(ref, timeout=ANSWER_S))
-    except ray.exceptions.RayError:
-        return False
-
-
-def _check_address(address: str) -> None:
-    """Raises `OSError` where nobody listens: Ray itself would try for two minutes, then end the process."""
-    if address and address != "auto":
-        host, _, port = address.rpartition(":")
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        self._report(f"{member.name} is up on {member.placed.machine.address}, pid {member.started.pid}")
 
 
 def _number(node_id: str) -> int:
     return int(node_id.rpartition("-")[2])
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _count(number: int, noun: str) -> str:

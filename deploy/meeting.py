@@ -78,7 +78,9 @@ async def _follow(config: NodeConfig, client: Any, key: str) -> RankGroup:
 
 async def _enter(config: NodeConfig, meeting: Any) -> RankGroup:
     began_s = time.monotonic()
-    group = await asyncio.to_thread(RankGroup, config.shard, meeting, torch.device(config.engine.device))
+    group = await asyncio.to_thread(
+        RankGroup, config.shard, meeting, torch.device(config.engine.device), config.rank_timeout_s
+    )
     logger.info("event=ranks_met node=%s rank=%d s=%.2f", config.node_id, config.rank, time.monotonic() - began_s)
     return group
 

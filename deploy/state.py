@@ -6,6 +6,7 @@ left behind is never taken for a cluster, and a process that got its pid later i
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import fcntl
 import json
@@ -52,6 +53,16 @@ class ServeState:
 def default_state_dir() -> Path:
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "baton"
+
+
+def add_state_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        default=default_state_dir(),
+        metavar="DIR",
+        help="where `baton serve` leaves word for the other commands (default %(default)s)",
+    )
 
 
 def start_ticks(pid: int) -> int:

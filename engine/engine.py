@@ -1,52 +1,41 @@
 """The engine: requests in, one step at a time, tokens and full blocks out. Knows no network, no clock but for speed.
 
-Not thread safe, but for `export_blocks`, `lend_blocks` and `timing`: one thread owns an engine (see `engine.loop`).
+Not thread safe, but for `export_blocks`, `lend_blocks`, `timing` and `rank_work`: one thread owns an engine
+(see `engine.loop`).
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from engine.alone import measure_prefill, run_alone, run_throw_away
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig, ModelConfig, kv_layout
 from engine.cuda_graphs import GraphedModel, on_device
-from engine.errors import InvalidRequest, NoRoom, UnknownRequest
+from engine.errors import InvalidRequest, UnknownRequest
 from engine.kv_cache import TORCH_DTYPES, make_cache
+from engine.limits import check_length, check_tokens, end_reason, longest_model_len
 from engine.loans import Loan, Loans
 from engine.model import Model
 from engine.native_model import fastest
 from engine.parallel import RankGroup
 from engine.pieces import pieces_of
+from engine.rank_meter import RankWork
 from engine.ranks import LedModel
-from engine.request import (
-    EngineLoad,
-    FinishReason,
-    OutputToken,
-    Request,
-    RequestOutput,
-    RequestStatus,
-    SamplingParams,
-)
+from engine.request import EngineLoad, FinishReason, OutputToken, Request, RequestOutput, RequestStatus, SamplingParams
 from engine.runner import Runner
 from engine.scheduler import Chunk, Scheduler
 from engine.shard import Shard
 from engine.speed import LONG_TOKENS, SpeedMeter, StepTiming
 from engine.weights import load_model
-from kvstore.blocks import BlockHash, Payload, salted
-
-logger = logging.getLogger(__name__)
+from kvstore.blocks import Payload
 
 Progress = Callable[[int, int], object]  # steps done, and of how many
-WARM_UP_TOKENS = 64  # enough to give each thread of a kernel something to do, and soon done on any machine
-WARM_UP_PARAMS = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=2, ignore_eos=True)  # one decode step
-MEASURE_S = 0.1  # a prefill step that takes so long says how fast long prompts are
 
 
 class Engine:
@@ -62,7 +51,7 @@ class Engine:
         self.vocab_size = model_config.vocab_size
         self._cache = make_cache(model_config, engine_config, group)
         num_blocks = self._cache.spare_block
-        self.max_model_len = _max_model_len(model_config, engine_config, num_blocks)
+        self.max_model_len = longest_model_len(model_config, engine_config, num_blocks)
         self.eos_token_ids = frozenset(model_config.eos_token_ids)
         self._pool = BlockPool(num_blocks)
         self._scheduler = Scheduler(
@@ -77,14 +66,20 @@ class Engine:
         self._runner = Runner(self._led or self._model, self._cache.tensor, model_config.eos_token_ids)
         self._pins: Counter[int] = Counter()
         self._loans = Loans(self._pin, self.unpin)
-        self._speed = self._new_meter()
+        self.measure_anew()
         self.timing = StepTiming()  # of all steps so far, added up; a new value for each step, so any thread may look
 
     @classmethod
     def from_pretrained(cls, folder: Path, engine_config: EngineConfig, group: RankGroup | None = None) -> Engine:
-        """An engine for a Hugging Face folder; with a group, the leader's. Raises `UnsupportedModel`."""
+        """An engine for a Hugging Face folder; with a group, the leader's.
+
+        Raises `UnsupportedModel`, `RanksDisagree`.
+        """
         model_config = ModelConfig.from_pretrained(folder)
-        dtype = TORCH_DTYPES[kv_layout(model_config, engine_config).dtype]
+        layout = kv_layout(model_config, engine_config)
+        if group is not None:
+            group.agree(layout)
+        dtype = TORCH_DTYPES[layout.dtype]
         model = load_model(folder, model_config, dtype, torch.device(engine_config.device), group)
         return cls(model_config, engine_config, fastest(model), group)
 
@@ -106,10 +101,10 @@ class Engine:
         """
         if self._scheduler.requests:
             raise ValueError("an engine is warmed up before its first request")
-        steps: list[Callable[[], object]] = [self._run_throw_away]
+        steps: list[Callable[[], object]] = [lambda: run_throw_away(self)]
         if isinstance(self._model, GraphedModel):
             steps += self._model.captures(self.config.max_num_requests, self.max_model_len)
-        steps.append(self._measure_prefill)
+        steps.append(lambda: measure_prefill(self))
         for done, step in enumerate(steps):
             progress(done, len(steps))
             step()
@@ -117,39 +112,12 @@ class Engine:
         self._speed.forget()
         self.timing = StepTiming()
 
-    def _run_throw_away(self) -> None:
-        """A prefill step and a decode step, as far as they fit into this engine."""
-        self._run_throw_away_of(min(WARM_UP_TOKENS, self._max_step_tokens), WARM_UP_PARAMS)
+    def measure_anew(self) -> None:
+        """Forgets how fast steps have been.
 
-    def _measure_prefill(self) -> None:
-        """Prefill steps of growing length, as far as they fit, until one tells how fast long prompts are.
-
-        The last one counts alone: a step of few tokens is slower for each of them.
+        Half a step counts as long where steps are small: a prompt's chunk shares them with decoding requests.
         """
-        num_tokens, params = WARM_UP_TOKENS, replace(WARM_UP_PARAMS, max_tokens=1)
-        while True:
-            num_tokens = min(num_tokens, self._max_step_tokens)
-            self._speed = self._new_meter()
-            self._run_throw_away_of(num_tokens, params)
-            speed = self._speed.long_prefill_tokens_per_s
-            if num_tokens == self._max_step_tokens or num_tokens >= MEASURE_S * speed:
-                return
-            num_tokens *= 2
-
-    def _run_throw_away_of(self, num_tokens: int, params: SamplingParams) -> None:
-        """A request under a root that no other one has."""
-        if num_tokens > 0:
-            prompt = [index % self.vocab_size for index in range(num_tokens)]
-            root = salted(self.layout.root(), f"warm-up {num_tokens} {params.max_tokens}".encode())
-            self._run_alone([prompt], params, root)
-
-    @property
-    def _max_step_tokens(self) -> int:
-        return min(self.config.max_num_batched_tokens, self.max_model_len - WARM_UP_PARAMS.max_tokens)
-
-    def _new_meter(self) -> SpeedMeter:
-        """Half a step counts as long where steps are small: a prompt's chunk shares them with decoding requests."""
-        return SpeedMeter(min(LONG_TOKENS, max(2, self.config.max_num_batched_tokens // 2)))
+        self._speed = SpeedMeter(min(LONG_TOKENS, max(2, self.config.max_num_batched_tokens // 2)))
 
     # --- requests ---
 
@@ -159,8 +127,8 @@ class Engine:
             raise InvalidRequest("prompt", "must have at least one token")
         if request.block_size != self.layout.block_size:
             raise InvalidRequest("block_size", f"must be {self.layout.block_size}, got {request.block_size}")
-        self._check_tokens("prompt", request.token_ids)
-        self._check_length("prompt", request.num_tokens)
+        check_tokens("prompt", request.token_ids, self.vocab_size)
+        check_length("prompt", request.num_tokens, self.max_model_len)
 
     def add(self, request: Request, hold: bool = False) -> None:
         """Takes a request in: to the queue, or, with `hold`, with blocks for all its tokens and one more at once.
@@ -194,10 +162,13 @@ class Engine:
     def import_blocks(self, request_id: str, payloads: Sequence[Payload]) -> int:
         """Adopts blocks that were computed elsewhere, right behind what a held request has; returns how many.
 
-        Stops at the first that is not valid, and before the block of the last token, which must be computed. A block
-        whose pieces travel apart takes as many payloads as there are pieces here, in the order of `pieces`.
+        Stops at the first that is not valid, and before the block of the last token, which must be computed. None for a
+        request whose prompt is to be scored, all of which must be. A block whose pieces travel apart takes as many
+        payloads as there are pieces here, in the order of `pieces`.
         """
         request = self._held(request_id)
+        if request.is_scoring:
+            return 0
         first = request.num_computed_tokens // self.layout.block_size
         end = (request.num_tokens - 1) // self.layout.block_size
         adopted, num_pieces = 0, len(self.pieces)
@@ -226,8 +197,8 @@ class Engine:
         Not while a wire writes into blocks that it has lent.
         """
         request = self._held(request_id)
-        self._check_tokens("tokens", tokens)
-        self._check_length("tokens", request.num_tokens + len(tokens))
+        check_tokens("tokens", tokens, self.vocab_size)
+        check_length("tokens", request.num_tokens + len(tokens), self.max_model_len)
         for token_id in tokens:
             request.append(token_id)
         self._loans.part(request_id, lambda: self._scheduler.release(request))
@@ -265,10 +236,16 @@ class Engine:
         for chunk in chunks:
             if chunk.request.started_s is None:
                 chunk.request.started_s = begin
-        tokens, run = self._runner.run(chunks)
-        self._speed.observe(chunks, run.total_s)
-        self.timing += StepTiming.of_step(chunks, schedule_s, run)
-        return [self._advance(chunk, token) for chunk, token in zip(chunks, tokens, strict=True)]
+        ran = self._runner.run(chunks)
+        self._speed.observe(chunks, ran.seconds.total_s)
+        self.timing += StepTiming.of_step(chunks, schedule_s, ran.seconds)
+        if self._led is not None:
+            self._led.end_step(ran.seconds.forward_s)
+        for index, scores in ran.scores.items():
+            known = chunks[index].request.prompt_logprobs
+            assert known is not None
+            known.extend(scores)
+        return [self._advance(chunk, token) for chunk, token in zip(chunks, ran.tokens, strict=True)]
 
     def _advance(self, chunk: Chunk, token: OutputToken | InvalidRequest | None) -> RequestOutput:
         request = chunk.request
@@ -281,45 +258,15 @@ class Engine:
         if token is not None:
             request.append(token.token_id)
             request.num_new_tokens += 1
-            finish_reason = self._finish_reason(request)
+            finish_reason = end_reason(request, self.eos_token_ids, self.max_model_len)
             if finish_reason is not None:
                 self._scheduler.remove(request, finish_reason)
         tokens = () if token is None else (token,)
         return RequestOutput(request.request_id, tokens, tuple(full_blocks), finish_reason)
 
-    def _finish_reason(self, request: Request) -> FinishReason | None:
-        """An end token behind a mask ends the request in any case: it comes too early only where nothing else could."""
-        params, token_id, is_masked = request.params, request.token_ids[-1], request.mask is not None
-        is_eos = token_id in self.eos_token_ids and (is_masked or not params.ignore_eos)
-        is_end = is_eos or token_id in params.stop_token_ids
-        if is_end and (is_masked or request.num_output_tokens > params.min_tokens):
-            return FinishReason.STOP
-        if request.num_output_tokens >= params.max_tokens or request.num_tokens >= self.max_model_len:
-            return FinishReason.LENGTH
-        if request.handoff_after is not None and request.num_new_tokens >= request.handoff_after:
-            return FinishReason.HANDOFF
-        return None
-
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
         """The output tokens of each prompt, run to their ends together. For tests and offline use."""
-        return self._run_alone(prompts, params, self.layout.root())
-
-    def _run_alone(self, prompts: Sequence[Sequence[int]], params: SamplingParams, root: BlockHash) -> list[list[int]]:
-        requests = [
-            Request(f"generate-{index}", list(prompt), len(prompt), params, root, self.layout.block_size)
-            for index, prompt in enumerate(prompts)
-        ]
-        for request in requests:
-            self.add(request)
-        while not all(request.is_finished for request in requests):
-            outputs = self.step()
-            if not outputs:
-                raise NoRoom("the blocks that these prompts need are held or pinned by others")
-            for output in outputs:
-                self.unpin([block.block_id for block in output.full_blocks])
-                if output.error is not None:
-                    raise output.error
-        return [request.token_ids[request.num_prompt_tokens :] for request in requests]
+        return run_alone(self, prompts, params, self.layout.root())
 
     # --- blocks that leave ---
 
@@ -357,6 +304,11 @@ class Engine:
         return self._led.num_told_steps if self._led is not None else 0
 
     @property
+    def rank_work(self) -> RankWork:
+        """What the leader of a wide node did so far, as its followers tell theirs; any thread may ask."""
+        return self._led.work if self._led is not None else RankWork()
+
+    @property
     def long_prefill_tokens_per_s(self) -> float:
         """What a prompt of many blocks would get, by the newest measurement, or by that of the warm-up; 0.0: not known.
 
@@ -392,21 +344,3 @@ class Engine:
         if request.status is not RequestStatus.HELD:
             raise UnknownRequest(f"{request_id} is not held, it is {request.status.value}")
         return request
-
-    def _check_tokens(self, field: str, token_ids: Sequence[int]) -> None:
-        if token_ids and not (0 <= min(token_ids) and max(token_ids) < self.vocab_size):
-            raise InvalidRequest(field, f"token ids must be in [0, {self.vocab_size}), the model's vocabulary")
-
-    def _check_length(self, field: str, num_tokens: int) -> None:
-        if num_tokens + 1 > self.max_model_len:
-            limit = f"at most {self.max_model_len - 1} tokens, for {self.max_model_len} is the longest with its output"
-            raise InvalidRequest(field, f"must be {limit}, got {num_tokens}")
-
-
-def _max_model_len(model: ModelConfig, config: EngineConfig, num_blocks: int) -> int:
-    """A request alone must always fit into the pool: otherwise it could wait for ever."""
-    wanted = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-    room = num_blocks * config.block_size
-    if room < wanted:
-        logger.warning("event=max_model_len_capped wanted=%d to=%d num_blocks=%d", wanted, room, num_blocks)
-    return min(wanted, room)

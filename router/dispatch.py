@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from batonpb import common_pb2
-from kvstore.directory import ON_DISK, Directory
+from batonpb import common_pb2, node_pb2
+from kvstore.directory import Directory
 from kvstore.errors import DirectoryUnavailable
 from router.decider import Decider
 from router.errors import ClusterBusy, ClusterUnavailable, DeadlinePassed, LegFailed, LegRefused, WouldBeLate
@@ -105,14 +105,14 @@ class Dispatcher:
 
     async def _locate(self, journey: Journey) -> dict[str, Hit]:
         """Arena id -> the leading blocks that it holds. Without Redis, nobody holds anything."""
-        if journey.pool is None:
+        if journey.pool is None or journey.is_scoring:
             return {}
         try:
-            runs = await self._directory.locate(journey.hashes(journey.pool))
+            runs = await self._directory.runs(journey.hashes(journey.pool))
         except DirectoryUnavailable as error:
             logger.debug("request_id=%s event=locate_failed %s", journey.request.request_id, error)
             return {}
-        return {arena_id: Hit(len(slots), slots.count(ON_DISK)) for arena_id, slots in runs.items()}
+        return {arena_id: Hit(run.num_blocks, run.num_disk_blocks) for arena_id, run in runs.items()}
 
     async def _attempt(self, journey: Journey, plan: Plan, timeline: Timeline) -> AsyncGenerator[Progress, None]:
         """Both legs once. Ends with a finish reason, or raises `LegFailed` or `LegRefused`."""
@@ -127,10 +127,12 @@ class Dispatcher:
             # 1) Both legs count from now on: whoever is planned next must see them.
             with self._prefill_leg(plan) as prefill:
                 # 2) Room on the decode node, before any prefill is spent.
-                await decode.admit(message, self._remaining_s(journey), prefill is None, metadata)
+                scoring = journey.scoring(message)  # sent to the leg that computes the prompt, and to no other
+                admit = message if prefill else scoring
+                await decode.admit(admit, self._remaining_s(journey), prefill is None, metadata)
                 timeline.admitted()
                 timeline.prefill_started()
-                first = await prefill.run(message, self._remaining_s(journey), metadata) if prefill else None
+                first = await prefill.run(scoring, self._remaining_s(journey), metadata) if prefill else None
                 if prefill and first:
                     has_computed(prefill, first.local_hit_tokens + first.store_hit_tokens, first.compute_s)
             # 3) The first token. It goes to the client while Start is on its way.
@@ -138,17 +140,20 @@ class Dispatcher:
                 if is_first:
                     timeline.hit(first.local_hit_tokens, first.store_hit_tokens)
                     timeline.waited(first.queue_s, first.fetch_s)
+                assert prefill is not None
+                scores = _scores(journey, first, prefill)
                 if not first.finish_reason:
                     decode.start([first.token], first.coming_blocks)
-                yield _take(journey, timeline, [first.token], first.finish_reason)
+                yield _take(journey, timeline, [first.token], first.finish_reason, scores)
                 if first.finish_reason:
                     return
             # 4) The others, from the decode node.
-            is_computed = first is not None
+            is_computed, scores = first is not None, None
             while (reply := await decode.read()).WhichOneof("message") != "finished":
                 tokens = reply.tokens
                 if not is_computed:
                     is_computed = True
+                    scores = _scores(journey, tokens, decode)
                     has_computed(decode, tokens.local_hit_tokens + tokens.store_hit_tokens, tokens.compute_s)
                     if is_first:
                         timeline.hit(tokens.local_hit_tokens, tokens.store_hit_tokens)
@@ -156,7 +161,8 @@ class Dispatcher:
                 elif first is not None and is_first:
                     timeline.transferred(tokens.fetch_s)
                 timeline.decode_hit(tokens.store_hit_tokens)
-                yield _take(journey, timeline, tokens.tokens)
+                yield _take(journey, timeline, tokens.tokens, UNFINISHED, scores)
+                scores = None
             yield Progress((), reply.finished.finish_reason)
 
     def _prefill_leg(self, plan: Plan) -> AbstractContextManager[PrefillLeg | None]:
@@ -205,12 +211,24 @@ class Dispatcher:
         return None if deadline_s is None else max(0.0, deadline_s - self._clock())
 
 
+def _scores(
+    journey: Journey, answer: node_pb2.PrefillResponse | node_pb2.Tokens, leg: Leg
+) -> common_pb2.PromptLogprobs | None:
+    """The prompt's logprobs that come with its first token, where they are asked for. Raises `LegFailed`."""
+    if not journey.is_scoring:
+        return None
+    if not journey.is_whole(answer.prompt_logprobs):
+        raise LegFailed(leg.callee.node_id, leg.callee.incarnation, "did not tell the prompt's logprobs", is_down=False)
+    return answer.prompt_logprobs
+
+
 def _take(
     journey: Journey,
     timeline: Timeline,
     tokens: Sequence[common_pb2.Token],
-    finish_reason: common_pb2.FinishReason = UNFINISHED,
+    finish_reason: common_pb2.FinishReason,
+    scores: common_pb2.PromptLogprobs | None,
 ) -> Progress:
     journey.take(tokens)
     timeline.took(len(tokens))
-    return Progress(tokens, finish_reason)
+    return Progress(tokens, finish_reason, scores)

@@ -9,7 +9,7 @@ import asyncio
 import json
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from router.errors import InvalidRequest
 from router.http_errors import BODY, RefusedCall
@@ -33,6 +33,7 @@ async def read_body(request: web.BaseRequest, max_bytes: int, read_s: float = RE
         raise too_large
     pieces, size = [], 0
     try:
+        await _ask_for_it(request)
         async with asyncio.timeout(read_s):
             async for piece in request.content.iter_any():
                 size += len(piece)
@@ -44,6 +45,13 @@ async def read_body(request: web.BaseRequest, max_bytes: int, read_s: float = RE
     except TimeoutError:
         raise RefusedCall(408, f"the body did not come within {read_s:g} s", "request_timeout") from None
     return b"".join(pieces)
+
+
+async def _ask_for_it(request: web.BaseRequest) -> None:
+    """Clients that expect a 100 (curl with a body of a MiB, for one) keep theirs back until it comes."""
+    if request.version >= HttpVersion11 and request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # no answer has begun with it
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

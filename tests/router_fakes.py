@@ -49,6 +49,22 @@ def expected(prompt_ids: Sequence[int], count: int, seed: int, next_token: NextT
     return output_ids
 
 
+def scores_of(request: node_pb2.NodeRequest) -> common_pb2.PromptLogprobs | None:
+    """Token i of the prompt has the logprob -i / 8 and the rank i; the next ids are its alternatives: -1, -2 and on."""
+    if not request.HasField("prompt_logprobs"):
+        return None
+    prompt, num_top = request.token_ids[: request.num_prompt_tokens], request.prompt_logprobs
+    places = range(1, len(prompt))
+    return common_pb2.PromptLogprobs(
+        token_ids=prompt,
+        logprobs=[-place / 8 for place in places],
+        ranks=places,
+        num_top=num_top,
+        top_token_ids=[(prompt[place] + rank) % 258 for place in places for rank in range(1, num_top + 1)],
+        top_logprobs=[-float(rank) for _ in places for rank in range(1, num_top + 1)],
+    )
+
+
 class Wire:
     """A TCP relay before a server. `cut` is what kill -9 looks like from outside, `freeze` what SIGSTOP does."""
 
@@ -115,6 +131,7 @@ class FakeNode:
         self.seen = Seen()
         self.tokens_per_message = 1
         self.step_s = 0.0
+        self.scores_of = scores_of
         self.hits = (0, 0)  # (local, store) tokens that each leg reports
         self.compute_s = self.queue_s = self.fetch_s = 0.0  # likewise
         self.metadata: list[dict[str, str]] = []  # of each call, as it came
@@ -197,6 +214,7 @@ class FakeNode:
             compute_s=self.compute_s,
             queue_s=self.queue_s,
             fetch_s=self.fetch_s,
+            prompt_logprobs=self.scores_of(message.request),
         )
 
     async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
@@ -225,6 +243,8 @@ class FakeNode:
                     local, store = self.hits
                     hits = {"local_hit_tokens": local, "store_hit_tokens": store}
                     message = node_pb2.Tokens(tokens=tokens, queue_s=self.queue_s, fetch_s=self.fetch_s, **hits)
+                    if count < self.tokens_per_message and (scores := self.scores_of(request)) is not None:
+                        message.prompt_logprobs.CopyFrom(scores)
                     await context.write(node_pb2.DecodeResponse(tokens=message))
                     tokens = []
                 count += 1

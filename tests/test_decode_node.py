@@ -89,6 +89,19 @@ async def test_without_a_first_token_the_node_computes_the_prompt(machine: Machi
     assert set(kinds[:-1]) == {"tokens"} and kinds[-1] == "finished"
 
 
+async def test_logprobs_of_a_prompt_come_once_with_the_first_tokens(machine: Machine) -> None:
+    await machine.store()
+    prefill, node = await machine.node(), await machine.node()
+    prompt = prompt_of(100)
+    answer = await prefill.answer(node_request(prompt, prompt_logprobs=1))
+    decoded = await decode(node, node_request(prompt, prompt_logprobs=1))
+    told = [message.tokens for message in decoded.messages if message.HasField("tokens")]
+    assert [tokens.HasField("prompt_logprobs") for tokens in told] == [True, *[False] * (len(told) - 1)]
+    logprobs = list(told[0].prompt_logprobs.logprobs)
+    assert logprobs == pytest.approx(list(answer.prompt_logprobs.logprobs), abs=1e-4) and len(logprobs) == 99
+    assert decoded.token_ids == machine.expected(prompt) and decoded.store_hit_tokens == 0
+
+
 async def test_fetches_while_prefill_is_still_at_work(machine: Machine) -> None:
     await machine.store()
     first, second = await machine.node(engine={"max_num_batched_tokens": 16}), await machine.node()

@@ -21,9 +21,11 @@ from rich.console import Console
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
 from deploy.cli import main
 from deploy.client import as_json
-from deploy.serve import add_serve_arguments, arena_table, changes, config_from, http_urls, node_table
+from deploy.serve import changes
+from deploy.serve_arguments import add_serve_arguments, config_from
 from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, start_ticks
+from deploy.status import arena_table, http_urls, node_table
 from kvstore.directory import ArenaRecord, NodeRecord
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from deploy.cli import _parser, main
 from deploy.config import ConfigError
 from deploy.config_file import is_secret, keys_of, parse_config, parse_with_file, shown
-from deploy.serve import add_serve_arguments, config_from
+from deploy.serve_arguments import add_serve_arguments, config_from
 
 
 def serve_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from conftest import POCKET, REPOSITORY
 from deploy.config_file import keys_of, parse_config
 from deploy.launch import Cluster
 from deploy.placement import Machine, place, router_machines, usable
-from deploy.serve import add_serve_arguments, config_from
+from deploy.serve_arguments import add_serve_arguments, config_from
 from deploy.specs import Specs
 from kvstore.blocks import KVLayout
 from router.amounts import parse_bytes

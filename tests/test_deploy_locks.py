@@ -23,7 +23,7 @@ from deploy.locks import Locks
 from deploy.placement import Machine, place
 from deploy.redis import EmbeddedRedis
 from deploy.redis_url import has_password
-from deploy.serve import add_serve_arguments, config_from
+from deploy.serve_arguments import add_serve_arguments, config_from
 from deploy.specs import PlacedSpec, Specs
 from kvstore.blocks import KVLayout
 from kvstore.directory import Directory

@@ -22,7 +22,7 @@ KEY = "baton:default:meeting:decode-0"
 class Group:
     """In place of a RankGroup, of which a process can have but one."""
 
-    def __init__(self, shard: Shard, store: Any, device: Any) -> None:
+    def __init__(self, shard: Shard, store: Any, device: Any, timeout_s: float) -> None:
         self.shard, self.store = shard, store
 
 

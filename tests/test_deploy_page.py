@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 
 from deploy.cli import _parser
 from deploy.config_file import keys_of, parse_config
-from deploy.serve import add_serve_arguments
+from deploy.serve_arguments import add_serve_arguments
 
 PAGE = (REPOSITORY / "docs" / "deploy.md").read_text()
 ELSEWHERE = {  # of ray, docker, kubectl, helm, openssl and what `-f` takes

@@ -149,3 +149,11 @@ def test_grpcs_own_limits_are_those_that_there_are() -> None:
     largest = grpc_door.TRANSPORT_FACTOR * RouterConfig.max_message_bytes
     assert f"messages beyond {largest >> 20} MiB" in text
     assert f"more than {grpc_door.max_calls(RouterConfig.max_concurrent_requests):,} calls" in text
+
+
+def test_the_tree_names_what_is_there() -> None:
+    text = text_of(REPOSITORY / "docs" / "tree.md")
+    for package in ("engine", "kvstore", "node", "router", "deploy"):
+        [part] = re.findall(rf"^{package}/.*?(?=^\w)", text, re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"[\w*]+\.py\b", part):
+            assert list((REPOSITORY / package).glob(name)), f"{package}/{name}"

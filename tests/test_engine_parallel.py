@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import free_port
 from engine_driver import BLOCK, MODELS, SIZES, make_engine, make_prompt
+from rank_process import logprobs_of
 
 from engine.attention import ForwardBatch, SequenceSpan
 from engine.config import EngineConfig, ModelConfig
@@ -38,6 +40,9 @@ OPTIONS = {
 }
 
 
+Found = tuple[list[list[list[int]]], list[float]]  # tokens by parameters and prompt, logprobs
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {name: tmp_path_factory.mktemp(name) for name in sorted(MODELS)}
@@ -60,13 +65,13 @@ class Ranks:
     def __init__(self, processes: Sequence[subprocess.Popen[str]]) -> None:
         self.processes = processes
 
-    def send(self, folder: Path, tp: int, pp: int, waits: bool = False) -> None:
+    def send(self, folder: Path, tp: int, pp: int, waits: bool = False, **fields: Any) -> None:
         """A job, which begins once the leader says that it is ready; where it `waits`, at a line to the leader."""
         pieces = {"kv_layer_pieces": pp, "kv_head_pieces": min(tp, SIZES["num_key_value_heads"])}
         job = {"folder": str(folder), "tp": tp, "pp": pp, "address": f"127.0.0.1:{free_port()}", "waits": waits}
         work = {"engine": OPTIONS | pieces, "prompts": PROMPTS, "params": [GREEDY, SAMPLED]}
         for process in self.processes[: tp * pp]:
-            self.say(process, json.dumps(job | work))
+            self.say(process, json.dumps(job | work | fields))
         assert self.hear() == "READY\n"
 
     def say(self, process: subprocess.Popen[str], line: str) -> None:
@@ -109,21 +114,24 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def alone(folders: dict[str, Path]) -> dict[Path, list[list[list[int]]]]:
+def alone(folders: dict[str, Path]) -> dict[Path, Found]:
     """What one rank puts out for each model."""
-    tokens = {}
+    found = {}
     for folder in folders.values():
         engine = make_engine(folder, max_num_batched_tokens=48)
-        tokens[folder] = [engine.generate(PROMPTS, SamplingParams(**params)) for params in (GREEDY, SAMPLED)]
-    return tokens
+        tokens = [engine.generate(PROMPTS, SamplingParams(**params)) for params in (GREEDY, SAMPLED)]
+        found[folder] = tokens, logprobs_of(engine, PROMPTS[-1])
+    return found
 
 
 @pytest.mark.parametrize("width", sorted(WIDTHS))
-def test_tokens_are_those_of_one_rank(
-    ranks: Ranks, alone: dict[Path, list[list[list[int]]]], folder: Path, width: str
-) -> None:
+def test_tokens_are_those_of_one_rank(ranks: Ranks, alone: dict[Path, Found], folder: Path, width: str) -> None:
+    """And so are the logprobs of a prompt, in chunks and stages."""
     ranks.send(folder, *WIDTHS[width])
-    assert json.loads(ranks.hear()) == alone[folder]
+    tokens, logprobs = json.loads(ranks.hear())
+    expected_tokens, expected_logprobs = alone[folder]
+    assert tokens == expected_tokens
+    assert len(logprobs) == len(PROMPTS[-1]) - 1 and logprobs == pytest.approx(expected_logprobs, abs=1e-4)
 
 
 def test_who_loses_a_rank_ends(folders: dict[str, Path]) -> None:

@@ -42,7 +42,7 @@ async def test_each_curl_command(cluster: FakeCluster) -> None:
 
 async def test_each_python_example(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
     examples = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    assert len(examples) == 5
+    assert len(examples) == 6
     await asyncio.to_thread(exec, "\n".join(examples), {"url": cluster.http_url})
     said = capsys.readouterr().out
     assert said.startswith('{"city": "Paris"}') and "A generator is" in said and "['pocket']" in said

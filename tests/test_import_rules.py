@@ -96,7 +96,7 @@ def test_ray_lives_in_one_file() -> None:
         for path in (REPOSITORY / package).rglob("*.py")
         if any(name.split(".")[0] == "ray" for name in imports_of(path))
     }
-    assert users == {"deploy/launch.py"}
+    assert users == {"deploy/on_ray.py"}
 
 
 def test_proto_is_no_package() -> None:

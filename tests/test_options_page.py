@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 from deploy.cli import _parser
 from deploy.config_file import keys_of, parse_config
 from deploy.node_config import NodeConfig
-from deploy.serve import add_serve_arguments
+from deploy.serve_arguments import add_serve_arguments
 from kvstore.server import StoreConfig
 from router.config import RouterConfig
 

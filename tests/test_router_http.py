@@ -93,7 +93,17 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"audio": {"voice": "x"}}, "audio"),
     (CHAT, {"modalities": ["audio"]}, "modalities"),
     (CHAT, {"functions": []}, "functions"),
-    (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
+    (CHAT, {"reasoning_effort": "huge"}, "reasoning_effort"),
+    (CHAT, {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}}, "reasoning_effort"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"x": "y" * (1 << 14)}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"x": "\ud800"}}, "chat_template_kwargs"),
+    (CHAT, {"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+    (CHAT, {"request_id": "x" * 129}, "request_id"),
+    (CHAT, {"rid": "é"}, "rid"),
+    (CHAT, {"rid": ["x"]}, "rid"),
+    (COMPLETIONS, {"request_id": ""}, "request_id"),
+    (COMPLETIONS, {"reasoning_effort": "high"}, "reasoning_effort"),
     (CHAT, {"temprature": 1}, "temprature"),
     (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
     (CHAT, {"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
@@ -122,6 +132,9 @@ async def test_a_wrong_field_is_named(cluster: FakeCluster) -> None:
         error = check_error(answer, headers)
         assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param), (change, answer)
         assert error["message"].startswith(f"{param}: "), change
+    for path, change, param in (("/detokenize", {"tokens": 7}, "tokens"), ("/tokenize", {"prompt": 7}, "prompt")):
+        status, headers, answer = await post(cluster.http_url + path, change)
+        assert (status, check_error(answer, headers)["param"]) == (400, param)
     assert not cluster.nodes["decode0"].seen.admits
 
 
@@ -217,6 +230,21 @@ async def test_a_body_without_a_length_is_bounded_too(cluster: FakeCluster) -> N
     writer.close()
 
 
+async def test_a_body_that_waits_to_be_asked_for(cluster: FakeCluster) -> None:
+    """`Expect: 100-continue`: a body that is taken is asked for, one that is refused need not be sent."""
+    host, _, port = cluster.http_url.removeprefix("http://").rpartition(":")
+    body = json.dumps(ONCE).encode()
+    for length, media_type, status in ((len(body), "json", 200), (MAX_BYTES + 1, "json", 413), (3, "xml", 415)):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/{media_type}\r\n"
+        writer.write(f"{head}Content-Length: {length}\r\nExpect: 100-Continue\r\n\r\n".encode())
+        if status == 200:
+            assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(body)
+        assert (await asyncio.wait_for(reader.readline(), 10)).startswith(f"HTTP/1.1 {status} ".encode())
+        writer.close()
+
+
 async def test_request_ids(cluster: FakeCluster) -> None:
     url, ident = cluster.http_url, "x" * 128
     status, headers, answer = await post(url + COMPLETIONS, ONCE, {"X-Request-Id": ident})
@@ -230,6 +258,11 @@ async def test_request_ids(cluster: FakeCluster) -> None:
     assert len(headers["X-Request-Id"]) == 32
     status, headers, answer = await post(url + COMPLETIONS, ONCE | {"n": 2}, {"X-Request-Id": ident})
     assert status == 200 and headers["X-Request-Id"] == ident and len(answer["choices"]) == 2
+    for name in ("request_id", "rid"):  # vLLM's and SGLang's places for it, behind the header
+        status, headers, answer = await post(url + COMPLETIONS, ONCE | {name: f"my {name}"})
+        assert status == 200 and headers["X-Request-Id"] == f"my {name}" and answer["id"] == f"cmpl-my {name}"
+        status, headers, answer = await post(url + CHAT, HELLO | {name: f"my {name}"}, {"X-Request-Id": "head"})
+        assert headers["X-Request-Id"] == "head" and answer["id"] == "chatcmpl-head"
     many = {"prompt": ["a", "b"], "max_tokens": 1}
     await post(url + COMPLETIONS, many, {"X-Request-Id": ident})
     for index in (0, 1):
@@ -284,7 +317,7 @@ async def test_a_deadline(cluster: FakeCluster) -> None:
         node.faults["start"] = lambda: asyncio.sleep(5)
     status, headers, answer = await post(url + CHAT, HELLO, {"X-Request-Timeout-Ms": "500"})
     assert status == 504 and check_error(answer, headers)["code"] == "deadline_exceeded"
-    for wrong in ("soon", "0", "-1", "9" * 5000):
+    for wrong in ("soon", "0", "-1", "9" * 5000, "0" * 10 + "1" * 400, "0" * 10 + "1" * 5000):
         status, headers, answer = await post(url + CHAT, HELLO, {"X-Request-Timeout-Ms": wrong})
         assert status == 400 and check_error(answer, headers)["param"] == "X-Request-Timeout-Ms"
 
