@@ -25,7 +25,9 @@ def open_channel(address: str, tls: ClientTls | None) -> grpc.Channel:
     """Raises `DeployError` for files that cannot be read; whether they fit, the first call tells."""
     if tls is None:
         return grpc.insecure_channel(address)
-    credentials = grpc.ssl_channel_credentials(_bytes(tls.ca), _bytes(tls.key), _bytes(tls.cert))
+    credentials = grpc.ssl_channel_credentials(
+        _bytes("--tls-ca", tls.ca), _bytes("--tls-key", tls.key), _bytes("--tls-cert", tls.cert)
+    )
     options = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
     return grpc.secure_channel(address, credentials, options=options)
 
@@ -48,8 +50,8 @@ def tls_from(args: argparse.Namespace) -> ClientTls | None:
     return ClientTls(args.tls_ca, args.tls_cert, args.tls_key, args.tls_server_name)
 
 
-def _bytes(file: Path | None) -> bytes | None:
+def _bytes(option: str, file: Path | None) -> bytes | None:
     try:
         return None if file is None else file.read_bytes()
     except OSError as error:
-        raise DeployError(f"{file}: {error.strerror}") from None
+        raise DeployError(f"{option}: {file}: {error.strerror}") from None

@@ -1,78 +1,37 @@
-"""The `baton` command. Each subcommand is a function in a module of its own; here are only names, help and errors."""
+"""The `baton` command: what goes wrong is one line on standard error, and Ctrl-C is no error at all."""
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from deploy import admin, client, config_cli, explain, keys, kv, scale, serve, serve_arguments, size, status
-from deploy.config import DeployError
-from deploy.config_file import parse_with_file
-from deploy.state import add_state_argument
-from loadtest import bench, compare, flags, plan, simulate
-
-Command = Callable[[argparse.Namespace], int]
-
-FAILED, INTERRUPTED = 1, 130
+FAILED, INTERRUPTED, NOBODY_READS = 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status. What goes wrong is one line on standard error."""
+    """Returns the exit status."""
     try:
-        args = parse_with_file(_parser(), argv)
-        command: Command = args.command
+        return _run(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # as in `baton kv ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        return NOBODY_READS
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from deploy import commands  # takes half a second, in which Ctrl-C may come
+    from deploy.config import DeployError
+    from deploy.config_file import parse_with_file
+
+    try:
+        args = parse_with_file(commands.parser(), argv)
+        command: commands.Command = args.command
         return command(args)
     except DeployError as error:
         print(f"baton: error: {error}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
-
-
-def _bench(args: argparse.Namespace) -> int:
-    if args.backend == "grpc":  # over HTTP the server may be anybody's: it must be named
-        args.address = client.address_from(args)
-    args.api_key = client.api_key_from(args)
-    return bench.run(args)
-
-
-def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    flags.add_arguments(parser)
-    add_state_argument(parser)
-    further = parser.add_subparsers(metavar="report", title="results that are there")
-    words = "lay results of runs side by side, in one page"
-    report = further.add_parser("report", help=words, description=words[0].upper() + words[1:] + ".")
-    compare.add_arguments(report)
-    report.set_defaults(command=compare.run)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="baton", description="Disaggregated prefill/decode serving")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, command: Command, arguments: Callable[[argparse.ArgumentParser], None], words: str) -> None:
-        sub = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
-        arguments(sub)
-        sub.set_defaults(command=command, parser=sub)
-
-    add("serve", serve.serve, serve_arguments.add_serve_arguments, "start a cluster and run it in the foreground")
-    add("config", config_cli.check, config_cli.add_arguments, "check or show a file for `baton serve --config`")
-    add("status", status.status, status.add_status_arguments, "show the nodes and arenas of the cluster that is up")
-    add("kv", kv.run, kv.add_arguments, "show and change what the stores hold: stats, ls, inspect, evict, drain")
-    add("nodes", admin.nodes, admin.add_nodes_arguments, "show the nodes as a router sees them")
-    add("drain", admin.drain, admin.add_drain_arguments, "make a node refuse new requests, or take them again")
-    add("key", keys.key, keys.add_key_arguments, "make an API key or an admin key")
-    add("scale", scale.run, scale.add_arguments, "add nodes to the cluster that is up, or drain and remove some")
-    add("down", serve.down, add_state_argument, "stop the cluster that is up")
-    add("generate", client.generate, client.add_generate_arguments, "send one prompt and stream the answer")
-    add("chat", client.chat, client.add_chat_arguments, "talk to the model, turn by turn")
-    add("explain", explain.explain, explain.add_explain_arguments, "show why a request went where it went")
-    add("bench", _bench, _add_bench_arguments, "measure a router under load")
-    add("simulate", simulate.run, simulate.add_arguments, "run a trace through a cluster under a virtual clock")
-    add("plan", plan.run, plan.add_arguments, "find how many of N GPUs should prefill and how many decode")
-    add("size", size.size, size.add_arguments, "count what a model takes of a GPU's memory, and its KV of the network")
-    return parser
 
 
 if __name__ == "__main__":

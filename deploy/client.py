@@ -6,14 +6,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import grpc
+from google.protobuf.message import Message
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
 from deploy.channel import ClientTls, add_tls_arguments, open_channel, tls_from
 from deploy.config import DeployError
 from deploy.state import StateDir, add_state_argument
+from router.validate import MAX_ANSWERS
 
 API_KEY_VARIABLE = "BATON_API_KEY"
 
@@ -89,13 +91,12 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(args: argparse.Namespace) -> int:
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _read_prompt() if args.prompt == "-" else args.prompt
     request = request_from(args)
     request.echo = args.echo
-    try:
-        request.n = args.n
-    except ValueError:
-        raise DeployError("--n must be from 1 to 16") from None
+    if not 1 <= args.n <= MAX_ANSWERS:
+        raise DeployError(f"--n must be from 1 to {MAX_ANSWERS}, got {args.n}")
+    request.n = args.n
     try:
         request.text = prompt
     except ValueError:
@@ -109,6 +110,13 @@ def generate(args: argparse.Namespace) -> int:
         for index, answer in enumerate(answers):
             print(f"--- answer {index}", "".join(response.text for response in answer), sep="\n")
     return 0
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise DeployError("the prompt is not valid UTF-8") from None
 
 
 def chat(args: argparse.Namespace) -> int:
@@ -207,21 +215,26 @@ def checked_key(text: str) -> str:
 
 def request_from(args: argparse.Namespace) -> inference_pb2.GenerateRequest:
     """All but the prompt. Raises `DeployError` for what no message can hold; the ranges are the router's to check."""
-    given = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
-    try:
-        return inference_pb2.GenerateRequest(sampling=sampling_from(args), **given)
-    except (ValueError, TypeError) as error:
-        raise DeployError(str(error)) from None
+    request = inference_pb2.GenerateRequest(sampling=sampling_from(args))
+    _fill(request, args, LIMITS)
+    return request
 
 
 def sampling_from(args: argparse.Namespace) -> common_pb2.SamplingParams:
     """Raises `DeployError` for what no message can hold; the ranges are the router's to check."""
-    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    given["ignore_eos"] = args.ignore_eos
-    try:
-        return common_pb2.SamplingParams(**given)
-    except (ValueError, TypeError) as error:
-        raise DeployError(f"sampling: {error}") from None
+    sampling = common_pb2.SamplingParams(ignore_eos=args.ignore_eos)
+    _fill(sampling, args, SAMPLING)
+    return sampling
+
+
+def _fill(message: Message, args: argparse.Namespace, names: Iterable[str]) -> None:
+    """The options of these fields, where they were given."""
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            try:
+                message.MergeFrom(type(message)(**{name: value}))
+            except (ValueError, TypeError) as error:
+                raise DeployError(f"--{name.replace('_', '-')}: {error}") from None
 
 
 LIMITS = {

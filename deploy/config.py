@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.locks import Locks
+from deploy.ports import clash, given_ports
 from deploy.widths import Width
 from router import amounts
 from router.errors import UnusableTenants
@@ -20,6 +21,7 @@ from router.tenants import read_tenants
 
 NO_LOCKS = Locks()
 MAX_NODES = 256
+MAX_START_S = 86_400.0
 MAX_STORE_DIR = 70  # characters: an ipc socket's path may have 107, and a few follow the folder's
 MAX_TEMP_DIR = 24  # characters: Ray's sockets lie some 75 characters deeper
 
@@ -126,10 +128,18 @@ class ClusterConfig:
         check("--cluster", name_ok, f"1 to 64 letters, digits, '.', '_' or '-', got {self.cluster!r}")
         base = str(self.store_base)
         check("--store-dir", len(base) <= MAX_STORE_DIR - 24, f"{MAX_STORE_DIR - 24} characters at most, got {base!r}")
+        seconds = self.start_timeout_s
+        check(
+            "--start-timeout", 0.0 < seconds <= MAX_START_S, f"above 0 and up to {MAX_START_S:.0f} s, got {seconds:g}"
+        )
+        is_address = re.fullmatch(r"auto|.+:[0-9]{1,5}|", self.ray_address) is not None
+        check("--ray-address", is_address, f"HOST:PORT, or auto, got {self.ray_address!r}")
+        is_url = not self.otlp_endpoint or self.otlp_endpoint.startswith(("http://", "https://"))
+        check("--otlp-endpoint", is_url, f"http://HOST:PORT or https://HOST:PORT, got {self.otlp_endpoint!r}")
         check("--ray-address", not self.ray_address.startswith("ray://"), "host:port of a Ray that this machine is in")
         check("the model", self.model_dir.is_dir(), f"a Hugging Face folder; there is no folder {self.model_dir}")
 
-        if problem := self.locks.problem():
+        if problem := self.locks.problem() or clash(given_ports(self)):
             raise ConfigError(problem)
         if self.tenants_file is not None:
             try:

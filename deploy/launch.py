@@ -22,6 +22,7 @@ from deploy.config import ClusterConfig, ConfigError, DeployError, cluster_dir
 from deploy.drain import drain
 from deploy.on_ray import Member, StartFailed
 from deploy.placement import Machine, Placement, place, router_machines, usable
+from deploy.ports import given_ports, not_to_be_had
 from deploy.processes import CLUSTER_VARIABLE, end_all, processes_of
 from deploy.redis import EmbeddedRedis, check_given
 from deploy.specs import PlacedSpec, Specs
@@ -114,6 +115,8 @@ class Cluster:
         model = self._model()
         if self.redis_url:
             asyncio.run(check_given(self.redis_url, self.config.cluster))
+        if not self.config.router_hosts and (problem := not_to_be_had(given_ports(self.config))):
+            raise StartFailed(problem)
         self.folders[0].mkdir(mode=0o700)
         on_ray.join(self.config.ray_address, self.folders[0] / "ray", self.cluster_id)
         machines, own = self._wait_for_machines()
@@ -203,6 +206,7 @@ class Cluster:
                 on_ray.call("stop", up, self.config.stop_timeout_s)
                 with_store = {m.placed.machine.ray_node_id for m in self._members if m.kind == "store"}
                 last = [m for m in members if "store" in kinds or m.placed.machine.ray_node_id not in with_store]
+                last = [m for m in last if m.placed.spec.folder not in self.folders]  # those of this machine go below
                 on_ray.call("remove_folder", last, self.config.stop_timeout_s)
                 on_ray.kill(members)
             on_ray.leave()
@@ -286,7 +290,7 @@ class Cluster:
         if self._interrupt.is_set():
             raise Interrupted("stopped while it was starting")
         if time.monotonic() > deadline:
-            raise StartFailed(f"not up within {self.config.start_timeout_s:.0f} s: {', '.join(waiting_for)}")
+            raise StartFailed(f"not up within {self.config.start_timeout_s:g} s: {', '.join(waiting_for)}")
 
     def _note(self, member: Member) -> None:
         assert member.started is not None

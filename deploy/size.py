@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from deploy.config import ConfigError, parse_bytes
@@ -53,6 +54,10 @@ def size(args: argparse.Namespace) -> int:
         raise ConfigError("--max-batched-tokens, --max-requests and --max-model-len must be 1 or more")
     if words := problem(shape, plan):
         raise ConfigError(words)
+    if not (args.prefill_tokens_per_s is None or 0.0 <= args.prefill_tokens_per_s < math.inf):
+        raise ConfigError(f"--prefill-tokens-per-s must be 0 or more, got {args.prefill_tokens_per_s:g}")
+    if not 0.0 <= args.arena_seconds < math.inf:
+        raise ConfigError(f"--arena-seconds must be 0 or more, got {args.arena_seconds:g}")
     counted = count(shape, plan, parse_bytes(args.gpu_memory), parse_bytes(args.reserve))
     if args.json:
         print(json.dumps(dataclasses.asdict(plan) | dataclasses.asdict(counted)))

@@ -85,9 +85,12 @@ class StateDir:
         self._lock: IO[str] | None = None
 
     def claim(self) -> None:
-        """Makes this process the one that serves from here. Raises `AlreadyServing`."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = (self.folder / "lock").open("w")
+        """Makes this process the one that serves from here. Raises `AlreadyServing`, or `DeployError`."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise DeployError(f"--state-dir {self.folder}: cannot be used: {error.strerror}") from None
         for attempt in range(CLAIM_ATTEMPTS):  # `alive` of another process holds the lock for an instant
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

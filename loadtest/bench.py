@@ -70,9 +70,16 @@ def _fail(words: str, status: int) -> int:
 
 
 def _check_writable(file: Path | None) -> None:
-    """Before the run, not after it."""
-    if file is not None and not file.parent.is_dir():
-        raise BenchError(f"there is no folder {file.parent}")
+    """Before the run, not after it. Leaves no file where there was none."""
+    if file is None:
+        return
+    is_new = not file.exists()
+    try:
+        file.open("a").close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise BenchError(f"cannot write {file}: {error.strerror}") from None
 
 
 async def _measure(config: BenchConfig, args: argparse.Namespace) -> int:

@@ -106,7 +106,14 @@ def test_bar_is_shown_on_a_terminal_only(is_terminal: bool) -> None:
         (["serve", str(REPOSITORY)], "has no config.json"),
         (["serve", str(POCKET), "--dtype", "int4"], "dtype 'int4' is not supported"),
         (["serve", str(POCKET), "--ray-address", "127.0.0.1:1"], "no Ray at 127.0.0.1:1"),
-        (["serve", str(POCKET), "--ray-address", "here"], "no Ray at here"),
+        (["serve", str(POCKET), "--ray-address", "here"], "--ray-address must be HOST:PORT, or auto"),
+        (["serve", str(POCKET), "--start-timeout", "nan"], "--start-timeout must be above 0"),
+        (["serve", str(POCKET), "--otlp-endpoint", "here"], "--otlp-endpoint must be http://"),
+        (["serve", str(POCKET), "--port", "8", "--http-port", "8"], "--http-port and --port both ask for port 8"),
+        (
+            ["serve", str(POCKET), "--host", "203.0.113.7", "--port", "8"],
+            "--port 8: cannot listen there on 203.0.113.7",
+        ),
         (["serve", str(POCKET), "--redis-url", "redis://127.0.0.1:1"], "the given Redis does not answer"),
         (["serve", str(POCKET), "--redis-url", "127.0.0.1:1"], "--redis-url"),
         (["status"], "no cluster is up"),
@@ -114,23 +121,41 @@ def test_bar_is_shown_on_a_terminal_only(is_terminal: bool) -> None:
         (["generate", "hello"], "no cluster is up"),
         (["chat"], "no cluster is up"),
         (["generate", "hello", "--address", "127.0.0.1:1"], "UNAVAILABLE"),
-        (["generate", "hello", "--address", "127.0.0.1:1", "--max-tokens", "-1"], "sampling"),
+        (["generate", "hello", "--address", "127.0.0.1:1", "--max-tokens", "-1"], "--max-tokens: "),
+        (["generate", "hello", "--address", "127.0.0.1:1", "--n", "0"], "--n must be from 1 to 16, got 0"),
+        (["generate", "hello", "--address", "127.0.0.1:1", "--tls-ca", "/nowhere"], "--tls-ca: /nowhere: No such file"),
+        (["generate", "-", "--address", "127.0.0.1:1"], "not valid UTF-8"),
     ],
 )
 def test_errors_are_one_line(argv: list[str], message: str, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "deploy.cli", *argv, "--state-dir", str(tmp_path / "state")],
         cwd=REPOSITORY,
+        input=b"\xff",
         capture_output=True,
-        text=True,
         check=False,
     )
     assert result.returncode == 1
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
+    assert result.stdout == b""
+    lines = result.stderr.decode().strip().splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("baton: error: ")
     assert message in lines[0]
+
+
+def test_a_state_folder_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["serve", str(POCKET), "--state-dir", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err == f"baton: error: --state-dir {tmp_path}/file: cannot be used: File exists\n"
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+def test_what_is_no_error_of_ours(error: type[BaseException], status: int, tmp_path: Path) -> None:
+    """Ctrl-C, also before anything is read, and a reader that has seen enough: no traceback."""
+    code = f"def run(argv): raise {error.__name__}\ncli._run = run\nsys.exit(cli.main())"
+    code = f"import sys\nfrom deploy import cli\n{code}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (status, b"")
 
 
 @pytest.mark.parametrize("argv", [["config"], ["nonsense"], ["serve", "x", "--kv-memory", "lots"], ["generate"]])

@@ -14,7 +14,8 @@ from conftest import POCKET, REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.cli import _parser, main
+from deploy.cli import main
+from deploy.commands import parser
 from deploy.config import ConfigError
 from deploy.config_file import is_secret, keys_of, parse_config, parse_with_file, shown
 from deploy.serve_arguments import add_serve_arguments, config_from
@@ -109,10 +110,10 @@ def test_the_command_line_goes_before_the_file_wherever_it_stands(tmp_path: Path
     file = tmp_path / "baton.yaml"
     file.write_text(f"model: {POCKET}\nprefill: 3\nport: 9\nmetrics: false\n")
     for argv in (["serve", "--port", "0", "--config", str(file)], ["serve", "--config", str(file), "--port", "0"]):
-        config = config_from(parse_with_file(_parser(), argv))
+        config = config_from(parse_with_file(parser(), argv))
         assert (config.model_dir, config.prefill, config.port, config.metrics) == (POCKET, 3, 0, False)
-    assert config_from(parse_with_file(_parser(), ["serve", "--config", str(file), "--metrics"])).metrics
-    other = parse_with_file(_parser(), ["serve", str(REPOSITORY), "--config", str(file)])
+    assert config_from(parse_with_file(parser(), ["serve", "--config", str(file), "--metrics"])).metrics
+    other = parse_with_file(parser(), ["serve", str(REPOSITORY), "--config", str(file)])
     assert other.model == REPOSITORY
 
 

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from conftest import POCKET, REPOSITORY
 
-from deploy.cli import _parser, main
+from deploy.cli import main
+from deploy.commands import parser
 from deploy.config_file import parse_with_file
 
 FOLDER = REPOSITORY / "deploy" / "docker"
@@ -99,5 +100,5 @@ def test_the_parts_find_each_other(tmp_path: Path) -> None:
     file = tmp_path / "baton.yaml"
     file.write_text(yaml.safe_dump(options | {"model": str(POCKET)}))
     argv = [word.replace("/etc/baton/baton.yaml", str(file)) for word in compose["baton"]["command"]]
-    assert parse_with_file(_parser(), argv).metrics_targets == Path(options["metrics_targets"])
+    assert parse_with_file(parser(), argv).metrics_targets == Path(options["metrics_targets"])
     assert main(["config", "check", str(file)]) == 0

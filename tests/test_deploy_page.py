@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from deploy.cli import _parser
+from deploy.commands import parser
 from deploy.config_file import keys_of, parse_config
 from deploy.serve_arguments import add_serve_arguments
 
@@ -42,7 +42,7 @@ def test_files_are_taken(text: str) -> None:
 
 
 def test_flags_are_there() -> None:
-    commands = next(action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    commands = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     known = {
         name for parser in commands.choices.values() for action in parser._actions for name in action.option_strings
     }

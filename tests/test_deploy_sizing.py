@@ -130,6 +130,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--store-memory 184G in all prefill machines together keeps 60 s" in out
     assert main([*argv, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tensor_parallel_size"] == 8
+    for option, wrong in (("--prefill-tokens-per-s", "nan"), ("--arena-seconds", "-1")):
+        assert main([*argv, option, wrong]) == 1
+        assert capsys.readouterr().err == f"baton: error: {option} must be 0 or more, got {wrong}\n"
     assert main(["size", str(file), "--gpu-memory", "79G"]) == 1
     assert "does not fit" in capsys.readouterr().out
     assert main(["size", str(POCKET), "--gpu-memory", "8G"]) == 0

@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY
 from scraping import documented
 
-from deploy.cli import _parser
+from deploy.commands import parser
 from grammar import source
 from router import grpc_door, http_body, http_models, http_requests, validate, validate_chat
 from router.config import RouterConfig
@@ -65,7 +65,7 @@ FLAGS = {
     for path in (REPOSITORY / folder).rglob("*.py")
     for flag in re.findall(r'"(--[a-z0-9-]+)"', text_of(path))
 }
-FLAGS |= all_flags(_parser()) | OF_OTHERS
+FLAGS |= all_flags(parser()) | OF_OTHERS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
@@ -119,6 +119,14 @@ def test_the_map_has_each_package_and_folder() -> None:
     assert sorted(named) == sorted(FOLDERS)
 
 
+def test_the_tree_names_what_is_there() -> None:
+    text = text_of(REPOSITORY / "docs" / "tree.md")
+    for package in ("engine", "kvstore", "node", "router", "deploy"):
+        [part] = re.findall(rf"^{package}/.*?(?=^\w)", text, re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"[\w*]+\.py\b", part):
+            assert list((REPOSITORY / package).glob(name)), f"{package}/{name}"
+
+
 # Limits of what clients may send: a row's first words -> the numbers in its second column.
 LIMITS: dict[str, list[int]] = {
     "an HTTP body": [RouterConfig.max_message_bytes, http_body.MAX_OBJECTS, http_body.MAX_LISTS, http_body.MAX_NAMES],
@@ -149,11 +157,3 @@ def test_grpcs_own_limits_are_those_that_there_are() -> None:
     largest = grpc_door.TRANSPORT_FACTOR * RouterConfig.max_message_bytes
     assert f"messages beyond {largest >> 20} MiB" in text
     assert f"more than {grpc_door.max_calls(RouterConfig.max_concurrent_requests):,} calls" in text
-
-
-def test_the_tree_names_what_is_there() -> None:
-    text = text_of(REPOSITORY / "docs" / "tree.md")
-    for package in ("engine", "kvstore", "node", "router", "deploy"):
-        [part] = re.findall(rf"^{package}/.*?(?=^\w)", text, re.MULTILINE | re.DOTALL)
-        for name in re.findall(r"[\w*]+\.py\b", part):
-            assert list((REPOSITORY / package).glob(name)), f"{package}/{name}"

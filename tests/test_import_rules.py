@@ -108,7 +108,7 @@ def test_no_drawer_for_everything() -> None:
     assert not [name for name in ("common", "utils") if list(REPOSITORY.glob(f"*/{name}*"))]
 
 
-@pytest.mark.parametrize("module", ["router.server", "kvstore.server", "deploy.cli", "loadtest.bench"])
+@pytest.mark.parametrize("module", ["router.server", "kvstore.server", "deploy.commands", "loadtest.bench"])
 def test_starts_without_torch(module: str) -> None:
     """Importing torch costs seconds and 200 MB; only engines pay them."""
     import subprocess

@@ -427,7 +427,8 @@ def test_the_command_over_http(server: OpenAiServer, monkeypatch: pytest.MonkeyP
         (["--turns", "2"], "--turns is for"),
         (["--dataset", "trace", "--dataset-path", "/nowhere"], "--dataset-path"),
         (["--backend", "openai", "--address", "ftp://x"], "must be HOST:PORT"),
-        (["--json", "/nowhere/x.json"], "there is no folder /nowhere"),
+        (["--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
+        (["--report", "/"], "cannot write /: Is a directory"),
         (["--dataset", "multi-turn", "--turns", "20"], "20 turns of --input-len 32 + --output-len 5 is more than"),
     ],
 )

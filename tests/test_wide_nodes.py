@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from conftest import RedisProcess, eventually
 from node_harness import node_request, prompt_of
+from scraping import scrape
 from wide_nodes import ENGINE, WideCluster, WideNode, running_cluster
 
 from batonpb import common_pb2
@@ -98,3 +99,37 @@ async def test_tenants_have_caches_and_quotas_of_their_own(cluster: WideCluster,
     assert tokens == expected
     assert num_fetched < 9
     assert 0 < arena.num_blocks_of(Owner.of_salt(b"c").tenant) <= 16
+
+
+@pytest.mark.parametrize(("width", "wait"), [("tp2", "collective"), ("tp4", "collective"), ("pp2", "pipeline")])
+async def test_each_rank_tells_what_it_did(cluster: WideCluster, width: str, wait: str) -> None:
+    """On the leader's page: where its time went, and that it moved its share of the bytes and no more."""
+    node, (tp, pp) = cluster.nodes[width], WIDTHS[width]
+    page = node.ranks[0].record["metrics_address"]
+    ranks = [(str(rank), str(rank // tp)) for rank in range(tp * pp)]
+    before = await scrape(page)
+    prompt = prompt_of(NUM_PROMPT_TOKENS, seed=300 + list(WIDTHS).index(width))
+    assert (await journey(node, node, prompt))[1] == 9
+    now: dict[tuple[str, ...], float] = {}
+
+    def moved(kind: str) -> list[float]:
+        keys = [("baton_rank_bytes_total", kind, *rank) for rank in ranks]
+        return [now[key] - before[key] for key in keys]
+
+    half = 4 * cluster.layout.block_bytes // 2  # of a block: of two layers, or of two key heads, at any of these widths
+    fetched = [9 * half] * len(ranks)
+    published = [10 * half if rank % max(1, tp // 2) == 0 else 0 for rank in range(len(ranks))]  # decoding fills one
+
+    async def all_have_told() -> bool:
+        now.update(await scrape(page))
+        steps = {now["baton_rank_steps_total", *rank] for rank in ranks}
+        return len(steps) == 1 and moved("fetched") == fetched and moved("published") == published
+
+    await eventually(all_have_told, what="each rank's share")
+    assert {key[-2:] for key in now if key[0] == "baton_rank_seconds_total"} == set(ranks)
+    phases = ("compute", "collective", "pipeline")
+    for rank in ranks:
+        assert [phase for phase in phases if now["baton_rank_seconds_total", phase, *rank] > 0] == ["compute", wait]
+    assert len(set(moved("collective"))) == 1 and any(moved("pipeline")) == (pp > 1)
+    if pp > 1:
+        assert moved("pipeline")[0] > NUM_PROMPT_TOKENS * 64 * 4, "activations of all tokens, in float32"
