@@ -18,6 +18,7 @@ from batonpb import common_pb2, node_pb2, node_pb2_grpc
 from kvstore.directory import Directory, NodeRecord
 
 TOKEN_ID = ord("a")
+LENGTH = common_pb2.FINISH_REASON_LENGTH
 _HEARTBEAT_S, _TTL_S = 0.5, 3.0
 
 
@@ -37,10 +38,13 @@ class FakeNode(node_pb2_grpc.PrefillServicer, node_pb2_grpc.DecodeServicer):
                 yield node_pb2.DecodeResponse(admitted=node_pb2.Admitted(free_blocks=10_000))
                 if not message.admit.runs_alone:
                     continue
-            for _ in range(left - len(message.start.tokens)):
-                yield node_pb2.DecodeResponse(tokens=node_pb2.Tokens(tokens=[common_pb2.Token(token_id=TOKEN_ID)]))
-            yield node_pb2.DecodeResponse(finished=node_pb2.Finished(finish_reason=common_pb2.FINISH_REASON_LENGTH))
-            return
+            left -= len(message.start.tokens)
+            for index in range(left):
+                reason = LENGTH if index == left - 1 else common_pb2.FINISH_REASON_UNSPECIFIED
+                tokens = node_pb2.Tokens(tokens=[common_pb2.Token(token_id=TOKEN_ID)], finish_reason=reason)
+                yield node_pb2.DecodeResponse(tokens=tokens)
+            if not left:
+                yield node_pb2.DecodeResponse(finished=node_pb2.Finished(finish_reason=LENGTH))
 
 
 def _record(role: str, address: str) -> NodeRecord:

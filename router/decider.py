@@ -77,12 +77,13 @@ class Decider:
         self.journal.decided(request.salt, request.request_id, kept)
         rejection = chosen.reason.name if isinstance(chosen, Reject) else ""
         self.accuracy.decided(kept.outcome, rejection, self._clock() - begin_s)
-        logger.info(
-            "request_id=%s event=%s policy=%s tokens=%d hit_blocks=%d %s",
-            *(request.request_id, "reject" if rejection else "plan", self._name),
-            *(kept.num_tokens, kept.num_hit_blocks),
-            chosen if isinstance(chosen, Reject) else chosen.explanation,
-        )
+        if logger.isEnabledFor(logging.INFO):
+            logger.info(
+                "request_id=%s event=%s policy=%s tokens=%d hit_blocks=%d %s",
+                *(request.request_id, "reject" if rejection else "plan", self._name),
+                *(kept.num_tokens, kept.num_hit_blocks),
+                chosen if isinstance(chosen, Reject) else chosen.explanation,
+            )
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("request_id=%s event=candidates %s", request.request_id, kept.candidates())
         return kept.chosen

@@ -229,7 +229,10 @@ class Frontend:
         check_model(checked.model, pool.model)
         await self._grammars.check(checked.sampling, checked.chat)
         prompt_ids = await self._tokenise(checked, pool)
-        sampling = check_tokens(prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size)
+        is_ours = checked.token_ids is None and self._tokenizer.largest_id < pool.vocab_size
+        sampling = check_tokens(
+            prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size, is_in_vocabulary=is_ours
+        )
         if checked.prompt_logprobs is not None:
             check_scores(len(prompt_ids), checked.prompt_logprobs)
         del sampling.stop[:]  # nodes know no text

@@ -109,19 +109,25 @@ class Journey:
             no_decode=frozenset(self.refused["decode"]),
         )
 
-    def message(self) -> node_pb2.NodeRequest:
-        return node_pb2.NodeRequest(
-            request_id=self.request.request_id,
-            token_ids=self.token_ids,
-            num_prompt_tokens=len(self.request.prompt_ids),
-            sampling=self.request.sampling,
-            salt=self.request.salt,
-            kv_quota_bytes=self.request.kv_quota_bytes,
-            priority=self.request.priority,
-        )
+    def admit(self, runs_alone: bool) -> node_pb2.DecodeRequest:
+        """What a decode node is told first. Filled in where it lies: a message that is put into another is copied."""
+        message, request = node_pb2.DecodeRequest(), self.request
+        message.admit.runs_alone = runs_alone
+        told = message.admit.request
+        told.request_id = request.request_id
+        told.token_ids.extend(request.prompt_ids)
+        told.token_ids.extend(self.output_ids)
+        told.num_prompt_tokens = len(request.prompt_ids)
+        told.sampling.CopyFrom(request.sampling)
+        told.salt = request.salt
+        told.kv_quota_bytes = request.kv_quota_bytes
+        told.priority = request.priority
+        if runs_alone and self.is_scoring and request.prompt_logprobs is not None:
+            told.prompt_logprobs = request.prompt_logprobs
+        return message
 
     def scoring(self, message: node_pb2.NodeRequest) -> node_pb2.NodeRequest:
-        """What the leg is sent that computes the prompt: `message`, or it with the wish for the prompt's logprobs."""
+        """What a first leg is sent: `message`, or it with the wish for logprobs, which no other leg has."""
         if not self.is_scoring:
             return message
         asking = node_pb2.NodeRequest(prompt_logprobs=self.request.prompt_logprobs)

@@ -28,6 +28,7 @@ _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_OF = {chr(byte): byte for byte in _PLAIN}
 _BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PLAIN)))}
 
+MAX_REMEMBERED_TOKENS = 1 << 16
 MAX_ERROR_CHARS = 500  # of a template: it may repeat the prompt, and a call's metadata is bounded
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # a byte as a token, in vocabularies of characters
 _KNOWS_TOOLS = re.compile(r"\btools\b")  # what a template calls them
@@ -75,7 +76,9 @@ class Tokenizer:
         with_tools = sources.get("tool_use") or sources.get("default", "")
         self._tools_template = compile_template(with_tools) if _KNOWS_TOOLS.search(with_tools) else None
         self.eos_token_ids = _eos_token_ids(folder)
-        self.bytes_of: Callable[[int], bytes] | None = self._bytes_of if _is_byte_level(path) else None
+        self.bytes_of: Callable[[int], bytes] | None = None
+        if _is_byte_level(path):
+            self.bytes_of = functools.lru_cache(MAX_REMEMBERED_TOKENS)(self._bytes_of)
 
     @property
     def has_chat_template(self) -> bool:
@@ -136,6 +139,11 @@ class Tokenizer:
         """Texts that are one token whatever surrounds them. Special ones are none: they are no text of an answer."""
         added = self._backend.get_added_tokens_decoder().values()
         return frozenset(token.content for token in added if not token.special)
+
+    @functools.cached_property
+    def largest_id(self) -> int:
+        """Of all that it may encode to."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @functools.cached_property
     def _longest_token_bytes(self) -> int:

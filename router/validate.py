@@ -187,13 +187,22 @@ def check_scores(num_prompt_tokens: int, num_top: int) -> None:
 
 
 def check_tokens(
-    token_ids: list[int], sampling: common_pb2.SamplingParams, max_model_len: int, vocab_size: int
+    token_ids: list[int],
+    sampling: common_pb2.SamplingParams,
+    max_model_len: int,
+    vocab_size: int,
+    *,
+    is_in_vocabulary: bool = False,
 ) -> common_pb2.SamplingParams:
-    """`sampling` with max_tokens set to what the model's length leaves at most. Raises `InvalidRequest`."""
+    """`sampling` with max_tokens set to what the model's length leaves at most. Raises `InvalidRequest`.
+
+    `is_in_vocabulary`: that much of `token_ids` is known.
+    """
     _check(len(token_ids) > 0, "prompt", "must not be empty")
     check_length(len(token_ids), max_model_len)
     room = max_model_len - len(token_ids)
-    _check_vocabulary("prompt", token_ids, vocab_size)
+    if not is_in_vocabulary:
+        _check_vocabulary("prompt", token_ids, vocab_size)
     _check_vocabulary("sampling.stop_token_ids", list(sampling.stop_token_ids), vocab_size)
     _check_vocabulary("sampling.logit_bias", list(sampling.logit_bias), vocab_size)
     bounded = common_pb2.SamplingParams()

@@ -135,6 +135,8 @@ class FakeNode:
         self.hits = (0, 0)  # (local, store) tokens that each leg reports
         self.compute_s = self.queue_s = self.fetch_s = 0.0  # likewise
         self.metadata: list[dict[str, str]] = []  # of each call, as it came
+        self.num_decode_calls = 0
+        self.keeps_calls = True  # a Decode call may have several legs
         self.health = health.aio.HealthServicer()
         self._directory = Directory(redis_url, CLUSTER)
         self._role = role
@@ -218,7 +220,13 @@ class FakeNode:
         )
 
     async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
-        admit = (await context.read()).admit
+        self.num_decode_calls += 1
+        while (message := await context.read()) is not grpc.aio.EOF:
+            await self._decode(message.admit, context)
+            if not self.keeps_calls:
+                return
+
+    async def _decode(self, admit: node_pb2.Admit, context: grpc.aio.ServicerContext) -> None:
         request = admit.request
         self.metadata.append(dict(context.invocation_metadata() or ()))
         self.seen.admits.append(request)
@@ -233,6 +241,7 @@ class FakeNode:
             self.seen.starts.append(token_ids)
             await self._moment("start", context)
             reason = common_pb2.FINISH_REASON_UNSPECIFIED
+            tells_last = "finished" not in self.faults  # as nodes do, unless a fault wants to come between the two
             count, tokens = 0, []
             while not reason:
                 await asyncio.sleep(self.step_s)
@@ -245,13 +254,16 @@ class FakeNode:
                     message = node_pb2.Tokens(tokens=tokens, queue_s=self.queue_s, fetch_s=self.fetch_s, **hits)
                     if count < self.tokens_per_message and (scores := self.scores_of(request)) is not None:
                         message.prompt_logprobs.CopyFrom(scores)
+                    if tells_last:
+                        message.finish_reason = reason
                     await context.write(node_pb2.DecodeResponse(tokens=message))
                     tokens = []
                 count += 1
                 await self._moment(f"token {count}", context)
-            await self._moment("finished", context)
-            finished = node_pb2.Finished(finish_reason=reason)
-            await context.write(node_pb2.DecodeResponse(finished=finished))
+            if not tells_last:
+                await self._moment("finished", context)
+                finished = node_pb2.Finished(finish_reason=reason)
+                await context.write(node_pb2.DecodeResponse(finished=finished))
 
     async def GetLoad(self, _message: node_pb2.GetLoadRequest, context: grpc.aio.ServicerContext) -> node_pb2.Load:
         return node_pb2.Load(node_id=self.node_id, draining=self.record.draining)

@@ -86,7 +86,7 @@ class Admitted(_message.Message):
     def __init__(self, free_blocks: _Optional[int] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("tokens", "local_hit_tokens", "store_hit_tokens", "compute_s", "queue_s", "fetch_s", "prompt_logprobs")
+    __slots__ = ("tokens", "local_hit_tokens", "store_hit_tokens", "compute_s", "queue_s", "fetch_s", "prompt_logprobs", "finish_reason")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class Tokens(_message.Message):
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     FETCH_S_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]
     local_hit_tokens: int
     store_hit_tokens: int
@@ -101,7 +102,8 @@ class Tokens(_message.Message):
     queue_s: float
     fetch_s: float
     prompt_logprobs: _common_pb2.PromptLogprobs
-    def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ...) -> None: ...
+    finish_reason: _common_pb2.FinishReason
+    def __init__(self, tokens: _Optional[_Iterable[_Union[_common_pb2.Token, _Mapping]]] = ..., local_hit_tokens: _Optional[int] = ..., store_hit_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., fetch_s: _Optional[float] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("finish_reason",)
