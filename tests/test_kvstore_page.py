@@ -11,8 +11,11 @@ import pytest
 from conftest import REPOSITORY
 from scraping import check_documented
 
+from batonpb import rank_pb2
 from deploy import kv
 from deploy.node_metrics import NodeCollector
+from deploy.rank_metrics import RankCollector
+from engine.rank_meter import RankWork
 from engine.speed import StepTiming
 from kvstore.links import Links
 from kvstore.server import StoreConfig, StoreServer
@@ -27,9 +30,11 @@ async def test_the_metrics_that_the_page_names_are_those_that_there_are(redis_ur
     store = StoreServer(StoreConfig(dir=str(short_dir / "s"), redis_url=redis_url, slot_bytes=64, memory_bytes=1 << 14))
     await store.start()
     client: Any = SimpleNamespace(links=Links(64, lambda: 0.0))
-    engine: Any = SimpleNamespace(timing=StepTiming())
+    engine: Any = SimpleNamespace(timing=StepTiming(), rank_work=RankWork())
     record: Any = SimpleNamespace(**dict.fromkeys(LOAD, 0), model="pocket", role="both")
-    collectors = (store._metrics, NodeCollector(Intake(client, 16, 64), engine, lambda: record))
+    intake, ranks = Intake(client, 16, 64), SimpleNamespace(work={1: rank_pb2.Work(stage=1)})
+    of_ranks = RankCollector(engine, intake, SimpleNamespace(num_published_pieces=0), ranks)  # type: ignore[arg-type]
+    collectors = (store._metrics, NodeCollector(intake, engine, lambda: record, of_ranks))
     families = [family for collector in collectors for family in collector.collect()]
     await store.stop()
     assert all(family.documentation.endswith(".") for family in families)

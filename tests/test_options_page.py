@@ -9,10 +9,10 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from deploy.cli import _parser
+from deploy.commands import parser as baton
 from deploy.config_file import keys_of, parse_config
 from deploy.node_config import NodeConfig
-from deploy.serve import add_serve_arguments
+from deploy.serve_arguments import add_serve_arguments
 from kvstore.server import StoreConfig
 from router.config import RouterConfig
 
@@ -35,7 +35,7 @@ def serve_parser() -> argparse.ArgumentParser:
 
 
 def test_all_commands_are_there() -> None:
-    (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    (commands,) = [action for action in baton()._actions if isinstance(action, argparse._SubParsersAction)]
     told = [names[0].split()[1] for names, _ in rows("Commands")]
     assert sorted(told) == sorted(commands.choices)
 
