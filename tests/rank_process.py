@@ -21,6 +21,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import RanksDisagree
 from engine.follower import Follower
 from engine.parallel import RankGroup, open_meeting
 from engine.request import PromptLogprobs, Request, SamplingParams
@@ -84,7 +85,10 @@ def main() -> None:
         job = json.loads(line)
         shard = Shard.of_rank(rank, job["tp"], job["pp"])
         group = RankGroup(shard, open_meeting(job["address"], leads=rank == 0), torch.device("cpu"))
-        config, folder = EngineConfig(**job["engine"]), Path(job["folder"])
+        config, folder = (
+            EngineConfig(**job["engine"]),
+            Path(job["folders"][rank] if "folders" in job else job["folder"]),
+        )
         meeting = Meeting(Path(job["meets"]), job["num_parts"]) if "meets" in job else None
         if rank:
             if meeting is not None:  # what it computes on is there
@@ -119,4 +123,7 @@ def logprobs_of(engine: Engine, prompt: list[int]) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RanksDisagree as error:
+        sys.exit(print(error, flush=True) or 1)

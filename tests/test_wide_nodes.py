@@ -8,8 +8,10 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
 from conftest import RedisProcess, eventually
@@ -17,7 +19,7 @@ from node_harness import node_request, prompt_of
 from scraping import scrape
 from wide_nodes import ENGINE, WideCluster, WideNode, running_cluster
 
-from batonpb import common_pb2
+from batonpb import common_pb2, node_pb2
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import SamplingParams
@@ -133,3 +135,46 @@ async def test_each_rank_tells_what_it_did(cluster: WideCluster, width: str, wai
     assert len(set(moved("collective"))) == 1 and any(moved("pipeline")) == (pp > 1)
     if pp > 1:
         assert moved("pipeline")[0] > NUM_PROMPT_TOKENS * 64 * 4, "activations of all tokens, in float32"
+
+
+async def patiently(
+    node: WideNode, request: node_pb2.NodeRequest, tokens: Sequence[int], coming_blocks: int
+) -> list[int]:
+    """The tokens behind `tokens`, once there is room."""
+    while True:
+        try:
+            return (await node.decode(request, tokens, coming_blocks)).token_ids
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("width", ["tp2", "pp2"])
+async def test_cancelled_at_random_moments(cluster: WideCluster, alone: Engine, width: str) -> None:
+    """While blocks are fetched, before its Start, among its tokens; so many at a time that room runs short.
+
+    What is not cancelled is right, and in the end all blocks are free.
+    """
+    random, node, writer = Random(width), cluster.nodes[width], cluster.nodes["tp4"]
+    given = GREEDY | {"max_tokens": 48}
+    prompts = [prompt_of(100 + 7 * n, seed=400 + 50 * list(WIDTHS).index(width) + n) for n in range(24)]
+    expected = [alone.generate([prompt], SamplingParams(**given))[0] for prompt in prompts]
+
+    async def one(number: int) -> None:
+        request = node_request(prompts[number], sampling=common_pb2.SamplingParams(**given))
+        request.request_id = f"random-{number}"
+        tokens, coming_blocks = [], 0
+        if number % 2:
+            answer = await writer.prefill(request)
+            tokens, coming_blocks = [answer.token.token_id], answer.coming_blocks
+        running = asyncio.create_task(patiently(node, request, tokens, coming_blocks))
+        if number % 3:
+            assert [*tokens, *await running] == expected[number]
+            return
+        await asyncio.sleep(0.2 * random.random())
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    await asyncio.gather(*map(one, range(len(prompts))))
+    await eventually(node.is_clean, what="all blocks are free")
