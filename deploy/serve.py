@@ -20,7 +20,7 @@ from deploy.serve_arguments import config_from
 from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, start_ticks
 from deploy.status import http_urls
-from deploy.terminal import say
+from deploy.terminal import say, show
 from kvstore.directory import Directory
 from kvstore.errors import DirectoryUnavailable
 
@@ -72,7 +72,7 @@ def _serve(
         state_dir.write(state)
         nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"
         addresses = " ".join([*cluster.routers, *http_urls(cluster.router_http)])
-        print(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s", flush=True)
+        show(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s")
         targets.routers = cluster.router_metrics
 
         def scale(request: Request) -> list[str]:
