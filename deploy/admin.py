@@ -13,7 +13,7 @@ from rich.table import Table
 
 from batonpb import admin_pb2, admin_pb2_grpc
 from deploy.channel import add_tls_arguments, open_channel, tls_from
-from deploy.client import checked_key
+from deploy.client import NEEDS_TLS, checked_key
 from deploy.config import DeployError
 from deploy.state import StateDir, add_state_argument
 from deploy.terminal import console
@@ -93,7 +93,12 @@ def _call(args: argparse.Namespace, method: str, request: Any) -> Any:
 def _address(args: argparse.Namespace) -> str:
     if args.address:
         return str(args.address)
-    addresses = [address for address in StateDir(args.state_dir).running().router_admins if address]
+    state = StateDir(args.state_dir).running()
+    if not state.routers:
+        raise DeployError("the cluster is still starting")
+    if state.has_tls and tls_from(args) is None:
+        raise DeployError(NEEDS_TLS)
+    addresses = [address for address in state.router_admins if address]
     if not addresses:
         raise DeployError("the cluster has no admin port: `baton serve --admin-port`")
     return addresses[0]

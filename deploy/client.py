@@ -18,6 +18,7 @@ from deploy.state import StateDir, add_state_argument
 from router.validate import MAX_ANSWERS
 
 API_KEY_VARIABLE = "BATON_API_KEY"
+NEEDS_TLS = "the routers have TLS: name their authority with --tls-ca FILE, or a well-known one with --tls"
 
 
 class RequestFailed(DeployError):
@@ -197,6 +198,8 @@ def address_from(args: argparse.Namespace) -> str:
     state = StateDir(args.state_dir).running()
     if not state.routers:
         raise DeployError("the cluster is still starting")
+    if state.has_tls and tls_from(args) is None:
+        raise DeployError(NEEDS_TLS)
     return state.routers[0]
 
 

@@ -70,7 +70,8 @@ def decode_table(decision: inference_pb2.Decision) -> Table:
 
 def _addresses(args: argparse.Namespace) -> Sequence[str]:
     """The router that was named, or all of the cluster that is up."""
-    return [args.address] if args.address else StateDir(args.state_dir).running().routers or [address_from(args)]
+    first = address_from(args)
+    return [first] if args.address else StateDir(args.state_dir).running().routers
 
 
 def _ask(addresses: Sequence[str], args: argparse.Namespace) -> inference_pb2.ExplainResponse:

@@ -20,7 +20,7 @@ from deploy.serve_arguments import config_from
 from deploy.start_bar import StartBar
 from deploy.state import ServeState, StateDir, start_ticks
 from deploy.status import http_urls
-from deploy.terminal import say
+from deploy.terminal import say, show
 from kvstore.directory import Directory
 from kvstore.errors import DirectoryUnavailable
 
@@ -61,6 +61,7 @@ def _serve(
         model=config.model_name,
         redis_url="",
         bases=(str(temp_base()), str(config.store_base)),
+        has_tls=config.locks.tls_cert is not None,
     )
     state_dir.write(state)
     with bar:
@@ -71,8 +72,8 @@ def _serve(
         state = dataclasses.replace(state, routers=cluster.routers, router_admins=cluster.router_admins)
         state_dir.write(state)
         nodes = f"{config.prefill} prefill, {config.decode} decode, {config.both} both"
-        addresses = " ".join([*cluster.routers, *http_urls(cluster.router_http)])
-        print(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s", flush=True)
+        addresses = " ".join([*cluster.routers, *http_urls(cluster.router_http, state.has_tls)])
+        show(f"ready: {config.model_name} at {addresses} ({nodes}) after {time.monotonic() - begin:.1f} s")
         targets.routers = cluster.router_metrics
 
         def scale(request: Request) -> list[str]:

@@ -48,6 +48,7 @@ class ServeState:
     router_metrics: tuple[str, ...] = ()  # "ip:port" of each one's /metrics; "" is none
     router_http: tuple[str, ...] = ()  # "ip:port" of each one's HTTP API; "" is none
     router_admins: tuple[str, ...] = ()  # and of its operator's door
+    has_tls: bool = False  # all of these doors of the routers
 
 
 def default_state_dir() -> Path:

@@ -35,7 +35,7 @@ def status(args: argparse.Namespace) -> int:
         print(json.dumps({"pid": state.pid, "model": state.model} | routers | members))
         return 0
     out = console()
-    addresses = " ".join([*state.routers, *http_urls(state.router_http)])
+    addresses = " ".join([*state.routers, *http_urls(state.router_http, state.has_tls)])
     out.print(f"{state.model} at {addresses} (pid {state.pid})")
     if any(state.router_metrics):
         out.print(f"metrics at {' '.join(filter(None, state.router_metrics))}")
@@ -89,9 +89,10 @@ def arena_table(arenas: Sequence[ArenaRecord]) -> Table:
     return table
 
 
-def http_urls(addresses: Sequence[str]) -> list[str]:
+def http_urls(addresses: Sequence[str], has_tls: bool = False) -> list[str]:
     """What OpenAI's clients call their base URL, of each router that has one."""
-    return [f"http://{address}/v1" for address in addresses if address]
+    scheme = "https" if has_tls else "http"
+    return [f"{scheme}://{address}/v1" for address in addresses if address]
 
 
 def _port(address: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from typing import TextIO
 
 from rich.console import Console
 
@@ -11,7 +13,13 @@ WIDTH = 120  # characters, where standard output is no terminal
 
 def say(line: str) -> None:
     """A progress line. Standard output is kept for answers."""
-    print(f"baton: {line}", file=sys.stderr, flush=True)
+    show(f"baton: {line}", sys.stderr)
+
+
+def show(line: str, where: TextIO | None = None) -> None:
+    """On standard output, or elsewhere. A full disk behind it, or a reader who left, is no reason to stop a cluster."""
+    with contextlib.suppress(OSError):
+        print(line, file=where or sys.stdout, flush=True)
 
 
 def console() -> Console:

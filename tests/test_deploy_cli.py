@@ -74,6 +74,7 @@ def test_every_option_arrives() -> None:
     assert config.http and not config_from(parse("--no-http")).http
     assert (config.http_port, config_from(parse("--http-port", "8000")).http_port) == (0, 8000)
     assert http_urls(["127.0.0.1:8000", ""]) == ["http://127.0.0.1:8000/v1"]
+    assert http_urls(["127.0.0.1:8000"], has_tls=True) == ["https://127.0.0.1:8000/v1"]
 
 
 # --- the bar of a start ---
@@ -374,9 +375,17 @@ def test_tables_show_every_member() -> None:
 def test_status_of_a_cluster_that_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state_dir = StateDir(tmp_path)
     state_dir.claim()
-    state_dir.write(ServeState(os.getpid(), start_ticks(os.getpid()), "default", "0123abcd", "pocket", ""))
+    state = ServeState(os.getpid(), start_ticks(os.getpid()), "default", "0123abcd", "pocket", "")
+    state_dir.write(state)
     assert main(["status", "--state-dir", str(tmp_path)]) == 0
     assert "is starting pocket" in capsys.readouterr().err
+    for command in (["generate", "hello"], ["nodes"], ["explain", "x"]):
+        assert main([*command, "--state-dir", str(tmp_path)]) == 1
+        assert "still starting" in capsys.readouterr().err
+    state_dir.write(replace(state, routers=("127.0.0.1:1",), router_admins=("127.0.0.1:2",), has_tls=True))
+    for command in (["generate", "hello"], ["nodes"], ["explain", "x"]):
+        assert main([*command, "--state-dir", str(tmp_path)]) == 1
+        assert "--tls-ca FILE" in capsys.readouterr().err
     state_dir.release()
 
 
