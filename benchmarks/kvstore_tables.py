@@ -116,7 +116,9 @@ def wire_measurements(size: str) -> list[Measurement]:
         )
         rows.append(Measurement("GB/s", 16, operation, own))
     both = Own(f"{size}: 16 blocks over TCP, into the engine, two clients", "copy")
-    return [*rows, Measurement("GB/s", 16, "copy", (both,), 2)]
+    what = f"{size}: 1 block over TCP, as received, p50"
+    one = (Own(what, "receive"), Own(f"{what}, by ZeroMQ", "receive", ZEROMQ))
+    return [*rows, Measurement("GB/s", 16, "copy", (both,), 2), Measurement("us", 1, "receive", one)]
 
 
 def look_up_measurements() -> list[Measurement]:

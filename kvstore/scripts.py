@@ -158,9 +158,14 @@ local marker = redis.call('HGET', blocks, field) or ''
 local number = string.sub(marker, -4)
 if marker ~= ARGV[3] .. number or #number ~= 4 then return 0 end
 local own = struct.unpack('>I4', number)
+local on_disk = struct.pack('>I4', own + 2147483648)
 local function updated(value, slot)
+  local mine = slot and (slot == '\\255\\255\\255\\255' and on_disk or number)
+  local first = string.sub(value, 3, 6)
+  if #value == 2 or #value == 10 and (first == number or first == on_disk) then  -- nobody else has it
+    return mine and '\\0\\1' .. mine .. slot
+  end
   local numbers, slots, half = {}, {}, (#value - 2) / 2
-  local mine = slot and (slot == '\\255\\255\\255\\255' and struct.pack('>I4', own + 2147483648) or number)
   for i = 3, half + 2, 4 do
     local other = struct.unpack('>I4', value, i) % 2147483648
     if mine and other >= own then
