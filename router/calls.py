@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-MAX_KEPT = 64  # that nobody uses; as many again may be in use
+MAX_KEPT = 64  # that wait for a leg; any number may have one
 
 
 class DecodeCalls:

@@ -135,7 +135,7 @@ class FakeNode:
         self.hits = (0, 0)  # (local, store) tokens that each leg reports
         self.compute_s = self.queue_s = self.fetch_s = 0.0  # likewise
         self.metadata: list[dict[str, str]] = []  # of each call, as it came
-        self.num_decode_calls = 0
+        self.num_decode_calls = self.num_open_calls = 0
         self.keeps_calls = True  # a Decode call may have several legs
         self.health = health.aio.HealthServicer()
         self._directory = Directory(redis_url, CLUSTER)
@@ -221,10 +221,14 @@ class FakeNode:
 
     async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         self.num_decode_calls += 1
-        while (message := await context.read()) is not grpc.aio.EOF:
-            await self._decode(message.admit, context)
-            if not self.keeps_calls:
-                return
+        self.num_open_calls += 1
+        try:
+            while (message := await context.read()) is not grpc.aio.EOF:
+                await self._decode(message.admit, context)
+                if not self.keeps_calls:
+                    return
+        finally:
+            self.num_open_calls -= 1
 
     async def _decode(self, admit: node_pb2.Admit, context: grpc.aio.ServicerContext) -> None:
         request = admit.request

@@ -556,6 +556,17 @@ async def test_a_call_of_which_a_leg_was_broken_off_is_not_kept(small: FakeClust
     assert node.num_decode_calls == 2
 
 
+async def test_a_node_that_is_to_stop_need_not_wait_for_kept_calls(small: FakeCluster) -> None:
+    node = small.nodes["decode0"]
+    await ask_and_check(small)
+    assert node.num_open_calls == 1
+    await node.beat(draining=True)
+    await eventually(lambda: node.num_open_calls == 0, 5, "the router has heard of it")
+    await node.beat(draining=False)
+    await eventually(lambda: bool(small.router.frontend and small.router.frontend.is_ready), 5)
+    await ask_and_check(small)
+
+
 async def test_a_traced_request_has_a_call_of_its_own(small: FakeCluster) -> None:
     context = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     for _ in range(2):
