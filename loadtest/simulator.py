@@ -77,8 +77,11 @@ class Simulator:
             self._waiting.append(job)
 
     def _try_waiting(self) -> None:
-        while self._waiting and self._try(self._waiting[0]):
-            self._waiting.popleft()
+        while self._waiting:
+            job = self._waiting.popleft()  # first: what is sent may end another one, whose end comes here again
+            if not self._try(job):
+                self._waiting.appendleft(job)
+                return
 
     def _try(self, job: Job) -> bool:
         """Sends the request to nodes, or rejects it; False where nobody has room for it now."""

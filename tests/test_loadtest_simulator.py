@@ -63,6 +63,16 @@ def test_nodes_of_one_host_share_an_arena_that_outlives_them() -> None:
     assert list(simulator.nodes) == ["decode-1"] and len(simulator.nodes["decode-1"].arena) == 2
 
 
+@pytest.mark.parametrize("seed", [7, 13, 21, 58])
+def test_a_request_that_waited_is_sent_once_where_others_end_with_it(seed: int) -> None:
+    """To send it makes a node go on whose own request ends then, too, which calls those who wait once more."""
+    rng, machine = random.Random(seed), replace(MACHINE, kv_blocks=12)
+    times_s = sorted(rng.choice((0.0, 0.0, 5.0)) for _ in range(24))
+    turns = [TracedRequest(at_s, 2000, 10, tuple(range(4 * n, 4 * n + 4))) for n, at_s in enumerate(times_s)]
+    config = SimConfig(machine, 0, 0, 4, "least_loaded", 600, queue="shortest", seed=seed)
+    run(config, turns)
+
+
 def test_a_second_turn_hits_full_blocks_alone() -> None:
     first, second = TracedRequest(0.0, 1200, 2, (1, 2, 3)), TracedRequest(60.0, 2000, 2, (1, 2, 4, 5))
     _, jobs = run(SMALL, [first, second])
