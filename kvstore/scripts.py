@@ -188,7 +188,8 @@ for first = 1, #names, 1000 do
   local last, sets, drops = math.min(first + 999, #names), {}, {}
   for i, old in ipairs(redis.call('HMGET', blocks, unpack(names, first, last))) do
     local name = names[first + i - 1]
-    local new = updated(old or '\\0\\0', places[first + i - 1])
+    local is_whole = old and #old % 8 == 2  -- what is not is nobody's
+    local new = updated(is_whole and old or '\\0\\0', places[first + i - 1])
     if new then
       sets[#sets + 1], sets[#sets + 2] = name, new
     elseif old then
@@ -232,7 +233,7 @@ for i = 1, #scanned[2], 2 do
   local field, value = scanned[2][i], scanned[2][i + 1]
   local new = value
   if #field == 16 then
-    new = swept(value)
+    new = #value % 8 == 2 and swept(value)
   elseif string.sub(field, 1, 6) == 'arena:' then
     new = fields[field] and value
   end

@@ -141,6 +141,20 @@ async def _all_of_one_holder(directory: Directory, client: redis.Redis) -> bool:
     return all(client.hstrlen("baton:test:blocks", bytes(block)) == 10 for block in CHAIN[:600])
 
 
+async def test_values_that_nobody_wrote_are_overwritten_and_swept(directory: Directory, redis_url: str) -> None:
+    a = await hold(directory, 1, [0, 1, 2])
+    client, key = redis.Redis.from_url(redis_url), "baton:test:blocks"
+    for value in (b"", b"x", b"\0\3abc", b"\xff" * 11, b"\0\0"):
+        client.hset(key, mapping={bytes(CHAIN[1]): value, bytes(CHAIN[9]): value})
+        await directory.runs(CHAIN[:3])
+        assert len((await directory.locate(CHAIN[:3]))[a]) <= 3
+        assert await directory.announce(a, [(CHAIN[1], 10)], gone=[CHAIN[8]])
+        assert await directory.locate(CHAIN[:3]) == {a: [0, 10, 20]}
+        await directory.heartbeat_arena(arena(1), TTL_S)
+        assert not client.hexists(key, bytes(CHAIN[9]))
+    client.close()
+
+
 async def test_an_arena_that_was_taken_for_dead_announces_again(directory: Directory) -> None:
     a = await hold(directory, 1, [0, 1], ttl_s=0.2)
     await hold(directory, 2, [0])
