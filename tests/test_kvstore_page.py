@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import REPOSITORY
 
 from deploy import kv
 from deploy.node_metrics import NodeCollector
+from deploy.rank_metrics import RankCollector
+from engine.rank_meter import RankWork
 from engine.speed import StepTiming
 from kvstore.links import Links
 from kvstore.server import StoreConfig, StoreServer
@@ -26,10 +28,12 @@ async def test_the_metrics_that_the_page_names_are_those_that_there_are(redis_ur
     store = StoreServer(StoreConfig(dir=str(short_dir / "s"), redis_url=redis_url, slot_bytes=64, memory_bytes=1 << 14))
     await store.start()
     client: Any = SimpleNamespace(links=Links(64, lambda: 0.0))
-    engine: Any = SimpleNamespace(timing=StepTiming())
+    engine: Any = SimpleNamespace(timing=StepTiming(), rank_work=RankWork())
     record: Any = SimpleNamespace(**dict.fromkeys(LOAD, 0), model="pocket", role="both")
     names = set()
-    for collector in (store._metrics, NodeCollector(Intake(client, 16, 64), engine, lambda: record)):
+    intake, publisher = Intake(client, 16, 64), cast(Any, SimpleNamespace(num_published_pieces=0))
+    ranks = RankCollector(engine, intake, publisher, cast(Any, SimpleNamespace(work={})))
+    for collector in (store._metrics, NodeCollector(intake, engine, lambda: record, ranks)):
         for family in collector.collect():
             names.add(family.name + "_total" * (family.type == "counter"))
             assert family.documentation.endswith(".")
