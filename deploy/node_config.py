@@ -37,7 +37,7 @@ class NodeConfig:
     cluster_token: str = field(default="", repr=False)  # that routers have to show; "": nobody is asked
     trusts_network: bool = False  # without a cluster_token, only this allows an address that other machines reach
     bind_host: str = "127.0.0.1"
-    port: int = 0  # 0: the kernel chooses
+    port: int = 0  # 0: the kernel chooses, as it does for the ranks that follow
     advertise_host: str = "127.0.0.1"
     host: str = ""
     heartbeat_s: float = 1.0

@@ -17,7 +17,7 @@ import grpc
 import psutil
 import pytest
 import pytest_asyncio
-from conftest import RedisProcess, ServerProcess
+from conftest import RedisProcess, ServerProcess, free_port
 from node_harness import node_request, prompt_of
 from wide_nodes import ENGINE, WideCluster, running_cluster
 
@@ -29,7 +29,7 @@ from node.gate import new_cluster_token
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 
-TOKEN = new_cluster_token()
+TOKEN, PORT = new_cluster_token(), free_port()
 SERVICE = rank_pb2.DESCRIPTOR.services_by_name["Rank"]
 METHODS = [f"/{SERVICE.full_name}/{method.name}" for method in SERVICE.methods]
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
@@ -65,7 +65,7 @@ async def cluster(tiny_model_dir: Path) -> AsyncIterator[WideCluster]:
     try:
         async with running_cluster(tiny_model_dir, redis_process.url, folder, 2, 2) as cluster:
             cluster.token = TOKEN
-            await asyncio.gather(cluster.start_node("tp2", tp=2), cluster.start_node("pp2", pp=2))
+            await asyncio.gather(cluster.start_node("tp2", tp=2, port=PORT), cluster.start_node("pp2", pp=2))
             yield cluster
     finally:
         redis_process.close()
@@ -82,7 +82,7 @@ async def assert_well(cluster: WideCluster, alone: Engine) -> None:
     for first, second in (("tp2", "pp2"), ("pp2", "tp2")):
         prompt = prompt_of(100, seed=next(SEEDS))
         request = node_request(prompt, sampling=common_pb2.SamplingParams(**GREEDY))
-        answer = await cluster.nodes[first].prefill(request)
+        answer = await cluster.prefill_and_publish(first, request, num_blocks=6)
         decoded = await cluster.nodes[second].decode(request, [answer.token.token_id], answer.coming_blocks)
         expected = alone.generate([prompt], SamplingParams(**GREEDY))[0]
         assert [answer.token.token_id, *decoded.token_ids] == expected
@@ -99,6 +99,11 @@ async def knock(channel: grpc.aio.Channel, method: str, body: bytes, *tokens: st
     except grpc.aio.AioRpcError as error:
         return error
     return None
+
+
+async def test_a_port_that_is_given_is_the_leader_s(cluster: WideCluster) -> None:
+    leader, follower = (rank.record["address"] for rank in cluster.nodes["tp2"].ranks)
+    assert leader == f"127.0.0.1:{PORT}" != follower
 
 
 async def test_a_rank_asks_for_the_token(cluster: WideCluster, alone: Engine) -> None:

@@ -95,6 +95,16 @@ class WideCluster:
         node.connect()
         return node
 
+    async def prefill_and_publish(
+        self, name: str, request: node_pb2.NodeRequest, num_blocks: int
+    ) -> node_pb2.PrefillResponse:
+        """The answer, once all ranks have brought their pieces of so many blocks, which are new to the store."""
+        arena = self.stores["here"].arena
+        wanted = len(arena.blocks()) + num_blocks * self.layout.num_pieces
+        answer = await self.nodes[name].prefill(request)
+        await eventually(lambda: len(arena.blocks()) >= wanted, what="all pieces are in the store")
+        return answer
+
     async def close(self) -> None:
         for node in self.nodes.values():
             await node.channel.close()
