@@ -245,18 +245,18 @@ LIMITS = {
     "tpot_slo_ms": "refuse it where each further token is predicted to take longer",
     "priority": "from -100 to 100; the smaller one is computed first (default 0)",
 }
-SAMPLING: dict[str, type] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "seed": int,
-    "max_tokens": int,
-    "min_tokens": int,
-    "stop": str,
+SAMPLING: dict[str, tuple[type, str]] = {  # the defaults are those of common.proto
+    "temperature": (float, "from 0, always the likeliest token, to 2 (default 1)"),
+    "top_k": (int, "of so many likeliest tokens alone (default 0: all)"),
+    "top_p": (float, "of the likeliest ones that have this share together (default 1: all)"),
+    "min_p": (float, "of those with this share of the likeliest one's probability (default 0: all)"),
+    "repetition_penalty": (float, "above 1: tokens of prompt and answer become less likely (default 1)"),
+    "presence_penalty": (float, "from -2 to 2: above 0, tokens of the answer become less likely (default 0)"),
+    "frequency_penalty": (float, "likewise, for each time that they came (default 0)"),
+    "seed": (int, "the same one gives the same answer (default: a random one)"),
+    "max_tokens": (int, "of the answer at most (default: what the model's length leaves)"),
+    "min_tokens": (int, "before it may end (default 0)"),
+    "stop": (str, "ends the answer; can be repeated"),
 }
 
 
@@ -276,12 +276,12 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
     add_router_arguments(parser)
     for name, words in LIMITS.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, metavar="INT", help=words)
-    for name, kind in SAMPLING.items():
+    for name, (kind, words) in SAMPLING.items():
         option = "--" + name.replace("_", "-")
         if name == "stop":
-            parser.add_argument(option, action="append", metavar="TEXT", help="ends the answer; can be repeated")
+            parser.add_argument(option, action="append", metavar="TEXT", help=words)
         else:
-            parser.add_argument(option, type=kind, metavar=kind.__name__.upper())
+            parser.add_argument(option, type=kind, metavar=kind.__name__.upper(), help=words)
     parser.add_argument("--ignore-eos", action="store_true", help="go on where the model would end")
 
 

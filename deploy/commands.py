@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 from collections.abc import Callable
 
 from deploy import admin, client, config_cli, explain, keys, kv, scale, serve, serve_arguments, size, status
@@ -29,8 +30,20 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     report.set_defaults(command=compare.run)
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("baton")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "unknown"
+
+
 def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(prog="baton", description="Disaggregated prefill/decode serving")
+    whole = argparse.ArgumentParser(
+        prog="baton",
+        description="Disaggregated prefill/decode serving of large language models.",
+        epilog="First `baton serve MODEL`, then, from another terminal, `baton chat`. Of each: baton COMMAND --help.",
+    )
+    whole.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Command, arguments: Callable[[argparse.ArgumentParser], None], words: str) -> None:

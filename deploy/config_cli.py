@@ -13,11 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(required=True, metavar="WHAT")
     words = "check a file as `baton serve --config` would, its model folder included, and start nothing"
     one = what.add_parser("check", help=words, description=words[0].upper() + words[1:] + ".")
-    one.add_argument("file", type=Path, metavar="FILE")
+    one.add_argument("file", type=Path, metavar="FILE", help="YAML")
     one.set_defaults(command=check)
     words = "print all keys with the values that a file gives them, or their defaults"
     one = what.add_parser("show", help=words, description=words[0].upper() + words[1:] + "; no secrets.")
-    one.add_argument("file", type=Path, nargs="?", metavar="FILE")
+    one.add_argument("file", type=Path, nargs="?", metavar="FILE", help="YAML; default: none, so all defaults")
     one.set_defaults(command=show)
 
 

@@ -34,7 +34,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
             name = f"--{role}-{option}-parallel-size"
             add(name, type=int, default=0, metavar=letter, help=f"likewise, of {role} nodes where theirs differ")
     add("--dtype", default="auto", help="float32, bfloat16 or float16; default: float32 on CPUs, else the model's")
-    add("--block-size", type=int, default=16, metavar="TOKENS")
+    add("--block-size", type=int, default=16, metavar="TOKENS", help="of KV that travel together (default 16)")
     add("--kv-memory", type=_bytes, default="256M", metavar="BYTES", help="KV cache of each rank (default 256M)")
     add("--store-memory", type=_bytes, default="256M", metavar="BYTES", help="arena of each machine (default 256M)")
     add("--store-dir", type=Path, default=Path("/dev/shm"), metavar="DIR", help="where arenas lie (default /dev/shm)")
@@ -134,8 +134,9 @@ def _add_running_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="kept up to date with all these addresses, for Prometheus' file_sd_configs",
     )
-    add("--start-timeout", type=float, default=300.0, metavar="SECONDS")
-    add("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    add("--start-timeout", type=float, default=300.0, metavar="SECONDS", help="until all is up (default 300)")
+    levels = ["debug", "info", "warning", "error"]
+    add("--log-level", default="warning", choices=levels, help="from which on all processes log (default warning)")
     add("--log-format", default="text", choices=logs.FORMATS, help="json: one object a line (default text)")
     add(
         "--status-page",

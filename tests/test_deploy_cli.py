@@ -19,6 +19,7 @@ from conftest import POCKET, REPOSITORY
 from rich.console import Console
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
+from deploy import commands
 from deploy.cli import main
 from deploy.client import as_json
 from deploy.serve import changes
@@ -157,6 +158,23 @@ def test_what_is_no_error_of_ours(error: type[BaseException], status: int, tmp_p
     code = f"import sys\nfrom deploy import cli\n{code}"
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=False)
     assert (result.returncode, result.stderr) == (status, b"")
+
+
+def described(parser: argparse.ArgumentParser) -> bool:
+    """Whether all options and arguments say what they are for."""
+    actions = parser._actions
+    inner = [
+        sub for action in actions if isinstance(action, argparse._SubParsersAction) for sub in action.choices.values()
+    ]
+    plain = [action for action in actions if not isinstance(action, argparse._SubParsersAction)]
+    return all(action.help for action in plain) and all(map(described, inner))
+
+
+def test_help_says_what_each_option_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert described(commands.parser())
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("baton ")
 
 
 @pytest.mark.parametrize("argv", [["config"], ["nonsense"], ["serve", "x", "--kv-memory", "lots"], ["generate"]])
