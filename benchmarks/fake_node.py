@@ -10,12 +10,13 @@ import asyncio
 import sys
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 
 from batonpb import common_pb2, node_pb2, node_pb2_grpc
 from kvstore.directory import Directory, NodeRecord
+from kvstore.errors import DirectoryUnavailable
 
 TOKEN_ID = ord("a")
 LENGTH = common_pb2.FINISH_REASON_LENGTH
@@ -80,8 +81,9 @@ async def _serve(redis_url: str, cluster: str, roles: Sequence[str]) -> None:
     asyncio.get_running_loop().add_reader(sys.stdin, stop.set)
     ready = False
     while not stop.is_set():
-        for record in records:
-            await directory.heartbeat_node(record, _TTL_S)
+        with suppress(DirectoryUnavailable):  # on a machine that is too busy; the next one is soon
+            for record in records:
+                await directory.heartbeat_node(record, _TTL_S)
         if not ready:
             print(f"READY {address}", flush=True)
             ready = True
