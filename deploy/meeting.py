@@ -51,7 +51,7 @@ async def join(config: NodeConfig) -> RankGroup | None:
 async def _lead(config: NodeConfig, client: Any, key: str) -> RankGroup:
     meeting, name = open_meeting(f"{config.bind_host}:0", leads=True), uuid.uuid4().hex
     others = [_came(rank) for rank in range(1, config.shard.num_ranks)]
-    door = await asyncio.start_server(_say(f"{name} {meeting.port}\n"), config.bind_host)
+    door = await asyncio.start_server(_say(f"{name} {meeting.port}\n"), config.bind_host.strip("[]"))
     place = f"{config.advertise_host}:{door.sockets[0].getsockname()[1]} {name}"
     try:
         while not await asyncio.to_thread(meeting.check, others):

@@ -137,6 +137,20 @@ def test_tokens_are_those_of_one_rank(ranks: Ranks, alone: dict[Path, Found], fo
     assert len(logprobs) == len(PROMPTS[-1]) - 1 and logprobs == pytest.approx(expected_logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("width", ["tp2", "pp2"])
+def test_tokens_are_the_same_where_requests_are_preempted(ranks: Ranks, folders: dict[str, Path], width: str) -> None:
+    """Blocks change hands while stages are behind: what one still reads is another's next."""
+    folder, params = folders["llama"], {"temperature": 0.0, "max_tokens": 40}
+    few = {"num_blocks": 150 // BLOCK + 1, "max_num_batched_tokens": 48}
+    roomy, tight = make_engine(folder, max_num_batched_tokens=48), make_engine(folder, **few)
+    expected = roomy.generate(PROMPTS, SamplingParams(**params))
+    assert tight.generate(PROMPTS, SamplingParams(**params)) == expected
+    assert tight._scheduler._num_preempted > 0
+    pieces = {"kv_layer_pieces": 2, "kv_head_pieces": 2}
+    ranks.send(folder, *WIDTHS[width], engine=OPTIONS | few | pieces, params=[params])
+    assert json.loads(ranks.hear()) == [expected]
+
+
 def test_who_loses_a_rank_ends(folders: dict[str, Path]) -> None:
     with running_ranks(2) as ranks:
         leader, follower = ranks.processes
