@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 
 from batonpb import common_pb2
 from grammar.errors import InvalidGrammar
+from grammar.together import TooIntricate, places
 
 FIELD = "sampling.grammar"
 MAX_TEXT_BYTES = 64 * 2**10
@@ -21,6 +22,7 @@ MAX_CHOICE_CHARS = 1024
 # making it: 10,000 take 20 ms and 13 MB, 1,000,000 take 5 s and 400 MB.
 MAX_MULTIPLES = 10_000
 MAX_DECIMALS = 32
+MAX_TOGETHER = 8  # patterns; see grammar.together
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def _check_schema(text: str) -> None:
         raise InvalidGrammar(f"{FIELD}.json_schema", f"is no JSON: {error}") from None
     _check(isinstance(schema, dict), "json_schema", "must be a JSON object")
     check_multiples(schema, f"{FIELD}.json_schema")
+    check_together(schema, f"{FIELD}.json_schema")
 
 
 def check_multiples(schemas: Any, field: str) -> None:
@@ -78,6 +81,24 @@ def check_multiples(schemas: Any, field: str) -> None:
     limit = f"multipleOf takes {MAX_MULTIPLES} steps at most, all together, counted in units of its last decimal"
     if sum(sizes) > MAX_MULTIPLES:
         raise InvalidGrammar(field, f"{limit}, got {sum(sizes):.6g}")
+
+
+def check_together(schema: Any, field: str) -> None:
+    """Raises `InvalidGrammar` where more patterns or multiples must hold together than the library can make one of."""
+    if not isinstance(schema, dict):
+        return
+    try:
+        for base in places(schema):
+            count = sum(name in one for one in base for name in ("pattern", "format"))
+            if count > MAX_TOGETHER:
+                raise InvalidGrammar(
+                    field, f"{MAX_TOGETHER} patterns and formats at most may hold together, got {count}"
+                )
+            numbers = {one["multipleOf"] for one in base if _is_number(one.get("multipleOf"))}
+            if math.prod(_states(number) for number in numbers if number) > MAX_MULTIPLES:
+                raise InvalidGrammar(field, f"multiples that hold together may take {MAX_MULTIPLES} steps at most")
+    except TooIntricate:
+        raise InvalidGrammar(field, "has too many combinations of allOf, anyOf, oneOf and $ref") from None
 
 
 def _refuse_constant(name: str) -> None:
@@ -94,8 +115,12 @@ def _multiples(schema: Any) -> Iterator[int | float]:
         elif isinstance(value, dict):
             waiting += value.values()
             number = value.get("multipleOf")
-            if isinstance(number, int | float) and not isinstance(number, bool):
+            if _is_number(number):
                 yield number
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _states(number: int | float) -> float:

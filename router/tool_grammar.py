@@ -12,7 +12,7 @@ from typing import Any
 from batonpb import common_pb2
 from grammar.compiler import JSON_OPTIONS
 from grammar.errors import InvalidGrammar
-from grammar.source import check_multiples
+from grammar.source import check_multiples, check_together
 from router.errors import InvalidRequest
 from router.tools import CLOSE, OPEN
 from router.validate_chat import FIELD, NO_PARAMETERS, Chat
@@ -33,6 +33,8 @@ def hold_to_tools(sampling: common_pb2.SamplingParams, chat: Chat, added_tokens:
     arguments = schemas(chat)
     try:
         check_multiples(list(arguments.values()), TOOLS)
+        for schema in arguments.values():
+            check_together(schema, TOOLS)
     except InvalidGrammar as error:
         raise InvalidRequest(error.field, error.problem) from error
     answer = _answer(sampling) if kind else ""
