@@ -10,14 +10,16 @@ import asyncio
 import sys
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 
 from batonpb import common_pb2, node_pb2, node_pb2_grpc
 from kvstore.directory import Directory, NodeRecord
+from kvstore.errors import DirectoryUnavailable
 
 TOKEN_ID = ord("a")
+LENGTH = common_pb2.FINISH_REASON_LENGTH
 _HEARTBEAT_S, _TTL_S = 0.5, 3.0
 
 
@@ -37,10 +39,13 @@ class FakeNode(node_pb2_grpc.PrefillServicer, node_pb2_grpc.DecodeServicer):
                 yield node_pb2.DecodeResponse(admitted=node_pb2.Admitted(free_blocks=10_000))
                 if not message.admit.runs_alone:
                     continue
-            for _ in range(left - len(message.start.tokens)):
-                yield node_pb2.DecodeResponse(tokens=node_pb2.Tokens(tokens=[common_pb2.Token(token_id=TOKEN_ID)]))
-            yield node_pb2.DecodeResponse(finished=node_pb2.Finished(finish_reason=common_pb2.FINISH_REASON_LENGTH))
-            return
+            left -= len(message.start.tokens)
+            for index in range(left):
+                reason = LENGTH if index == left - 1 else common_pb2.FINISH_REASON_UNSPECIFIED
+                tokens = node_pb2.Tokens(tokens=[common_pb2.Token(token_id=TOKEN_ID)], finish_reason=reason)
+                yield node_pb2.DecodeResponse(tokens=tokens)
+            if not left:
+                yield node_pb2.DecodeResponse(finished=node_pb2.Finished(finish_reason=LENGTH))
 
 
 def _record(role: str, address: str) -> NodeRecord:
@@ -76,8 +81,9 @@ async def _serve(redis_url: str, cluster: str, roles: Sequence[str]) -> None:
     asyncio.get_running_loop().add_reader(sys.stdin, stop.set)
     ready = False
     while not stop.is_set():
-        for record in records:
-            await directory.heartbeat_node(record, _TTL_S)
+        with suppress(DirectoryUnavailable):  # on a machine that is too busy; the next one is soon
+            for record in records:
+                await directory.heartbeat_node(record, _TTL_S)
         if not ready:
             print(f"READY {address}", flush=True)
             ready = True

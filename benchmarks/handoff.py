@@ -86,6 +86,7 @@ async def both_legs(
     times_s = [clock()]
     start = node_pb2.Start(tokens=[answer.token], coming_blocks=answer.coming_blocks)
     await call.write(node_pb2.DecodeRequest(start=start))
+    await call.done_writing()
     store_hit_tokens = 0
     while (response := await call.read()) is not grpc.aio.EOF:
         times_s += [clock()] * len(response.tokens.tokens)

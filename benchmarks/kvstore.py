@@ -20,8 +20,9 @@ engine" it receives there, as a node does, and marks it as come. "by ZeroMQ" is 
 name no plain port; it copies into the engine. Mooncake and the bare socket receive straight into the engine's blocks in
 both rows. Peers encrypt nothing: they stand beside Baton's other rows with the same figures.
 
-Look-up. "locate" is `Directory.locate` over Redis, all blocks found, "match" `KVClient.match_local`. Peers have one
-call for both: Mooncake's `batch_is_exist`, LMCache's look at its own memory.
+Look-up. "locate" is `Directory.locate` over Redis, all blocks found, "count" `Directory.runs`, which is what a router
+asks, "match" `KVClient.match_local`. Peers have one call for all: Mooncake's `batch_is_exist`, LMCache's look at its
+own memory.
 
 Clients' own memory asks for huge pages, but for Mooncake's `shm`, whose pool is shared memory. LMCache is its local
 tier alone, without a connector to an engine, of which it has none for CPUs. Redis is asked through redis-py.

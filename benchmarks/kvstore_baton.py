@@ -89,6 +89,7 @@ class BatonClient:
             "receive": self._receive,
             "copy": self._copy,
             "locate": self._locate,
+            "count": self._count,
             "match": self._match,
         }
 
@@ -159,6 +160,15 @@ class BatonClient:
         runs = await self._directory.locate(hashes)
         took_s = time.perf_counter() - began_s
         if [len(run) for run in runs.values()] != [len(names)]:
+            raise RuntimeError("the directory does not know all blocks")
+        return took_s
+
+    async def _count(self, names: Sequence[int], positions: Sequence[int]) -> float:
+        hashes = [block_hash(name) for name in names]
+        began_s = time.perf_counter()
+        runs = await self._directory.runs(hashes)
+        took_s = time.perf_counter() - began_s
+        if [run.num_blocks for run in runs.values()] != [len(names)]:
             raise RuntimeError("the directory does not know all blocks")
         return took_s
 

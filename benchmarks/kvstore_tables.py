@@ -116,14 +116,14 @@ def wire_measurements(size: str) -> list[Measurement]:
         )
         rows.append(Measurement("GB/s", 16, operation, own))
     both = Own(f"{size}: 16 blocks over TCP, into the engine, two clients", "copy")
-    return [*rows, Measurement("GB/s", 16, "copy", (both,), 2)]
+    what = f"{size}: 1 block over TCP, as received, p50"
+    one = (Own(what, "receive"), Own(f"{what}, by ZeroMQ", "receive", ZEROMQ))
+    return [*rows, Measurement("GB/s", 16, "copy", (both,), 2), Measurement("us", 1, "receive", one)]
 
 
 def look_up_measurements() -> list[Measurement]:
-    return [
-        Measurement("us", n, "exist", (Own(f"locate {n} blocks", "locate"), Own(f"match {n} blocks", "match")))
-        for n in (64, 512)
-    ]
+    own = ("locate", "count", "match")
+    return [Measurement("us", n, "exist", tuple(Own(f"{one} {n} blocks", one) for one in own)) for n in (64, 512)]
 
 
 def tables(wanted: Wanted) -> list[Table]:

@@ -2,7 +2,7 @@
 
 Repeat it with `python -m benchmarks.sim_live TRACE` from the repository's root; it takes about four minutes. (`--quick`
 for a look; without TRACE a made one is replayed.) One prefill and one decode node, each with its engine on a core of
-its own, a store and a router, all processes of this machine. A trace's block of 512 tokens is sent as 16.
+its own, a store and a router, all processes of this machine. A trace's block of 512 tokens is sent as 32.
 
 Part of the trace is sent request by request, so that nothing waits, half of it before and half of it after the run
 that is judged: what prompts, steps and calls take is fitted to that, as a machine file for `baton simulate --machine`
@@ -41,7 +41,8 @@ from loadtest.trace import BLOCK_TOKENS, TracedRequest, make_trace, read_trace
 from router.plan import Rates
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
-BLOCK = EngineConfig().block_size  # tokens that a trace's block is sent as
+BLOCKS = 2  # of the engine that a trace's block is sent as: prompts long enough to outweigh what calls take
+BLOCK = BLOCKS * EngineConfig().block_size  # in tokens
 SCALE = BLOCK_TOKENS // BLOCK
 GROUP = 8  # measurements whose mean is one for the fit: of single ones the lowest would count the most
 WARM_UP = 8
@@ -64,6 +65,7 @@ class Outcome:
     simulated: Times
     served: Sequence[Served]
     hit_rates: tuple[float, float]  # live, simulated: tokens
+    alone: tuple[float, float]  # likewise: requests whose prompt the decode node computed
     load: float  # of the prefill node, by the fit, over the live run
 
 
@@ -94,9 +96,9 @@ def machine_data(served: Sequence[Served], cluster: LiveCluster) -> dict[str, An
     return {
         "prefill": grouped(prefill),
         "step": grouped([(count, SCALE * cached, seconds) for count, cached, seconds in gaps], by=1),
-        "token_bytes": max(1, cluster.block_bytes // BLOCK_TOKENS),
+        "token_bytes": max(1, BLOCKS * cluster.block_bytes // BLOCK_TOKENS),
         "wire_bytes_per_s": Rates().memory_bytes_per_s,
-        "kv_blocks": cluster.num_blocks,
+        "kv_blocks": cluster.num_blocks // BLOCKS,
         "first_s": statistics.median(one.ttft_s - one.prefill_s for one in legs),
         "handoff_s": max(0.0, statistics.fmean(first_gaps) - step_s),
         "chunk_tokens": EngineConfig().max_num_batched_tokens * SCALE,
@@ -139,8 +141,8 @@ def slice_of(requests: Sequence[TracedRequest], machine: Machine, seconds: float
     return [replace(request, arrival_s=(request.arrival_s - first_s) / speed) for request in requests[:kept]]
 
 
-def simulated(requests: Sequence[TracedRequest], machine: Machine, num_slots: int) -> tuple[Times, float]:
-    """The same requests through the simulator, as they are shipped: shortest first, S3-FIFO."""
+def simulated(requests: Sequence[TracedRequest], machine: Machine, num_slots: int) -> tuple[Times, float, float]:
+    """The same requests through the simulator, as they are shipped: shortest first, S3-FIFO. Times, hits, alone."""
     config = SimConfig(
         machine,
         prefill=1,
@@ -149,11 +151,14 @@ def simulated(requests: Sequence[TracedRequest], machine: Machine, num_slots: in
         eviction="s3fifo",
         queue="shortest",
         chunk_tokens=machine.chunk_tokens,
+        is_one_host=True,
     )
     jobs = Simulator(config).run(requests)
     tpot_s = tuple(job.tpot_s for job in jobs if job.request.output_tokens > 1)
     num_hit = sum(job.hit_blocks for job in jobs) * BLOCK_TOKENS
-    return Times(tuple(job.ttft_s for job in jobs), tpot_s), num_hit / sum(r.input_tokens for r in requests)
+    times = Times(tuple(job.ttft_s for job in jobs), tpot_s)
+    num_alone = sum(job.prefilled_by.startswith("decode") for job in jobs)
+    return times, num_hit / sum(r.input_tokens for r in requests), num_alone / len(jobs)
 
 
 async def measure(args: argparse.Namespace, folder: Path) -> list[Outcome]:
@@ -176,7 +181,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> list[Outcome]:
             print(f"repeat {seed}: {fitted(data)}", file=sys.stderr)
             if args.machine_out:
                 args.machine_out.write_text(json.dumps(data) + "\n")
-            outcomes.append(outcome_of(served, part, fitted(data), cluster.num_slots))
+            outcomes.append(outcome_of(served, part, fitted(data), cluster.num_slots // BLOCKS))
     return outcomes
 
 
@@ -184,7 +189,8 @@ def outcome_of(
     served: Sequence[Served], requests: Sequence[TracedRequest], machine: Machine, num_slots: int
 ) -> Outcome:
     """What was live, beside the simulator's run of the same requests."""
-    times, hit_rate = simulated(requests, machine, num_slots)
+    times, hit_rate, alone = simulated(requests, machine, num_slots)
+    live_alone = sum(not one.timeline.prefill_node for one in served) / len(served)
     live_rate = sum(one.cached_tokens for one in served) / sum(one.prompt_tokens for one in served)
     tpot_s = tuple(one.tpot_s for one in served if len(one.times_s) > 1)
     live = Times(tuple(one.ttft_s for one in served), tpot_s)
@@ -192,7 +198,8 @@ def outcome_of(
         machine.prefill.seconds(SCALE * (one.prompt_tokens - one.cached_tokens), SCALE * one.cached_tokens)
         for one in served
     )
-    return Outcome(live, times, served, (live_rate, hit_rate), work_s / max(1e-9, requests[-1].arrival_s))
+    load = work_s / max(1e-9, requests[-1].arrival_s)
+    return Outcome(live, times, served, (live_rate, hit_rate), (live_alone, alone), load)
 
 
 def trace_of(args: argparse.Namespace, seed: int) -> list[TracedRequest]:
@@ -219,6 +226,7 @@ def rows_of(outcomes: Sequence[Outcome]) -> tuple[list[Row], Peer]:
             errors = [100 * (a / b - 1) for a, b in zip(ours, live, strict=True)]
             add(f"{title} {name}: the simulator's error", "%", errors)
     add("hit rate, tokens", "", [one.hit_rates[0] for one in outcomes], [one.hit_rates[1] for one in outcomes])
+    add("prompts of the decode node", "", [one.alone[0] for one in outcomes], [one.alone[1] for one in outcomes])
     add("prefill node's load", "", [one.load for one in outcomes])
     add("requests", "", [float(len(one.served)) for one in outcomes])
     predictions = {

@@ -24,7 +24,7 @@ Publish = Callable[[Sequence[FullBlock]], object]  # takes over the blocks' pins
 
 
 class DecodeLeg:
-    """An admitted request. It fetches from the start on; `run` it once; then its `finish_reason` is known."""
+    """An admitted request. It fetches from the start on; `run` it once: its last tokens come with its end."""
 
     def __init__(
         self, fetcher: Fetcher, publish: Publish, request: Request, outputs: OutputStream, free_blocks: int
@@ -65,11 +65,13 @@ class DecodeLeg:
         # 3. The tokens, until the last.
         while self.finish_reason is None:
             outputs = await self._take()
-            self.finish_reason = outputs[-1].finish_reason
+            last = outputs[-1]
+            if last.error is None:
+                self.finish_reason = last.finish_reason
             if tokens := [token for output in outputs for token in output.tokens]:
                 yield tokens
-            if outputs[-1].error is not None:
-                raise outputs[-1].error
+            if last.error is not None:
+                raise last.error
 
     def close(self) -> None:
         self._fetching.cancel()

@@ -54,6 +54,7 @@ class ServerSpec:
     log_level: str = "warning"
     log_format: str = "text"
     environment: Mapping[str, str] = field(default_factory=dict)
+    life: str = ""  # of one actor: the next of this name begins anew, without this one's earlier starts
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class ServerActor:
         self._spec = spec
         self._server: Server | None = None
         self._part = 0.0
-        self._starts = StartLog(spec.folder / f"{spec.name}.starts")
+        self._starts = StartLog(spec.folder / f"{spec.name}.{spec.life}.starts")
         self._started = asyncio.get_running_loop().create_task(self._start())
 
     def __repr__(self) -> str:

@@ -166,6 +166,8 @@ class Cluster:
         try:
             self._wait_until_started(added)
         except DeployError:
+            stores = [member for member in added if member.kind == "store"]  # their machines are new
+            on_ray.call("remove_folder", stores, self.config.stop_timeout_s)
             self._remove(added)
             raise
         return [f"{member.name} is up on {member.placed.machine.address}" for member in added]

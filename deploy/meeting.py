@@ -1,8 +1,8 @@
 """How the ranks of a wide node find each other at each start, however often they are started: through Redis.
 
-The leader opens a port that the kernel chooses and leaves its address in Redis until all are there; the others look it
-up. Each rank is a process that somebody starts again when it ends, and when one ends they all do, so that is all that
-bringing back a group takes.
+The leader opens a port that the kernel chooses and leaves its address in Redis until all are there, with a name that no
+other meeting has; the others look it up, and ask for that name. Each rank is a process that somebody starts again when
+it ends, and when one ends they all do, so that is all that bringing back a group takes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import redis.asyncio
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 TTL_S = int(JOIN_S)
+ANSWER_S = 1.0
 SPOILED = "spoiled"
 
 
@@ -43,22 +45,24 @@ async def join(config: NodeConfig) -> RankGroup | None:
             key = f"baton:{config.cluster}:meeting:{config.node_id}"
             return await (_follow if config.rank else _lead)(config, client, key)
     except (TimeoutError, RuntimeError) as error:
-        raise NobodyMet(f"rank {config.rank} of {config.shard.num_ranks}: {error or 'nobody came'}") from error
+        raise NobodyMet(f"rank {config.rank} of {config.shard.num_ranks}: {str(error) or 'nobody came'}") from error
 
 
 async def _lead(config: NodeConfig, client: Any, key: str) -> RankGroup:
-    meeting = open_meeting(f"{config.bind_host}:0", leads=True)
+    meeting, name = open_meeting(f"{config.bind_host}:0", leads=True), uuid.uuid4().hex
     others = [_came(rank) for rank in range(1, config.shard.num_ranks)]
-    address = f"{config.advertise_host}:{meeting.port}"
+    door = await asyncio.start_server(_say(f"{name} {meeting.port}\n"), config.bind_host.strip("[]"))
+    place = f"{config.advertise_host}:{door.sockets[0].getsockname()[1]} {name}"
     try:
         while not await asyncio.to_thread(meeting.check, others):
             if await asyncio.to_thread(meeting.check, [SPOILED]):
                 raise NobodyMet("a rank ended while others were still to come")
             with contextlib.suppress(redis.exceptions.RedisError, OSError):
-                await client.set(key, address, ex=TTL_S)
+                await client.set(key, place, ex=TTL_S)
             await asyncio.sleep(POLL_S)
         return await _enter(config, meeting)
     finally:
+        door.close()
         with contextlib.suppress(redis.exceptions.RedisError, OSError):  # or a rank that comes back would call here
             await client.delete(key)
 
@@ -66,8 +70,8 @@ async def _lead(config: NodeConfig, client: Any, key: str) -> RankGroup:
 async def _follow(config: NodeConfig, client: Any, key: str) -> RankGroup:
     while True:
         with contextlib.suppress(redis.exceptions.RedisError, OSError):
-            address = str(await client.get(key) or b"", "utf-8")
-            if address and await _answers(address):
+            place = str(await client.get(key) or b"", "utf-8")
+            if address := await _asked(place):
                 meeting = await asyncio.to_thread(open_meeting, address, False)
                 if meeting.add(_came(config.rank), 1) > 1:
                     meeting.set(SPOILED, "")  # nobody would find whom this one comes after: all begin again
@@ -78,20 +82,34 @@ async def _follow(config: NodeConfig, client: Any, key: str) -> RankGroup:
 
 async def _enter(config: NodeConfig, meeting: Any) -> RankGroup:
     began_s = time.monotonic()
-    group = await asyncio.to_thread(RankGroup, config.shard, meeting, torch.device(config.engine.device))
+    group = await asyncio.to_thread(
+        RankGroup, config.shard, meeting, torch.device(config.engine.device), config.rank_timeout_s
+    )
     logger.info("event=ranks_met node=%s rank=%d s=%.2f", config.node_id, config.rank, time.monotonic() - began_s)
     return group
 
 
-async def _answers(address: str) -> bool:
-    """Whether anybody listens there; the leader that said so may have died since."""
+async def _asked(place: str) -> str:
+    """Where the ranks of this node meet, if its leader is still there: it may have died since it left word, and its
+    port be another leader's now, whose ranks' places are not to be taken. Else ""."""
+    address, _, name = place.partition(" ")
     host, _, port = address.rpartition(":")
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), 1.0)
-    except (OSError, ValueError, TimeoutError):
-        return False
-    writer.close()
-    return True
+        async with asyncio.timeout(ANSWER_S):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            with contextlib.closing(writer):
+                said = str(await reader.readline(), "ascii").split()
+    except (OSError, ValueError, TimeoutError):  # ValueError: a line without an end, too
+        return ""
+    return f"{host}:{int(said[1])}" if len(said) == 2 and said[0] == name and said[1].isdecimal() else ""
+
+
+def _say(line: str) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(line.encode())
+        writer.close()
+
+    return answer
 
 
 def _came(rank: int) -> str:

@@ -29,6 +29,7 @@ from deploy.heartbeat import Heartbeat
 from deploy.meeting import join
 from deploy.node_config import NodeConfig
 from deploy.node_metrics import NodeCollector
+from deploy.rank_metrics import RankCollector
 from engine.engine import Engine
 from engine.loop import EngineLoop
 from engine.parallel import RankGroup
@@ -110,7 +111,7 @@ class NodeServer:
         engine.watch_ranks(_die)  # also where the warm-up takes long: to the others, silence is the leader's end
         await loop.call(lambda engine: engine.warm_up(self._on_warm_up))
         load = await loop.call(Engine.load)
-        ranks = await _open_ranks(stack, loop, group, config.cluster_token)
+        ranks = await _open_ranks(stack, loop, group, config)
         publisher = Publisher(loop, store, load.total_blocks, ranks)
         stack.push_async_callback(publisher.flush)
         replicator = Replicator(store, publisher, engine.layout.block_bytes, load.total_blocks // 4)
@@ -167,7 +168,9 @@ class NodeServer:
             return ""
         door = ScrapeDoor()
         stack.push_async_callback(door.close)
-        collector = NodeCollector(self.intake, self.loop.engine, lambda: self._heartbeat.record)
+        intake, engine, ranks = self.intake, self.loop.engine, self.intake.ranks
+        of_ranks = RankCollector(engine, intake, self.publisher, ranks) if ranks is not None else None
+        collector = NodeCollector(intake, engine, lambda: self._heartbeat.record, of_ranks)
         config = self.config
         return await door.open(collector, config.bind_host, config.advertise_host, config.metrics_port)
 
@@ -220,12 +223,15 @@ def server_options(config: NodeConfig) -> list[tuple[str, int]]:
     ]
 
 
-async def _open_ranks(stack: AsyncExitStack, loop: EngineLoop, group: RankGroup | None, token: str) -> Ranks | None:
+async def _open_ranks(
+    stack: AsyncExitStack, loop: EngineLoop, group: RankGroup | None, config: NodeConfig
+) -> Ranks | None:
     """Channels to the ranks that follow; None for a node of one rank."""
     if group is None:
         return None
     addresses = await asyncio.to_thread(group.addresses)
-    ranks = Ranks(loop, [grpc.aio.insecure_channel(address) for address in addresses], _die, token)
+    ranks = Ranks(loop, [grpc.aio.insecure_channel(address) for address in addresses], _die, config.cluster_token)
+    ranks.watch(config.rank_timeout_s)
     stack.push_async_callback(ranks.close)
     return ranks
 

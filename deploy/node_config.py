@@ -37,7 +37,7 @@ class NodeConfig:
     cluster_token: str = field(default="", repr=False)  # that routers have to show; "": nobody is asked
     trusts_network: bool = False  # without a cluster_token, only this allows an address that other machines reach
     bind_host: str = "127.0.0.1"
-    port: int = 0  # 0: the kernel chooses
+    port: int = 0  # 0: the kernel chooses, as it does for the ranks that follow
     advertise_host: str = "127.0.0.1"
     host: str = ""
     heartbeat_s: float = 1.0
@@ -48,6 +48,7 @@ class NodeConfig:
     room_wait_s: float = 10.0  # how long a prefill leg waits for room before it is refused
     start_wait_s: float = 300.0  # how long an admitted decode leg keeps its room without a Start
     max_message_bytes: int = 16 * 2**20
+    rank_timeout_s: float = 60.0  # a rank that says nothing for so long is gone, and the node with it
     metrics: bool = True  # for Prometheus, over HTTP, at a port of their own
     metrics_port: int = 0  # 0: the kernel chooses
 

@@ -20,17 +20,22 @@ from node.intake import TIERS, Intake
 class NodeCollector(Collector):
     """What came from the store, what was chosen, and where the time of steps went."""
 
-    def __init__(self, intake: Intake, engine: Engine, record: Callable[[], NodeRecord]) -> None:
-        """`record` gives the last heartbeat's."""
+    def __init__(
+        self, intake: Intake, engine: Engine, record: Callable[[], NodeRecord], ranks: Collector | None = None
+    ) -> None:
+        """`record` gives the last heartbeat's; `ranks` has what a wide node tells beside all this."""
         self._intake = intake
         self._engine = engine
         self._record = record
+        self._ranks = ranks
 
     def collect(self) -> Iterator[Metric]:
         yield from self._load()
         yield from self._fetches()
         yield from self._choices()
         yield from self._steps()
+        if self._ranks is not None:
+            yield from self._ranks.collect()
 
     def _load(self) -> Iterator[Metric]:
         """As of the last heartbeat: a look at the engine would wait for its step."""

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ def _actor(placed: PlacedSpec, group: PlacementGroup | None = None, bundle: int 
     if group is not None:
         where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
     options = {"num_cpus": 0, "num_gpus": placed.num_gpus, "max_restarts": -1, "scheduling_strategy": where}
-    return ray.remote(ServerActor).options(**options).remote(placed.spec)
+    return ray.remote(ServerActor).options(**options).remote(replace(placed.spec, life=secrets.token_hex(4)))
 
 
 def _note(member: Member, ref: Any) -> None:

@@ -70,6 +70,7 @@ class RankServer:
 
     async def _open(self, stack: AsyncExitStack) -> dict[str, Any]:
         config, cores = self.config, cores_of(self.config)
+        check_lock(config.cluster_token, config.bind_host, config.trusts_network)
         directory = Directory(config.redis_url, config.cluster)
         stack.push_async_callback(directory.close)
         with suppress(DirectoryUnavailable):
@@ -77,9 +78,8 @@ class RankServer:
         group = await join(config)
         if group is None:
             raise ValueError("rank: a node of one rank has none that follows")
-        check_lock(config.cluster_token, config.bind_host, config.trusts_network)
         server = grpc.aio.server(interceptors=gates(config), options=server_options(config))
-        port = server.add_insecure_port(f"{config.bind_host}:{config.port}")
+        port = server.add_insecure_port(f"{config.bind_host}:0")  # `config.port` is the node's, which the leader has
         address = f"{config.advertise_host}:{port}"
         group.post(address)
         follower = await asyncio.to_thread(self._load, group, cores)

@@ -1,18 +1,22 @@
 """`baton scale`: asks the serving process for other numbers of nodes, over two files in its state folder.
 
 The folder is its owner's alone, and the lock beside the files tells whether anybody still serves, so nothing more is
-needed: one file asks, the other one answers, each put there in one go.
+needed: one file asks, the other one answers, each put there in one go. Who asks holds a lock on the folder meanwhile: a
+second one waits for its turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import logging
+import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +52,10 @@ class Mailbox:
 
     def ask(self, request: Request, is_served: Callable[[], bool]) -> list[str]:
         """What was done, in words. Raises `DeployError` for what could not be, or where nobody serves any more."""
+        with _turn(self._asked.parent):
+            return self._ask(request, is_served)
+
+    def _ask(self, request: Request, is_served: Callable[[], bool]) -> list[str]:
         _put(self._asked, dataclasses.asdict(request))
         try:
             while True:
@@ -67,10 +75,13 @@ class Mailbox:
 
     def serve(self, do: Callable[[Request], list[str]]) -> None:
         """Does what was asked for since the last call, if anything was, and answers."""
-        fields = _get(self._asked)
-        self._asked.unlink(missing_ok=True)
-        if not fields:
+        taken = self._asked.with_suffix(".taken")
+        try:
+            self._asked.replace(taken)  # in one go: what is asked for in between would be lost
+        except FileNotFoundError:
             return
+        fields = _get(taken)
+        taken.unlink(missing_ok=True)
         lines: list[str] = []
         error = ""
         try:
@@ -104,6 +115,17 @@ def run(args: argparse.Namespace) -> int:
     for line in Mailbox(args.state_dir).ask(request, state_dir.alive):
         print(line)
     return 0
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """The kernel's lock, which ends with the process that holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _put(file: Path, fields: dict[str, object]) -> None:

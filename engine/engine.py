@@ -1,6 +1,7 @@
 """The engine: requests in, one step at a time, tokens and full blocks out. Knows no network, no clock but for speed.
 
-Not thread safe, but for `export_blocks`, `lend_blocks` and `timing`: one thread owns an engine (see `engine.loop`).
+Not thread safe, but for `export_blocks`, `lend_blocks`, `timing` and `rank_work`: one thread owns an engine
+(see `engine.loop`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from engine.model import Model
 from engine.native_model import fastest
 from engine.parallel import RankGroup
 from engine.pieces import pieces_of
+from engine.rank_meter import RankWork
 from engine.ranks import LedModel
 from engine.request import EngineLoad, FinishReason, OutputToken, Request, RequestOutput, RequestStatus, SamplingParams
 from engine.runner import Runner
@@ -69,9 +71,15 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, folder: Path, engine_config: EngineConfig, group: RankGroup | None = None) -> Engine:
-        """An engine for a Hugging Face folder; with a group, the leader's. Raises `UnsupportedModel`."""
+        """An engine for a Hugging Face folder; with a group, the leader's.
+
+        Raises `UnsupportedModel`, `RanksDisagree`.
+        """
         model_config = ModelConfig.from_pretrained(folder)
-        dtype = TORCH_DTYPES[kv_layout(model_config, engine_config).dtype]
+        layout = kv_layout(model_config, engine_config)
+        if group is not None:
+            group.agree(layout)
+        dtype = TORCH_DTYPES[layout.dtype]
         model = load_model(folder, model_config, dtype, torch.device(engine_config.device), group)
         return cls(model_config, engine_config, fastest(model), group)
 
@@ -154,10 +162,13 @@ class Engine:
     def import_blocks(self, request_id: str, payloads: Sequence[Payload]) -> int:
         """Adopts blocks that were computed elsewhere, right behind what a held request has; returns how many.
 
-        Stops at the first that is not valid, and before the block of the last token, which must be computed. A block
-        whose pieces travel apart takes as many payloads as there are pieces here, in the order of `pieces`.
+        Stops at the first that is not valid, and before the block of the last token, which must be computed. None for a
+        request whose prompt is to be scored, all of which must be. A block whose pieces travel apart takes as many
+        payloads as there are pieces here, in the order of `pieces`.
         """
         request = self._held(request_id)
+        if request.is_scoring:
+            return 0
         first = request.num_computed_tokens // self.layout.block_size
         end = (request.num_tokens - 1) // self.layout.block_size
         adopted, num_pieces = 0, len(self.pieces)
@@ -225,10 +236,16 @@ class Engine:
         for chunk in chunks:
             if chunk.request.started_s is None:
                 chunk.request.started_s = begin
-        tokens, run = self._runner.run(chunks)
-        self._speed.observe(chunks, run.total_s)
-        self.timing += StepTiming.of_step(chunks, schedule_s, run)
-        return [self._advance(chunk, token) for chunk, token in zip(chunks, tokens, strict=True)]
+        ran = self._runner.run(chunks)
+        self._speed.observe(chunks, ran.seconds.total_s)
+        self.timing += StepTiming.of_step(chunks, schedule_s, ran.seconds)
+        if self._led is not None:
+            self._led.end_step(ran.seconds.forward_s)
+        for index, scores in ran.scores.items():
+            known = chunks[index].request.prompt_logprobs
+            assert known is not None
+            known.extend(scores)
+        return [self._advance(chunk, token) for chunk, token in zip(chunks, ran.tokens, strict=True)]
 
     def _advance(self, chunk: Chunk, token: OutputToken | InvalidRequest | None) -> RequestOutput:
         request = chunk.request
@@ -285,6 +302,11 @@ class Engine:
     def num_told_steps(self) -> int:
         """Steps that the ranks that follow were told of. What is in a block now, they have once they ended these."""
         return self._led.num_told_steps if self._led is not None else 0
+
+    @property
+    def rank_work(self) -> RankWork:
+        """What the leader of a wide node did so far, as its followers tell theirs; any thread may ask."""
+        return self._led.work if self._led is not None else RankWork()
 
     @property
     def long_prefill_tokens_per_s(self) -> float:

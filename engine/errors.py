@@ -4,7 +4,8 @@ EngineError
 ├── UnsupportedModel   the folder asks for an architecture or option that is not built; lists what is
 ├── InvalidRequest     a field is out of its range; names field and limit
 ├── NoRoom             not enough free blocks right now
-└── UnknownRequest     no such request: finished, aborted, or never added
+├── UnknownRequest     no such request: finished, aborted, or never added
+└── RanksDisagree      the ranks of a wide node do not hold parts of the same model
 """
 
 from __future__ import annotations
@@ -32,3 +33,7 @@ class NoRoom(EngineError):
 
 class UnknownRequest(EngineError):
     """The engine does not hold a request of that id."""
+
+
+class RanksDisagree(EngineError):
+    """The ranks of one node have different weights, or cut them in different ways: their sum would be nonsense."""

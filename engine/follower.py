@@ -14,7 +14,8 @@ from engine.kv_cache import TORCH_DTYPES, make_cache
 from engine.native_model import fastest
 from engine.parallel import RankGroup
 from engine.pieces import is_writer, pieces_of
-from engine.ranks import follow
+from engine.rank_meter import RankWork
+from engine.ranks import MAX_PARTS_A_STAGE, follow
 from engine.weights import load_model
 from kvstore.blocks import Payload
 
@@ -28,11 +29,12 @@ class Follower:
     """
 
     def __init__(self, folder: Path, engine_config: EngineConfig, group: RankGroup) -> None:
-        """Raises `UnsupportedModel`."""
+        """Raises `UnsupportedModel`, `RanksDisagree`."""
         config, self._group = ModelConfig.from_pretrained(folder), group
         self.layout = kv_layout(config, engine_config)
         self.pieces = pieces_of(config, engine_config, group.shard)
         self.is_writer = is_writer(config, group.shard)
+        group.agree(self.layout)
         dtype, self._device = TORCH_DTYPES[self.layout.dtype], torch.device(engine_config.device)
         model = load_model(folder, config, dtype, self._device, group)
         self._cache = make_cache(config, engine_config, group)
@@ -47,11 +49,25 @@ class Follower:
         """Of the cache; ids of blocks are below it."""
         return self._cache.spare_block
 
+    @property
+    def stage(self) -> int:
+        return self._group.shard.pp_rank
+
+    @property
+    def work(self) -> RankWork:
+        """So far; any thread may ask."""
+        return self._group.meter.work
+
     def run(self) -> None:
         """Computes its part of each step until the leader says stop. Raises `RuntimeError` when a rank is gone."""
         if self._num_threads > 0:
             torch.set_num_threads(self._num_threads)
         follow(self._model, self._group, self._cache.tensor, self._on_step)
+
+    @property
+    def max_told_steps(self) -> int:
+        """As many as the leader can have told by now: so far ahead of this rank it is at most."""
+        return self._num_steps + MAX_PARTS_A_STAGE * self._group.shard.pp_size + 1
 
     def wait_for_steps(self, num_steps: int, timeout_s: float) -> bool:
         """Until so many steps have ended here. False: they have not within `timeout_s`."""

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
@@ -15,7 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.errors import RanksDisagree
+from engine.rank_meter import RankMeter
 from engine.shard import Shard
+from kvstore.blocks import KVLayout
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +85,16 @@ def open_meeting(address: str, leads: bool) -> Any:
 class RankGroup:
     """This process's rank. Everything raises `RuntimeError` once another rank is gone: the model is of no use then."""
 
-    def __init__(self, shard: Shard, meeting: Any, device: torch.device) -> None:
-        """Waits for all ranks."""
+    def __init__(self, shard: Shard, meeting: Any, device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
+        """Waits for all ranks. One that says nothing for `timeout_s` is gone, once there is something to say."""
         self.shard = shard
+        self.meter = RankMeter()
         self._meeting = meeting
+        self._timeout = timedelta(seconds=timeout_s)
         self._outgoing: list[tuple[dist.Work, Tensor]] = []
+        self._under_way: deque[dist.Work] = deque()  # parts of steps whose end the last stage has yet to tell
         self._word = threading.Lock()  # a message is a head and a body, with nothing in between
+        self._has_heard = False
         self._closing = threading.Event()
         dist.init_process_group(
             "gloo",
@@ -94,15 +103,18 @@ class RankGroup:
             world_size=shard.num_ranks,
             timeout=timedelta(seconds=FORM_S),
         )
-        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=TIMEOUT_S)
+        backend = "nccl" if device.type == "cuda" else "gloo"
         everyone = range(shard.num_ranks)
         self._control = dist.new_group(
             list(everyone), timedelta(seconds=JOIN_S), "gloo"
         )  # ranks load at their own pace
-        self._data = dist.new_group(list(everyone), timeout, backend)
+        self._data = dist.new_group(list(everyone), self._timeout, backend)
         stages = [[rank for rank in everyone if rank // shard.tp_size == stage] for stage in range(shard.pp_size)]
-        groups = [dist.new_group(stage, timeout, backend) for stage in stages]
+        groups = [dist.new_group(stage, self._timeout, backend) for stage in stages]
         self._stage = groups[shard.pp_rank]
+        # NCCL keeps to one order for all that two ranks send each other, both ways: on their way back, logits that the
+        # leader takes last would hold up activations that it sends first.
+        self._back = dist.new_group([0, self._teller], self._timeout, backend) if shard.pp_size > 1 else self._data
         logger.info("event=rank_joined rank=%d of=%d backend=%s", shard.rank, shard.num_ranks, backend)
 
     # --- before the first step ---
@@ -115,37 +127,69 @@ class RankGroup:
         """Where the others serve; waits until they have said so."""
         return [str(self._meeting.get(f"address/{rank}"), "utf-8") for rank in range(1, self.shard.num_ranks)]
 
+    def agree(self, layout: KVLayout) -> None:
+        """Raises `RanksDisagree`, on all ranks, unless they have the same weights, cut alike, for the same blocks."""
+        text = f"{layout.root().hex()} {self.shard.tp_size} {self.shard.pp_size}"
+        mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.int64)
+        all_ = [torch.empty_like(mine) for _ in range(self.shard.num_ranks)]
+        dist.all_gather(all_, mine, group=self._control)
+        others = [rank for rank, one in enumerate(all_) if not torch.equal(one, all_[0])]
+        if others:
+            raise RanksDisagree(f"ranks {others} have other weights than rank 0, another dtype, or another cut of them")
+
     # --- within a step ---
 
     def reduce(self, x: Tensor) -> Tensor:
         if self.shard.tp_size > 1:
-            dist.all_reduce(x, group=self._stage)
+            self.meter.collective_bytes += x.nbytes
+            with self.meter.collective:
+                dist.all_reduce(x, group=self._stage)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         if self.shard.tp_size == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.shard.tp_size)]
-        dist.all_gather(parts, x.contiguous(), group=self._stage)
+        self.meter.collective_bytes += x.nbytes
+        with self.meter.collective:
+            dist.all_gather(parts, x.contiguous(), group=self._stage)
         return torch.cat(parts, dim=-1)
 
     def pass_on(self, x: Tensor) -> None:
-        self._send(x.contiguous(), self.shard.rank + self.shard.tp_size)
+        self._hand_on(x.contiguous(), self.shard.rank + self.shard.tp_size, self._data)
 
     def take_over(self, x: Tensor) -> Tensor:
-        dist.recv(x, self.shard.rank - self.shard.tp_size, group=self._data)
+        with self.meter.pipeline:
+            dist.recv(x, self.shard.rank - self.shard.tp_size, group=self._data)
         return x
 
     # --- between leader and followers ---
 
+    @property
+    def tells_back(self) -> bool:
+        """Whether this rank, of the last of several stages, tells the leader what comes out."""
+        return self.shard.pp_size > 1 and self.shard.rank == self._teller
+
     def send_logits(self, logits: Tensor) -> None:
-        """The last stage's first rank tells the leader what came out."""
-        self._send(logits.contiguous(), 0)
+        """Of the rank that `tells_back`."""
+        self._hand_on(logits.contiguous(), 0, self._back)
 
     def receive_logits(self, logits: Tensor) -> Tensor:
         """The leader's side: fills `logits`."""
-        dist.recv(logits, (self.shard.pp_size - 1) * self.shard.tp_size, group=self._data)
+        with self.meter.pipeline:
+            dist.recv(logits, self._teller, group=self._back)
         return logits
+
+    def acknowledge(self) -> None:
+        """The rank that `tells_back` has ended a part of a step."""
+        self._send(torch.zeros(1, dtype=torch.int64), 0, self._control)
+
+    def begin_part(self, max_parts: int) -> None:
+        """The leader is about to tell a part of a step: waits until fewer than so many are under way."""
+        while self._under_way and (len(self._under_way) >= max_parts or self._under_way[0].is_completed()):
+            with self.meter.pipeline:
+                self._under_way.popleft().wait(self._timeout)
+        self._under_way.append(_coming(torch.empty(1, dtype=torch.int64), self._teller, self._control))
 
     def tell(self, head: Tensor, body: Tensor) -> None:
         """The leader's word to all others, in int64; an empty body is not sent."""
@@ -157,8 +201,10 @@ class RankGroup:
             self._forget_sent()
 
     def hear(self, message: Tensor) -> Tensor:
-        """Fills `message` with the leader's next word."""
-        dist.recv(message, 0, group=self._control)
+        """Fills `message` with the leader's next word. From its first one on, it says one now and then (`watch`)."""
+        coming = _coming(message, 0, self._control)
+        coming.wait(self._timeout) if self._has_heard else coming.wait()
+        self._has_heard = True
         return message
 
     def least(self, number: int) -> int:
@@ -185,14 +231,23 @@ class RankGroup:
         """Lets what was said arrive, then leaves."""
         self._closing.set()
         with self._word:
-            for work, _ in self._outgoing:
-                work.wait()
+            for work in (*self._under_way, *(work for work, _ in self._outgoing)):
+                work.wait(self._timeout)
             self._outgoing.clear()
         dist.destroy_process_group()
 
-    def _send(self, x: Tensor, rank: int) -> None:
+    @property
+    def _teller(self) -> int:
+        """The first rank of the last stage."""
+        return (self.shard.pp_size - 1) * self.shard.tp_size
+
+    def _hand_on(self, x: Tensor, rank: int, group: dist.ProcessGroup) -> None:
+        self.meter.pipeline_bytes += x.nbytes
+        self._send(x, rank, group)
+
+    def _send(self, x: Tensor, rank: int, group: dist.ProcessGroup) -> None:
         with self._word:
-            self._outgoing.append((_sent(x, rank, self._data), x))
+            self._outgoing.append((_sent(x, rank, group), x))
             self._forget_sent()
 
     def _forget_sent(self) -> None:
@@ -208,5 +263,11 @@ class RankGroup:
 
 def _sent(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
     work = dist.isend(x, rank, group=group)
+    assert work is not None
+    return work
+
+
+def _coming(x: Tensor, rank: int, group: dist.ProcessGroup) -> dist.Work:
+    work = dist.irecv(x, rank, group=group)
     assert work is not None
     return work

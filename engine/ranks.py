@@ -2,13 +2,15 @@
 
 The leader's engine is the only one that schedules and samples. It tells each step to the others, int64 numbers as
 `engine.device_batch.pack` lays them out, and computes its own part like any of them. Where there are several stages, a
-step goes through them in as many pieces, so that each stage has something to do while another computes.
+step goes through them in as many parts, and parts that want no logits are not waited for: each stage has something to
+do while another computes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -18,10 +20,12 @@ from engine.attention import ForwardBatch, SequenceSpan
 from engine.device_batch import BatchShape, pack
 from engine.model import Model
 from engine.parallel import RankGroup
+from engine.rank_meter import RankWork
 
 logger = logging.getLogger(__name__)
 
 STEP, PING, STOP = 0, 1, 2  # what the leader's word begins with; behind it, for STEP, a `BatchShape`
+MAX_PARTS_A_STAGE = 2  # under way: the one that a stage computes, and the next
 HEAD_NUMBERS = 5
 
 
@@ -38,11 +42,21 @@ class LedModel:
         parts = split(batch, pp_size)
         logits = []
         for part in parts:
+            if pp_size > 1:  # parts that want no logits are not waited for, so a stage could fall far behind
+                self._group.begin_part(MAX_PARTS_A_STAGE * pp_size)
             self._tell(part, cache.shape[3])
             logits.append(self._model(part, cache))
         if pp_size > 1:
             logits = [self._receive(len(part.logits_indices), cache.device) for part in parts]
         return torch.cat(logits) if len(logits) > 1 else logits[0]
+
+    def end_step(self, seconds: float) -> None:
+        """A call of this model has taken so long, the device's work included."""
+        self._group.meter.end_step(self.num_told_steps, seconds)
+
+    @property
+    def work(self) -> RankWork:
+        return self._group.meter.work
 
     def watch(self, on_failure: Callable[[BaseException], None]) -> None:
         """Notices also between steps that a rank is gone."""
@@ -68,13 +82,15 @@ def follow(model: Model, group: RankGroup, cache: Tensor, on_step: Callable[[], 
 
     Raises `RuntimeError` when the leader, or another rank, is gone.
     """
-    shard = group.shard
-    tells_logits = shard.is_last and shard.pp_size > 1 and shard.tp_rank == 0
-    for batch in _steps(group):
+    for index, batch in enumerate(_steps(group)):
+        began_s = time.perf_counter()
         logits = model(batch, cache)
-        if tells_logits and len(logits):
+        if group.tells_back and len(logits):
             group.send_logits(logits)
         on_step()
+        group.meter.end_step(index + 1, time.perf_counter() - began_s)
+        if group.tells_back:
+            group.acknowledge()
     group.close()
 
 

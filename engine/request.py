@@ -81,6 +81,26 @@ class SamplingParams:
         check("logit_bias", biases_fit, f"in [-{MAX_BIAS:.0f}, {MAX_BIAS:.0f}]")
 
 
+@dataclass
+class PromptLogprobs:
+    """Log probabilities of a prompt's tokens, each behind those before it: of all but the first one, in order.
+
+    Those of a request grow as its prompt is computed.
+    """
+
+    num_top: int  # alternatives of each
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)  # 1: there was no likelier token
+    top_ids: list[int] = field(default_factory=list)  # `num_top` for each token, most likely first
+    top_logprobs: list[float] = field(default_factory=list)
+
+    def extend(self, more: PromptLogprobs) -> None:
+        self.logprobs += more.logprobs
+        self.ranks += more.ranks
+        self.top_ids += more.top_ids
+        self.top_logprobs += more.top_logprobs
+
+
 @dataclass(eq=False)
 class Request:
     """`token_ids` is the prompt, then every output token, also those of an earlier node before a failover.
@@ -97,6 +117,7 @@ class Request:
     handoff_after: int | None = None
     priority: int = 0  # the smaller one is computed first; changes no token
     mask: TokenMask | None = None  # which tokens may come; None: all
+    prompt_logprobs: PromptLogprobs | None = None  # None: not asked for
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -121,6 +142,12 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether logprobs of its prompt are still to come. Then nothing of it is a hit: all of it must be computed."""
+        scores = self.prompt_logprobs
+        return scores is not None and len(scores.logprobs) < self.num_prompt_tokens - 1
 
     @property
     def is_finished(self) -> bool:

@@ -10,6 +10,7 @@ same thing.
 - Decode steps come first, then prompts, begun or not, in the order of `engine.order`; of equals in order of arrival.
 - Those that have their blocks (they were held) may overtake a head of the queue that finds no room: they take nothing
   from it and will give blocks back.
+- A request whose prompt is to be scored hits nothing until then, and has small chunks: each of their tokens has logits.
 - An empty batch means that only the caller can change something: abort, release or unpin. So nobody needs to poll.
 """
 
@@ -26,15 +27,22 @@ from engine.request import FinishReason, FullBlock, Request, RequestStatus
 
 logger = logging.getLogger(__name__)
 
+MAX_SCORED_TOKENS = 256  # of a step: bounds what their logits take, a whole vocabulary for each
+NOTHING = range(0)
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next `num_tokens` tokens of a request, from `start` on. It `samples` when no token is left behind it."""
+    """The next `num_tokens` tokens of a request, from `start` on. It `samples` when no token is left behind it.
+
+    `scored` are the positions in it whose next token's logprob is wanted, none of which samples.
+    """
 
     request: Request
     start: int
     num_tokens: int
     samples: bool
+    scored: range = NOTHING
 
 
 class Scheduler:
@@ -129,9 +137,13 @@ class Scheduler:
             others.sort(key=lambda request: _rank(request, now_s, prefill_tokens_per_s))
         chunks: list[Chunk] = []
         budget, is_blocked, num_preempted = self._max_num_batched_tokens, False, self._num_preempted
+        scorable = MAX_SCORED_TOKENS
         for request in decoding + others:
             if budget == 0 or len(chunks) == self._max_num_requests:
                 break
+            is_scoring = request.is_scoring
+            if is_scoring and scorable == 0:
+                continue
             if request.status is RequestStatus.RUNNING:
                 is_ready = self._make_room(request)
             elif self._num_preempted == num_preempted:
@@ -141,8 +153,9 @@ class Scheduler:
             else:
                 is_ready = False  # somebody was preempted: what room there is is not for newcomers
             if is_ready:
-                chunks.append(self._start(request, budget))
+                chunks.append(self._start(request, min(budget, scorable) if is_scoring else budget))
                 budget -= chunks[-1].num_tokens
+                scorable -= chunks[-1].num_tokens if is_scoring else 0
         # A request that was preempted for an older one after its turn is out again; its share of the budget is lost.
         chunks = [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
         return chunks or self._unblock(waiting)
@@ -151,18 +164,21 @@ class Scheduler:
         """Where nothing can run, for everyone holds what another one needs, the one that came first takes it."""
         if not waiting or not self._make_room(waiting[0]):
             return []
-        return [self._start(waiting[0], self._max_num_batched_tokens)]
+        budget = self._max_num_batched_tokens
+        return [self._start(waiting[0], min(budget, MAX_SCORED_TOKENS) if waiting[0].is_scoring else budget)]
 
     def _start(self, request: Request, budget: int) -> Chunk:
         request.status = RequestStatus.RUNNING
         return self._chunk(request, budget)
 
     def _chunk(self, request: Request, budget: int) -> Chunk:
-        if self._enable_prefix_caching and _num_left(request) > 1:
+        is_scoring = request.is_scoring
+        if self._enable_prefix_caching and not is_scoring and _num_left(request) > 1:
             self._adopt_late(request)
         start = request.num_computed_tokens
-        num_tokens = min(request.num_tokens - start, budget)
-        return Chunk(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
+        end = start + min(request.num_tokens - start, budget)
+        scored = _scored(request, start, end) if is_scoring else NOTHING
+        return Chunk(request, start, end - start, end == request.num_tokens, scored)
 
     # --- blocks ---
 
@@ -189,7 +205,7 @@ class Scheduler:
 
     def _match(self, request: Request) -> list[int]:
         """The cached blocks of a request. The block of its last token is no hit: that token must be computed."""
-        if not self._enable_prefix_caching:
+        if not self._enable_prefix_caching or request.is_scoring:
             return []
         return self._pool.match(request.block_hashes[: (request.num_tokens - 1) // self._block_size])
 
@@ -247,6 +263,12 @@ class Scheduler:
 
     def _num_missing(self, request: Request) -> int:
         return self._num_blocks(request.num_tokens) - len(request.block_table)
+
+
+def _scored(request: Request, start: int, end: int) -> range:
+    """Positions whose next token is the prompt's and has no logprob yet; one that was preempted has some."""
+    assert request.prompt_logprobs is not None
+    return range(max(start, len(request.prompt_logprobs.logprobs)), min(end, request.num_prompt_tokens - 1))
 
 
 def _num_left(request: Request) -> int:

@@ -1,8 +1,9 @@
 """The directory: which arena holds which block, and who is alive. A thin shell over Redis, and a hint, never the truth.
 
-Each arena's inventory is one hash with a time to live that its heartbeat refreshes, so what a dead arena held is
-forgotten with it. The hash carries a marker while it is complete: a Redis that was emptied has lost the marker, and
-the arena announces everything again. Every failure is a `DirectoryUnavailable` within the time-out.
+Who holds a block is one field of one hash (`kvstore/scripts.py` has the layout). What an arena holds counts for as long
+as its record does, whose time to live its heartbeat refreshes, so it is forgotten with a dead arena. The hash carries a
+marker for each arena that has announced all: where Redis was emptied it is lost, and everything is announced again.
+Every failure is a `DirectoryUnavailable` within the time-out.
 
 Each record carries the probe of who wrote it (`kvstore.blocks.PROBE`). One with another probe names blocks in another
 way, so nobody reads it.
@@ -13,36 +14,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from typing import Any
 
 import redis.asyncio
 import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
 
 from kvstore import scripts
 from kvstore.blocks import PROBE, BlockHash
+from kvstore.cover import Cover, stitch
 from kvstore.errors import DirectoryUnavailable, OtherScheme
+from kvstore.inventory import Run, Slots, leading, pack_places, parse_counts, parse_places, with_holes
 from kvstore.records import ArenaRecord, NodeRecord, RecordT, parse_record, parse_signed, sign
 
-__all__ = ["ArenaRecord", "Cover", "Directory", "NodeRecord"]
+__all__ = ["ArenaRecord", "Cover", "Directory", "NodeRecord", "Run"]
 
 logger = logging.getLogger(__name__)
 
 ON_DISK = 2**32 - 1  # in place of a slot: the arena's store has the block, and brings it back when it is asked for it
-_MARKER = b"complete"  # no block has a name of eight bytes
-_MAX_DIGITS = 20  # a slot number has fewer
 _PAUSE_S = 0.5  # after a time-out, look-ups fail at once for so long
-
-
-@dataclass(frozen=True)
-class Cover:
-    """The leading run of blocks that all arenas hold together: for each block, one arena and the slot there."""
-
-    places: tuple[tuple[str, int], ...] = ()  # (arena id, slot)
-    arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)  # those that occur in places
+_BATCH_BLOCKS = 1000  # announced in one round trip
+_SWEPT_FIELDS = 200  # of the inventory, looked at with each heartbeat for what the dead have left
+_MAX_PARSED = 1024  # records that are kept as they were read
 
 
 class Directory:
@@ -67,54 +64,65 @@ class Directory:
         self._timeout_s = timeout_s
         self._probe = probe
         self._strangers: set[str] = set()  # ids of those that were told of
+        self._parsed: dict[bytes, ArenaRecord | None] = {}
         self._paused_until_s = 0.0
+        self._swept_to: bytes | str = "0"
+        self._count = self._redis.register_script(scripts.COUNT)
         self._locate = self._redis.register_script(scripts.LOCATE)
         self._beat = self._redis.register_script(scripts.BEAT)
+        self._begin = self._redis.register_script(scripts.BEGIN)
         self._update = self._redis.register_script(scripts.UPDATE)
+        self._sweep = self._redis.register_script(scripts.SWEEP)
+
+    async def runs(self, hashes: Sequence[BlockHash]) -> dict[str, Run]:
+        """How many of the leading blocks each living arena holds, in one round trip; arenas with none are left out."""
+        counts = parse_counts(await self._look_up(self._count, hashes) or b"")
+        found = [(self._arena(text), run) for text, run in counts]
+        return {record.arena_id: run for record, run in found if record is not None}
 
     async def locate(self, hashes: Sequence[BlockHash], arena_ids: Sequence[str] | None = None) -> dict[str, list[int]]:
         """The slots of each living arena's leading run, in one round trip; arenas with none are left out."""
-        answer = await self._look_up(hashes, arena_ids, leading=True)
-        runs = {arena_id: [slot for slot in run if slot is not None] for arena_id, (_, run) in answer.items()}
+        runs = {
+            record.arena_id: leading(slots)
+            for record, slots in await self._places(hashes)
+            if arena_ids is None or record.arena_id in arena_ids
+        }
         return {arena_id: run for arena_id, run in runs.items() if run}
 
     async def cover(self, hashes: Sequence[BlockHash], prefer: str = "", avoid: Collection[str] = ()) -> Cover:
         """The longest leading run that can be put together from all living arenas but those of `avoid`."""
-        answer = await self._look_up(hashes, None, leading=False)
-        runs = {arena_id: run for arena_id, (_, run) in answer.items() if arena_id not in avoid}
-        places = stitch(runs, prefer)
-        return Cover(tuple(places), {arena_id: answer[arena_id][0] for arena_id in {place[0] for place in places}})
+        found = [(record, slots) for record, slots in await self._places(hashes) if record.arena_id not in avoid]
+        places = stitch({record.arena_id: with_holes(slots) for record, slots in found}, prefer)
+        used = {arena_id for arena_id, _ in places}
+        return Cover(tuple(places), {record.arena_id: record for record, _ in found if record.arena_id in used})
 
     async def announce(
         self, arena_id: str, blocks: Sequence[tuple[BlockHash, int]], gone: Sequence[BlockHash] = ()
     ) -> bool:
         """Adds (hash, slot) pairs to an inventory and drops `gone`. False: the inventory is lost, announce all."""
-        pairs = [item for block_hash, slot in blocks for item in (block_hash, slot)]
         async with self._bounded():
-            answer = await self._update(keys=[self._inventory(arena_id)], args=[_MARKER, len(gone), *gone, *pairs])
-        return bool(answer)
+            return bool(await self._update(args=[self._prefix, arena_id, "", b"".join(gone), pack_places(blocks)]))
 
     async def announce_all(self, arena_id: str, blocks: Sequence[tuple[BlockHash, int]], ttl_s: float) -> None:
-        """Replaces an arena's whole inventory. The marker comes last: until then, it counts as lost."""
-        key, ttl_ms = self._inventory(arena_id), int(ttl_s * 1000)
+        """Replaces the whole inventory of an arena whose heart beats. Until all of it is there, it counts as lost."""
+        ttl_ms = int(ttl_s * 1000)
         async with self._bounded():
-            await self._redis.delete(key)
-        for start in range(0, len(blocks), 1000):
-            async with self._bounded(), self._redis.pipeline(transaction=True) as batch:
-                batch.hset(key, mapping={bytes(block_hash): slot for block_hash, slot in blocks[start : start + 1000]})
-                batch.pexpire(key, ttl_ms)
-                await batch.execute()
-        async with self._bounded(), self._redis.pipeline(transaction=True) as batch:
-            batch.hset(key, mapping={_MARKER: 1})
-            batch.pexpire(key, ttl_ms)
-            await batch.execute()
+            await self._begin(args=[self._prefix, arena_id, ttl_ms])
+        for start in range(0, max(1, len(blocks)), _BATCH_BLOCKS):
+            batch = pack_places(blocks[start : start + _BATCH_BLOCKS])
+            last = [ttl_ms] if start + _BATCH_BLOCKS >= len(blocks) else []
+            async with self._bounded():
+                is_there = await self._update(args=[self._prefix, arena_id, "?", b"", batch, *last])
+            if not is_there:
+                raise DirectoryUnavailable("Redis lost the inventory while it was announced")
 
     async def heartbeat_arena(self, record: ArenaRecord, ttl_s: float) -> bool:
         """Keeps an arena alive for `ttl_s`. False: the inventory is lost, announce all."""
-        key, inventory = self._record("arena", record.arena_id), self._inventory(record.arena_id)
-        args: list[str | int | bytes] = [record.arena_id, sign(record, self._probe), int(ttl_s * 1000), _MARKER]
+        text = sign(record, self._probe)
         async with self._bounded():
-            return bool(await self._beat(keys=[key, inventory, self._set("arena")], args=args))
+            is_complete = await self._beat(args=[self._prefix, record.arena_id, text, int(ttl_s * 1000)])
+            self._swept_to = await self._sweep(args=[self._prefix, self._swept_to, _SWEPT_FIELDS])
+        return bool(is_complete)
 
     async def heartbeat_node(self, record: NodeRecord, ttl_s: float) -> None:
         """Keeps a node alive for `ttl_s`."""
@@ -134,7 +142,7 @@ class Directory:
     async def remove_arena(self, arena_id: str) -> None:
         """Forgets an arena and what it held."""
         async with self._bounded(), self._redis.pipeline(transaction=True) as batch:
-            batch.delete(self._record("arena", arena_id), self._inventory(arena_id))
+            batch.delete(self._record("arena", arena_id))
             batch.srem(self._set("arena"), arena_id)
             await batch.execute()
 
@@ -174,9 +182,6 @@ class Directory:
     def _record(self, kind: str, record_id: str) -> str:
         return f"{self._prefix}{kind}:{record_id}"
 
-    def _inventory(self, arena_id: str) -> str:
-        return f"{self._prefix}arena:{arena_id}:blocks"
-
     def _parse(self, cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
         """None for what is no record, and, with a word about it, for one of another scheme."""
         record, probe = parse_signed(cls, text)
@@ -204,23 +209,28 @@ class Directory:
                 await self._redis.srem(self._set(kind), *dead)
         return texts
 
-    async def _look_up(
-        self, hashes: Sequence[BlockHash], arena_ids: Sequence[str] | None, leading: bool
-    ) -> dict[str, tuple[ArenaRecord, list[int | None]]]:
-        """Each living arena's record and slots from the first block on. One round trip, or none where that is vain."""
-        if not hashes or arena_ids == []:
-            return {}
+    def _arena(self, text: bytes) -> ArenaRecord | None:
+        """The record; read once for each heartbeat rather than for each look-up."""
+        if text not in self._parsed:
+            if len(self._parsed) >= _MAX_PARSED:
+                self._parsed.clear()
+            self._parsed[text] = self._parse(ArenaRecord, text)
+        return self._parsed[text]
+
+    async def _places(self, hashes: Sequence[BlockHash]) -> list[tuple[ArenaRecord, Slots]]:
+        """Each living arena, and where it has which of the leading blocks."""
+        answer = await self._look_up(self._locate, hashes)
+        found = [(self._arena(text), slots) for text, slots in parse_places(*answer)] if answer else []
+        return [(record, slots) for record, slots in found if record is not None]
+
+    async def _look_up(self, script: AsyncScript, hashes: Sequence[BlockHash]) -> Any:
+        """The script's answer in one round trip; None, and none, where that is vain."""
+        if not hashes:
+            return None
         if time.monotonic() < self._paused_until_s:
             raise DirectoryUnavailable("Redis timed out a moment ago")
-        ids = [-1] if arena_ids is None else [len(arena_ids), *arena_ids]
         async with self._bounded():
-            answer = await self._locate(args=[self._prefix, int(leading), *ids, b"".join(hashes)])
-        arenas = {}
-        for text, run in zip(answer[1::3], answer[2::3], strict=True):
-            record = self._parse(ArenaRecord, text)
-            if record is not None:
-                arenas[record.arena_id] = (record, parse_run(run))
-        return arenas
+            return await script(args=[self._prefix, b"".join(hashes)])
 
     @asynccontextmanager
     async def _bounded(self) -> AsyncIterator[None]:
@@ -234,46 +244,6 @@ class Directory:
             raise DirectoryUnavailable(f"Redis did not answer within {self._timeout_s} s") from error
         except (redis.exceptions.RedisError, OSError) as error:
             raise DirectoryUnavailable(f"Redis: {error}") from error
-
-
-def parse_run(text: bytes) -> list[int | None]:
-    """`b"3,,5"` -> `[3, None, 5]`; what is no slot number is a hole."""
-    if not text:
-        return []
-    items = text.split(b",")
-    lengths = [len(item) for item in items]
-    if 0 < min(lengths) and max(lengths) < _MAX_DIGITS and text.replace(b",", b"").isdigit():
-        return list(map(int, items))  # no hole, as in nearly every run
-    return [int(item) if item.isdigit() and len(item) < _MAX_DIGITS else None for item in items]
-
-
-def stitch(runs: Mapping[str, Sequence[int | None]], prefer: str = "") -> list[tuple[str, int]]:
-    """For each block of the leading run of all arenas together, one arena and its slot.
-
-    `runs[arena]` has a slot or None for each block. The preferred arena wherever it holds the block; else the one
-    that was used for the block before; else the one that goes on longest from here: few arenas, few requests.
-    """
-    places: list[tuple[str, int]] = []
-    current = prefer
-    while True:
-        at = len(places)
-        for arena_id in (prefer, current):
-            if _run_length(runs.get(arena_id, ()), at, 1):
-                break
-        else:
-            arena_id = max(runs, key=lambda name: _run_length(runs[name], at), default="")
-        slot = runs[arena_id][at] if _run_length(runs.get(arena_id, ()), at, 1) else None
-        if slot is None:
-            return places
-        places.append((arena_id, slot))
-        current = arena_id
-
-
-def _run_length(run: Sequence[int | None], start: int, limit: int = 1 << 30) -> int:
-    end = start
-    while end < len(run) and end - start < limit and run[end] is not None:
-        end += 1
-    return end - start
 
 
 def _text(value: bytes | str) -> str:

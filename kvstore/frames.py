@@ -23,11 +23,12 @@ from kvstore.errors import BadFrame
 from kvstore.quotas import NO_TENANT, SHARED, Owner
 
 MAGIC = b"BATN"
-VERSION = 3
+VERSION = 4
 MAX_BLOCKS = 4096  # in one message
 MAX_QUESTIONS = 32  # of one reader that a store has to answer at a time; what is beyond, it may drop
 _PART_BLOCKS = 256  # frames of one answer
 _PART_BYTES = 1 << 21
+_LATER_PARTS = 4  # of an answer on a stream are so many times as long as its first one
 _HEADER = struct.Struct("<4sBBHIQ")  # magic, version, kind, status, count, request id
 _IDS = struct.Struct("<16s16s")  # arena and writer; 32 hex digits each everywhere else
 _IDS_AND_OWNER = struct.Struct("<16s16s16sI")  # arena, writer, tenant, quota in blocks
@@ -43,6 +44,14 @@ MAX_ROWS = 200  # blocks in one answer to an operator
 def part_blocks(slot_bytes: int) -> int:
     """How many blocks one answer brings at most. One at a time where they are large."""
     return max(1, min(_PART_BLOCKS, _PART_BYTES // slot_bytes))
+
+
+def stream_parts(num_blocks: int, slot_bytes: int) -> Iterator[range]:
+    """How an answer on a stream is split up: a short part first, whose blocks set out soon, then few long ones."""
+    first, step = 0, part_blocks(slot_bytes)
+    while first < num_blocks:
+        yield range(first, min(first + step, num_blocks))
+        first, step = first + step, _LATER_PARTS * part_blocks(slot_bytes)
 
 
 class Status(enum.IntEnum):

@@ -1,39 +1,24 @@
-"""How long to wait for something that moves: as long as it does."""
+"""How long to wait for something that moves: as long as it does. Pure: no clock."""
 
 from __future__ import annotations
-
-import asyncio
-import time
-from collections.abc import Callable, Coroutine
-from typing import Any
-
-from kvstore.local import to_end
 
 _LOOKS = 8  # within one patience
 
 
-class Standstill(Exception):
-    """Nothing moved for too long."""
+class Patience:
+    """Ends once a position has stayed the same for `patience_s`."""
 
+    def __init__(self, patience_s: float, position: int, now_s: float) -> None:
+        self.patience_s = patience_s
+        self._position = position
+        self._moved_s = now_s
 
-async def while_moving(work: Coroutine[Any, Any, None], position: Callable[[], int], patience_s: float) -> None:
-    """Runs `work`, for as long as `position` changes. `Standstill` once it has been the same for `patience_s`.
+    @property
+    def look_s(self) -> float:
+        """How long to wait until looking again."""
+        return self.patience_s / _LOOKS
 
-    Raises what `work` raises. `work` has ended when this does, also by a cancellation.
-    """
-    task = asyncio.ensure_future(work)
-    last, moved_s = position(), time.monotonic()
-    try:
-        while not task.done():
-            await asyncio.wait([task], timeout=patience_s / _LOOKS)
-            now_s = time.monotonic()
-            if (here := position()) != last:
-                last, moved_s = here, now_s
-            elif not task.done() and now_s - moved_s >= patience_s:
-                raise Standstill
-    finally:
-        task.cancel()
-        await to_end([task])
-        if not task.cancelled():
-            task.exception()  # perhaps nobody else will ask for it
-    task.result()
+    def is_over(self, position: int, now_s: float) -> bool:
+        if position != self._position:
+            self._position, self._moved_s = position, now_s
+        return now_s - self._moved_s >= self.patience_s

@@ -35,7 +35,19 @@ from kvstore.errors import BadFrame, DirectoryUnavailable
 from kvstore.eviction import ADMISSIONS, POLICIES, AdmitAll
 from kvstore.flood import FloodGuard
 from kvstore.folder import StoreFolder
-from kvstore.frames import MAX_FRAME_BYTES, MAX_QUESTIONS, Ask, Commit, Filled, Get, Got, Message, Reserve, Told
+from kvstore.frames import (
+    MAX_FRAME_BYTES,
+    MAX_QUESTIONS,
+    Ask,
+    Commit,
+    Filled,
+    Get,
+    Got,
+    Message,
+    Reserve,
+    Told,
+    part_blocks,
+)
 from kvstore.frames import decode as decode_frame
 from kvstore.inbox import Inbox, plain_socket
 from kvstore.local import MAX_SOCKET_PATH, Description, StorePaths
@@ -298,7 +310,8 @@ class StoreServer:
         self._answer(sender, question, await self._service.promote(question))
 
     def _answer(self, sender: bytes, question: Get, promoted: frozenset[BlockHash] = frozenset()) -> None:
-        answer, slots = self._service.get(question, promoted)
+        part = question.hashes[: part_blocks(self.config.slot_bytes)]
+        answer, slots = self._service.get(Get(question.request_id, part), promoted)
         self._send([sender, answer.encode(), *map(self._frame, slots)])
 
     async def _find(self, question: Get) -> tuple[Got, list[int]]:

@@ -21,7 +21,6 @@ from kvstore.frames import (
     Reserve,
     Reserved,
     Status,
-    part_blocks,
 )
 from kvstore.quotas import Owner
 from kvstore.tally import DISK, MEMORY, StoreTally
@@ -111,7 +110,7 @@ class StoreService:
         One that is evicted while it is on its way fails the reader's check of the bytes.
         """
         infos, slots = [], []
-        for block_hash in question.hashes[: part_blocks(self._map.slot_bytes)]:
+        for block_hash in question.hashes:
             slot = self._arena.find_for_copy(block_hash)
             if slot is None:
                 self._tally.missed(block_hash, self._disk is not None)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from kvstore.errors import BadFrame
-from kvstore.frames import Get, Got, part_blocks
+from kvstore.frames import Get, Got, stream_parts
 from kvstore.local import to_end
 from kvstore.stream import Unpacker, pack
 from kvstore.tcp_sockets import lingering, tune, writable
@@ -26,11 +26,13 @@ from kvstore.tcp_sockets import lingering, tune, writable
 logger = logging.getLogger(__name__)
 
 Find = Callable[[Get], Awaitable[tuple[Got, Sequence[int]]]]
-"""What there is of a question's first `part_blocks`, and in which slots. Must not raise."""
+"""What there is of what a question asks for, and in which slots. Must not raise."""
 
 _MAX_READERS = 128  # connections at a time; each may make the kernel keep `SEND_BUFFER_BYTES`
 _THREADS = 2  # that send
-_WINDOW_BYTES = 16 << 20  # looked up ahead: what is looked up late was evicted less likely while it was sent
+_WINDOW_BYTES = (
+    18 << 20
+)  # three parts are looked up ahead: what is looked up late was evicted less likely while it was sent
 _FIRST_QUESTION_S = 5.0  # who connects and asks nothing holds a descriptor for so long
 _NEXT_QUESTION_S = 120.0
 _STALL_S = 5.0  # for so long a reader may take nothing of its answer
@@ -52,8 +54,7 @@ class TcpDoor:
         """`view` gives a slot's bytes; `refuse` hears of what was no question."""
         self._find = find
         self._view = view
-        self._part_blocks = part_blocks(slot_bytes)
-        self._window_parts = max(1, _WINDOW_BYTES // (self._part_blocks * slot_bytes))
+        self._slot_bytes = slot_bytes
         self._refuse = refuse
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-tcp")
         self._readers: set[asyncio.Task[None]] = set()
@@ -121,14 +122,17 @@ class TcpDoor:
         """The first part is on its way while the next ones are looked up."""
         outbox = _Outbox(stream, self._threads)
         try:
-            for number, first in enumerate(range(0, len(question.hashes), self._part_blocks), 1):
-                part = question.hashes[first : first + self._part_blocks]
+            num_ahead = 0
+            for indices in stream_parts(len(question.hashes), self._slot_bytes):
+                part = question.hashes[indices.start : indices.stop]
+                if num_ahead and (num_ahead + len(part)) * self._slot_bytes > _WINDOW_BYTES:
+                    await outbox.drain()
+                    num_ahead = 0
+                num_ahead += len(part)
                 got, slots = await self._find(Get(question.request_id, part))
                 outbox.put([memoryview(pack(got)), *map(self._view, slots)])
                 if len(slots) < len(part):
                     break
-                if number % self._window_parts == 0:
-                    await outbox.drain()
             await outbox.drain()
         finally:
             await outbox.close()

@@ -1,6 +1,6 @@
 """One answer of a store as it comes over TCP: block after block into memory, checked as it goes. Knows no event loop.
 
-An answer is one message (`Got`, with lengths before it) for each part of what was asked for, with the blocks that it
+An answer is one message (`Got`, with lengths before it) for each of `stream_parts`, with the blocks that it
 names behind it; one that names fewer than its part is the last. Nothing that comes says where it goes or how much: the
 reader knows the size of a block and how many it asked for.
 """
@@ -17,7 +17,7 @@ import xxhash
 
 from kvstore.blocks import BlockHash
 from kvstore.errors import BadFrame
-from kvstore.frames import Got, decode, part_blocks
+from kvstore.frames import Got, decode, stream_parts
 from kvstore.stream import HEAD_BYTES, pack, parse_head
 from kvstore.tcp_sockets import lingering
 from kvstore.wire import ReceivedPayload
@@ -81,11 +81,10 @@ class Receiver:
 
     def _receive(self) -> Iterator[memoryview]:
         """What is to be filled next, time after time; each has been when it goes on."""
-        step = part_blocks(self._slot_bytes)
-        for first in range(0, len(self._hashes), step):
-            part = self._hashes[first : first + step]
+        for indices in stream_parts(len(self._hashes), self._slot_bytes):
+            part = self._hashes[indices.start : indices.stop]
             got = yield from self._receive_message(part)
-            for index, block in enumerate(got.blocks, first):
+            for index, block in zip(indices, got.blocks, strict=False):
                 view = self._into[index]
                 digest = xxhash.xxh3_64()
                 for at in range(0, self._slot_bytes, _PIECE_BYTES):

@@ -25,7 +25,7 @@ class Machine:
     reading of the batch's caches, and the attention of its prompts' tokens. `prefill` is a step of a prompt alone.
     """
 
-    prefill: PrefillSpeed  # its base is the launch of a step: kernels, all-reduces, sampling
+    prefill: PrefillSpeed  # its base is the launch of a step with prompts: kernels, all-reduces, sampling
     weights_s: float  # reading all weights once
     kv_token_s: float  # reading one cached token while decoding
     token_bytes: int  # of KV
@@ -35,11 +35,13 @@ class Machine:
     handoff_s: float = 0.0  # that they add between the first token and the second, where two nodes make them
     chunk_tokens: int = 0  # of a prefill node's step; 0: a whole prompt, one at a time
     stall_s: float = 0.0  # a prompt of so little work is computed by the decode node itself (`Rates.max_stall_s`)
+    prompts_s: float = 0.0  # of the launch, what a step that only decodes is spared
 
     def step_s(self, num_tokens: float, cached_tokens: float, pairs: float = 0.0) -> float:
         """A step of `num_tokens`, decoded and of prompts; the decoding requests have `cached_tokens`."""
         products_s = max(self.weights_s, num_tokens * self.prefill.token_s)
-        return self.prefill.base_s + products_s + cached_tokens * self.kv_token_s + pairs * self.prefill.pair_s
+        launch_s = self.prefill.base_s - (0.0 if pairs else self.prompts_s)
+        return launch_s + products_s + cached_tokens * self.kv_token_s + pairs * self.prefill.pair_s
 
     def chunked(self, chunk_tokens: int) -> PrefillSpeed:
         """How fast a prompt gets on in steps of so many tokens, on a node without other work."""
@@ -96,6 +98,7 @@ def fitted(data: Any) -> Machine:
     return Machine(
         PrefillSpeed(*prefill),
         weights_s=max(0.0, step[0] - prefill[0]),  # the launch is in both
+        prompts_s=max(0.0, prefill[0] - step[0]),
         kv_token_s=step[1],
         token_bytes=int(_positive(data, "token_bytes")),
         wire_bytes_per_s=_positive(data, "wire_bytes_per_s"),

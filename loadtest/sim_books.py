@@ -46,7 +46,7 @@ class Books:
             node.role,
             speed,
             StepSpeed(self._machine.step_s(0, 0)),
-            arena_id="" if node.role == "decode" else node.arena.arena_id,
+            arena_id=node.arena.arena_id if node.publishes else "",
             free_blocks=kv_blocks,
             total_blocks=kv_blocks,
         )

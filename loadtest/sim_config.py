@@ -25,3 +25,4 @@ class SimConfig:
     tpot_limit_s: float | None = None
     faults: tuple[Fault, ...] = ()
     seed: int = 0
+    is_one_host: bool = False  # all nodes share one arena, and decode nodes publish too

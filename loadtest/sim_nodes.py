@@ -96,6 +96,7 @@ class Node:
     def __init__(self, node_id: str, machine: Machine, arena: Arena, chunk_tokens: int, order: Rank) -> None:
         self.node_id, self.machine, self.arena = node_id, machine, arena
         self.role = node_id.split("-")[0]
+        self.publishes = self.role != "decode"  # what it computed of prompts
         self.slow = self.link_slow = 1.0  # faults: it, or its link, takes so many times as long
         self.version = 0  # events of an older one are void
         self.num_legs = 0  # that it has, or will have: second legs count from the beginning

@@ -77,8 +77,11 @@ class Simulator:
             self._waiting.append(job)
 
     def _try_waiting(self) -> None:
-        while self._waiting and self._try(self._waiting[0]):
-            self._waiting.popleft()
+        while self._waiting:
+            job = self._waiting.popleft()  # first: what is sent may end another one, whose end comes here again
+            if not self._try(job):
+                self._waiting.appendleft(job)
+                return
 
     def _try(self, job: Job) -> bool:
         """Sends the request to nodes, or rejects it; False where nobody has room for it now."""
@@ -164,7 +167,7 @@ class Simulator:
         if job.first_token_s < 0.0:
             job.first_token_s = self.now_s + self.config.machine.first_s
         job.num_done += 1
-        if node.role != "decode":
+        if node.publishes:
             node.arena.publish(job.full_blocks)
         job.is_first = False
         self._books.computed(job, node, target, self.now_s)
@@ -234,13 +237,25 @@ class Simulator:
         config = self.config
         node_id = f"{role}-{self._counts[role]}"
         self._counts[role] += 1
-        arena = Arena(node_id, config.arena_blocks, EVICTION[config.eviction](config.arena_blocks), self.directory)
         chunk_tokens = config.machine.chunk_tokens if role == "prefill" else config.chunk_tokens
-        node = Node(node_id, config.machine, arena, chunk_tokens, QUEUES[config.queue])
+        node = Node(node_id, config.machine, self._arena(node_id), chunk_tokens, QUEUES[config.queue])
+        node.publishes |= config.is_one_host
         self.nodes[node_id] = node
         self._owners[node_id] = node
         is_alone = role == "prefill"  # its prompts share their steps with nothing that decodes
         self._books.add(node, config.machine.prefill if is_alone else config.machine.chunked(chunk_tokens))
+
+    def _arena(self, node_id: str) -> Arena:
+        """The node's own, or the host's."""
+        config = self.config
+        if config.is_one_host and self._owners:
+            return next(iter(self._owners.values())).arena
+        return Arena(node_id, config.arena_blocks, EVICTION[config.eviction](config.arena_blocks), self.directory)
+
+    def _forget(self, node: Node) -> None:
+        """A node left, and its arena with it; a host's stays."""
+        if not self.config.is_one_host:
+            node.arena.forget()
 
     def _strike(self, fault: Fault) -> None:
         if fault.kind == "join":
@@ -279,7 +294,7 @@ class Simulator:
         del self.nodes[node.node_id]
         self._draining.discard(node)
         self._books.drop(node)
-        node.arena.forget()
+        self._forget(node)
         for job in lost:
             job.failed.add(node.node_id)
             job.num_retries += 1
@@ -306,4 +321,4 @@ class Simulator:
         if node in self._draining and not node.num_legs:
             self._draining.discard(node)
             del self.nodes[node.node_id]
-            node.arena.forget()
+            self._forget(node)

@@ -19,7 +19,7 @@ from engine.errors import InvalidRequest, NoRoom
 from engine.loop import EngineStopped
 from engine.mask import TokenMask
 from engine.order import MAX_PRIORITY
-from engine.request import FinishReason, OutputToken, Request, SamplingParams
+from engine.request import MAX_LOGPROBS, FinishReason, OutputToken, PromptLogprobs, Request, SamplingParams
 from kvstore.blocks import salted
 from kvstore.quotas import Owner
 from node.errors import Busy, Draining
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_SALT_BYTES = 256
+MAX_PROMPT_LOGPROBS = 1 << 17  # tokens of a prompt times what is told of each: an answer of about a megabyte
 OPTIONAL_SAMPLING: tuple[str, ...] = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 OPTIONAL_SAMPLING += ("presence_penalty", "frequency_penalty", "seed", "max_tokens", "logprobs")
 
@@ -60,6 +61,7 @@ def to_request(
     in_range = abs(message.priority) <= MAX_PRIORITY
     _check(in_range, "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}], got {message.priority}")
     params = to_sampling_params(message.sampling)
+    scores = _to_prompt_logprobs(message, engine.vocab_size) if message.HasField("prompt_logprobs") else None
     num_output_tokens = num_tokens - num_prompt_tokens
     problem = f"{num_output_tokens} outputs are there, and sampling.max_tokens = {params.max_tokens}"
     _check(num_output_tokens < params.max_tokens, "token_ids", problem)
@@ -73,7 +75,17 @@ def to_request(
         handoff_after=handoff_after,
         priority=message.priority,
         mask=mask,
+        prompt_logprobs=scores,
     )
+
+
+def _to_prompt_logprobs(message: node_pb2.NodeRequest, vocab_size: int) -> PromptLogprobs:
+    num_top = message.prompt_logprobs
+    _check(num_top <= MAX_LOGPROBS, "prompt_logprobs", f"must be in [0, {MAX_LOGPROBS}], got {num_top}")
+    count = message.num_prompt_tokens * (num_top + 1)
+    problem = f"prompt tokens times it and one more: {MAX_PROMPT_LOGPROBS} at most, got {count}"
+    _check(count <= MAX_PROMPT_LOGPROBS, "prompt_logprobs", problem)
+    return PromptLogprobs(min(num_top, vocab_size))
 
 
 def to_owner(message: node_pb2.NodeRequest, block_bytes: int) -> Owner:
@@ -115,6 +127,21 @@ def to_token(token: OutputToken) -> common_pb2.Token:
         return common_pb2.Token(token_id=token.token_id)
     top = [common_pb2.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top]
     return common_pb2.Token(token_id=token.token_id, logprobs=common_pb2.TokenLogprobs(logprob=token.logprob, top=top))
+
+
+def prompt_logprobs_of(request: Request) -> common_pb2.PromptLogprobs | None:
+    """Of a request that has its first token; None where they were not asked for."""
+    scores = request.prompt_logprobs
+    if scores is None:
+        return None
+    return common_pb2.PromptLogprobs(
+        token_ids=request.token_ids[: request.num_prompt_tokens],
+        logprobs=scores.logprobs,
+        ranks=scores.ranks,
+        num_top=scores.num_top,
+        top_token_ids=scores.top_ids,
+        top_logprobs=scores.top_logprobs,
+    )
 
 
 def note_trace(context: grpc.aio.ServicerContext, request_id: str) -> None:

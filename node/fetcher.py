@@ -75,8 +75,13 @@ class Fetcher:
 
     @property
     def num_missing_blocks(self) -> int:
-        """Blocks that could still be fetched; the one with the last token never is, so that a token is computed."""
+        """Blocks that could still be fetched; the one with the last token never is, so that a token is computed.
+
+        None of a prompt that is to be scored: all of it is computed.
+        """
         request = self._request
+        if request.is_scoring:
+            return 0
         return (request.num_tokens - 1) // request.block_size - self._num_blocks
 
     async def fetch(self) -> int:

@@ -79,9 +79,9 @@ class Intake:
         return match.head(choice.num_blocks * num_pieces)
 
     def arrived(self, match: Match, num_blocks: int) -> None:
-        """The first `num_blocks` of `match` are in the engine."""
-        here = self.store.local_arena_id
-        for arena_id, slot in match.places[:num_blocks]:
+        """The first `num_blocks` blocks of `match` are in the engine; each counts for where its first piece was."""
+        here, num_pieces = self.store.local_arena_id, len(self.pieces)
+        for arena_id, slot in match.places[: num_blocks * num_pieces : num_pieces]:
             self.hits["disk" if slot == ON_DISK else "memory" if arena_id == here else "remote"] += 1
 
     def keep(

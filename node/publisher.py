@@ -49,6 +49,7 @@ class Publisher:
         self._num_pinned_blocks = 0
         self._num_taken_blocks = 0  # ever put into the queue
         self._num_settled_blocks = 0  # ever published or given up, in the queue's order
+        self.num_published_pieces = 0  # of this rank's, that were not in the store before
         self._settled = asyncio.Condition()
         self._writer: asyncio.Task[None] | None = None
 
@@ -119,12 +120,16 @@ class Publisher:
 
         hashes = piece_hashes([block.block_hash for block in blocks], self._pieces)
         if self._ranks is None:
-            await self._store.publish(hashes, write, owner)
-            return
-        both = self._store.publish(hashes, write, owner), self._ranks.publish(blocks, owner)
-        for result in await asyncio.gather(*both, return_exceptions=True):  # the blocks are pinned until both end
-            if isinstance(result, BaseException):
-                raise result
+            num_published = await self._store.publish(hashes, write, owner)
+        else:
+            both = self._store.publish(hashes, write, owner), self._ranks.publish(blocks, owner)
+            ours, theirs = await asyncio.gather(*both, return_exceptions=True)  # the blocks are pinned until both end
+            if isinstance(ours, BaseException):
+                raise ours
+            if isinstance(theirs, BaseException):
+                raise theirs
+            num_published = ours
+        self.num_published_pieces += num_published
 
     def _unpin(self, blocks: Sequence[FullBlock]) -> None:
         block_ids = [block.block_id for block in blocks]

@@ -2,13 +2,15 @@
 
 Each rank moves its own share of a block's bytes, between its own cache and its own machine's arena. A call has no
 deadline of the leader's: until its answer, a rank may read or write the blocks, so they stay pinned. A rank that breaks
-a call off is as good as gone, and the node with it.
+a call off is as good as gone, and the node with it. So is one that does not say each second what it does: then calls to
+it would never end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +22,8 @@ from engine.request import FullBlock, Request
 from kvstore.blocks import BlockHash
 from kvstore.quotas import NO_TENANT, Owner
 from node.gate import AUTHORIZATION
+
+ASK_S = 1.0  # how often ranks are asked what they did
 
 T = TypeVar("T")
 
@@ -35,12 +39,18 @@ class Ranks:
         token: str = "",
     ) -> None:
         """`token` is the cluster's; "" where the ranks ask for none."""
+        self.work = {rank: rank_pb2.Work() for rank in range(1, len(channels) + 1)}  # as each one told it last
         self._loop = loop
         self._channels = channels
         self._stubs = [rank_pb2_grpc.RankStub(channel) for channel in channels]  # type: ignore[no-untyped-call]
         self._metadata = ((AUTHORIZATION, f"Bearer {token}"),) if token else None
         self._on_lost = on_lost
         self._calls: set[asyncio.Task[Any]] = set()
+        self._watching: list[asyncio.Task[None]] = []
+
+    def watch(self, timeout_s: float) -> None:
+        """From now on a rank that says nothing for `timeout_s` is lost."""
+        self._watching = [asyncio.create_task(self._watch(rank, timeout_s)) for rank in self.work]
 
     async def publish(self, blocks: Sequence[FullBlock], owner: Owner) -> None:
         """Returns when all ranks have published their pieces of these pinned blocks, or given them up."""
@@ -58,9 +68,29 @@ class Ranks:
         return await self._to_end(self._fetch(request, hashes, owner, limit_s))
 
     async def close(self) -> None:
+        """Waits for the calls under way, the end of which a rank that is lost makes the end of the node."""
         await asyncio.gather(*self._calls, return_exceptions=True)
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
         for channel in self._channels:
             await channel.close()
+
+    async def _watch(self, rank: int, timeout_s: float) -> None:
+        heard_s = time.monotonic()
+        while True:
+            try:
+                call = self._stubs[rank - 1].GetWork(
+                    rank_pb2.GetWorkRequest(), metadata=self._metadata, timeout=timeout_s
+                )
+                self.work[rank] = await call
+                heard_s = time.monotonic()
+            except grpc.aio.AioRpcError as error:
+                is_broken = error.code() is grpc.StatusCode.UNAVAILABLE  # the channel mends itself, or the rank is gone
+                if not is_broken or time.monotonic() - heard_s > timeout_s:
+                    self._on_lost(error)
+                    return
+            await asyncio.sleep(ASK_S)
 
     async def _fetch(self, request: Request, hashes: Sequence[BlockHash], owner: Owner, limit_s: float) -> int:
         block_ids, steps = await self._loop.call(

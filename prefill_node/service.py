@@ -6,7 +6,8 @@ import grpc
 
 from batonpb import node_pb2, node_pb2_grpc
 from engine.engine import Engine
-from node.convert import FINISH_REASONS, note_trace, statuses, to_owner, to_request, to_token
+from engine.request import Request
+from node.convert import FINISH_REASONS, note_trace, prompt_logprobs_of, statuses, to_owner, to_request, to_token
 from node.grammar import GrammarMasks
 from prefill_node.worker import Prefilled, PrefillWorker
 
@@ -27,11 +28,11 @@ class PrefillService(node_pb2_grpc.PrefillServicer):
             mask = await self._masks.mask(message.request.sampling)
             request = to_request(message.request, self._engine, handoff_after=1, mask=mask)
             owner = to_owner(message.request, self._engine.layout.block_bytes)
-            return _response(await self._worker.prefill(request, owner))
+            return _response(request, await self._worker.prefill(request, owner))
         raise AssertionError("a status has ended the call")
 
 
-def _response(prefilled: Prefilled) -> node_pb2.PrefillResponse:
+def _response(request: Request, prefilled: Prefilled) -> node_pb2.PrefillResponse:
     return node_pb2.PrefillResponse(
         token=to_token(prefilled.token),
         finish_reason=FINISH_REASONS[prefilled.finish_reason],
@@ -41,4 +42,5 @@ def _response(prefilled: Prefilled) -> node_pb2.PrefillResponse:
         fetch_s=prefilled.fetch_s,
         compute_s=prefilled.compute_s,
         coming_blocks=prefilled.num_coming_blocks,
+        prompt_logprobs=prompt_logprobs_of(request),
     )

@@ -6,7 +6,7 @@ from collections import Counter, deque
 
 from batonpb import inference_pb2
 from router.overtaking import OvertakingShare
-from router.plan import PrefillTerms
+from router.plan import Plan, PrefillTerms, Rates
 
 MAX_REQUESTS = 1000
 MAX_SLACK_REQUESTS = 200  # what predictions were short of lately
@@ -77,13 +77,29 @@ class Calls:
             self.seconds = max(0.0, _quantile(self._late_s, 0.5))
 
 
+class HandOffs:
+    """What calls add between the first token and the second, where two nodes make them: a median."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds  # a guess, at first
+        self._seen_s: deque[float] = deque(maxlen=MAX_SLACK_REQUESTS)
+        self._num_noted = 0
+
+    def note(self, plan: Plan, gap_s: float) -> None:
+        """A plan's two nodes made its first two tokens `gap_s` apart."""
+        self._seen_s.append(self.seconds + gap_s - plan.decode.step_s - plan.handoff_s)
+        self._num_noted += 1
+        if self._num_noted % 8 == 0:
+            self.seconds = max(0.0, _quantile(self._seen_s, 0.5))
+
+
 class Accuracy:
     """What one router has decided and predicted."""
 
-    def __init__(self) -> None:
+    def __init__(self, handoff_s: float = Rates.handoff_s) -> None:
         self.ttft, self.tpot = Errors(), Errors()
         self.slack = Slack()  # of first tokens
-        self.calls, self.overtaking = Calls(), OvertakingShare()
+        self.calls, self.handoffs, self.overtaking = Calls(), HandOffs(handoff_s), OvertakingShare()
         self.outcomes: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()  # by the name of their reason
         self.decisions_s: deque[float] = deque(maxlen=MAX_REQUESTS)  # what the last ones took
@@ -98,17 +114,19 @@ class Accuracy:
         return _quantile(self.decisions_s, quantile)
 
     def finished(
-        self, timeline: inference_pb2.Timeline, terms: PrefillTerms | None = None, limit_s: float | None = None
+        self, timeline: inference_pb2.Timeline, plan: Plan | None = None, limit_s: float | None = None
     ) -> None:
-        """A request's end, with its plan's terms and limit. One that had to go on elsewhere was not predicted to."""
+        """A request's end, with its plan and limit. One that had to go on elsewhere was not predicted to."""
         if timeline.migrations or timeline.first_token_s < 0.0 or timeline.planned_s < 0.0:
             return
         ttft_s = timeline.first_token_s - timeline.planned_s
         self.ttft.note(timeline.predicted_ttft_s, ttft_s)
         self.slack.note(timeline.predicted_ttft_s, ttft_s)
-        if terms is not None:
-            self.overtaking.note(terms, limit_s, ttft_s)
-            self.calls.note(terms, ttft_s)
+        if plan is not None:
+            self.overtaking.note(plan.prefill, limit_s, ttft_s)
+            self.calls.note(plan.prefill, ttft_s)
+            if plan.prefill_node is not None and timeline.second_token_s >= 0.0:
+                self.handoffs.note(plan, timeline.second_token_s - timeline.first_token_s)
         self.tpot.note(timeline.predicted_tpot_s, timeline.tpot_s)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from batonpb import common_pb2, inference_pb2
 from router.detokenizer import TextStream, detokenizer
-from router.journey import Progress, RoutedRequest
+from router.journey import UNFINISHED, Progress, RoutedRequest
 from router.timeline import Timeline
 from router.tokenizer import Decoder
 from router.tools import ToolCallParser
@@ -25,8 +25,10 @@ class Form:
     request_id: str  # the call's, which n answers have in common
     index: int = 0
     stops: Sequence[str] = ()
+    keeps_stop: bool = False  # what ends the text is shown
     echo: str = ""  # text that comes first
     calls_tools: bool = False
+    is_silent: bool = False  # nothing of the output is shown: the client asked for no token
 
 
 class Answer:
@@ -37,7 +39,7 @@ class Answer:
         self._form = form
         self._timeline = timeline
         words = detokenizer(decoder, request.prompt_ids)
-        self._text = TextStream(words, form.stops, request.end_ids, request.sampling.min_tokens)
+        self._text = TextStream(words, form.stops, request.end_ids, request.sampling.min_tokens, form.keeps_stop)
         self._calls = ToolCallParser(f"{form.request_id}/{form.index}") if form.calls_tools else None
         self._lead = form.echo
         self._num_tokens = 0
@@ -45,6 +47,8 @@ class Answer:
 
     def respond(self, progress: Progress) -> inference_pb2.GenerateResponse:
         """Tokens at once; their text as far as it is certain. A stop string ends the request, whatever came behind."""
+        if self._form.is_silent:
+            progress = _silenced(progress)
         text, tokens, reason = self._text, [], progress.finish_reason
         pieces: list[str] = []
         for token in progress.tokens:
@@ -65,6 +69,8 @@ class Answer:
         if self._calls is not None:
             self._part(response, self._calls)
         response.text, self._lead = self._lead + response.text, ""
+        if progress.prompt_logprobs is not None:
+            response.prompt_logprobs.CopyFrom(progress.prompt_logprobs)
         if self._is_first:
             response.prompt_tokens, self._is_first = len(self._request.prompt_ids), False
         if response.finish_reason:
@@ -99,3 +105,9 @@ class Answer:
             *(timeline.prefill_node or "-", timeline.decode_node, timeline.migrations, timeline.predicted_ttft_s),
             *(timeline.first_token_s, timeline.tpot_s, timeline.finished_s),
         )
+
+
+def _silenced(progress: Progress) -> Progress:
+    """A node makes one token at least; where none is wanted, none came, and the length is why."""
+    reason = common_pb2.FINISH_REASON_LENGTH if progress.finish_reason else UNFINISHED
+    return Progress((), reason, progress.prompt_logprobs)

@@ -5,7 +5,12 @@ The moment is absolute, so what is left shrinks by itself while the node works.
 
 from __future__ import annotations
 
-from router.line import Line, Waiting
+from bisect import bisect_left, insort_right
+from operator import attrgetter
+
+from router.line import Line, Waiting, key
+
+_KEY = attrgetter("key")
 
 
 class Backlog:
@@ -15,7 +20,9 @@ class Backlog:
         self._reported_free_at_s = 0.0
         self._sent: dict[object, tuple[float, float]] = {}  # leg -> (when, seconds), those that no report counts yet
         self._begun: object = None  # the leg that the node is at, as its order has it
-        self._waiting: dict[object, Waiting] = {}  # all others that were sent and are not over
+        self._keys: dict[object, float] = {}  # of all others that were sent and are not over
+        # They in their order, kept so: a node may have hundreds, and their line is looked at for each request.
+        self._ranked: list[Waiting] = []
 
     def reported(self, now_s: float, queued_s: float) -> None:
         """The node's own word: at `now_s` it had so much to do, whatever `sent` it had heard of included."""
@@ -24,8 +31,12 @@ class Backlog:
     def sent(self, leg: object, now_s: float, seconds: float) -> None:
         """A leg was sent that will compute for so long."""
         self._sent[leg] = (now_s, seconds)
-        self._waiting[leg] = Waiting(seconds, now_s)
-        self._begin()
+        if self._begun is None:
+            self._begun = leg
+            return
+        waiting = Waiting(key(seconds, now_s), seconds, leg)
+        self._keys[leg] = waiting.key
+        insort_right(self._ranked, waiting, key=_KEY)  # of equals, whoever came first goes first
 
     def counted(self, leg: object) -> None:
         """A report counts the leg. Idempotent."""
@@ -34,10 +45,14 @@ class Backlog:
     def over(self, leg: object) -> None:
         """The leg is over, computed or not. Idempotent."""
         self._sent.pop(leg, None)
-        self._waiting.pop(leg, None)
-        if leg == self._begun:
-            self._begun = None
-            self._begin()
+        rank = self._keys.pop(leg, None)
+        if rank is not None:
+            place = bisect_left(self._ranked, rank, key=_KEY)
+            while self._ranked[place].leg != leg:
+                place += 1
+            del self._ranked[place]
+        elif leg == self._begun:
+            self._begin_next()
 
     def computed(self, leg: object, now_s: float) -> None:
         """The leg is done: until now the node was at work, and what was sent after it has not been begun before."""
@@ -54,10 +69,11 @@ class Backlog:
 
     def line(self) -> Line | None:
         """Who waits behind the leg that the node is at; None: nobody that was sent from here."""
-        return Line(self._waiting.values()) if self._waiting else None
+        return Line(self._ranked) if self._ranked else None
 
-    def _begin(self) -> None:
-        """The node goes on with the next one of its queue, if it is at none."""
-        if self._begun is None and self._waiting:
-            self._begun = min(self._waiting, key=lambda leg: self._waiting[leg].key)
-            del self._waiting[self._begun]
+    def _begin_next(self) -> None:
+        """The node goes on with the next one of its queue."""
+        self._begun = None
+        if self._ranked:
+            self._begun = self._ranked.pop(0).leg
+            del self._keys[self._begun]

@@ -83,7 +83,7 @@ class Cluster:
     @property
     def num_prefill(self) -> int:
         """How many nodes play that role, or both."""
-        return int((self.is_there & self.can_prefill).sum())
+        return int(np.count_nonzero(self.is_there & self.can_prefill))
 
     def row(self, node_id: str) -> int | None:
         return self._rows.get(node_id)

@@ -45,11 +45,11 @@ class Decider:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.journal = Journal()
-        self.accuracy = Accuracy()
         self._rng = rng
         self._name = policy
         self._policy = POLICIES[policy]()
         self._rates = rates or Rates()
+        self.accuracy = Accuracy(self._rates.handoff_s)
         self._warming, self._demand = Warming(), Demand()
         self._clock = clock
 
@@ -69,6 +69,7 @@ class Decider:
             ttft_slack_s=accuracy.slack.seconds,
             shares=shares,
             calls_s=accuracy.calls.seconds,
+            handoff_s=accuracy.handoffs.seconds,
             overtaking_share=accuracy.overtaking.share,
         )
         chosen = self._policy(view, cluster, begin_s, self._rng, rates)
@@ -76,12 +77,13 @@ class Decider:
         self.journal.decided(request.salt, request.request_id, kept)
         rejection = chosen.reason.name if isinstance(chosen, Reject) else ""
         self.accuracy.decided(kept.outcome, rejection, self._clock() - begin_s)
-        logger.info(
-            "request_id=%s event=%s policy=%s tokens=%d hit_blocks=%d %s",
-            *(request.request_id, "reject" if rejection else "plan", self._name),
-            *(kept.num_tokens, kept.num_hit_blocks),
-            chosen if isinstance(chosen, Reject) else chosen.explanation,
-        )
+        if logger.isEnabledFor(logging.INFO):
+            logger.info(
+                "request_id=%s event=%s policy=%s tokens=%d hit_blocks=%d %s",
+                *(request.request_id, "reject" if rejection else "plan", self._name),
+                *(kept.num_tokens, kept.num_hit_blocks),
+                chosen if isinstance(chosen, Reject) else chosen.explanation,
+            )
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("request_id=%s event=candidates %s", request.request_id, kept.candidates())
         return kept.chosen
@@ -103,6 +105,6 @@ class Decider:
         """What became of a request that came to its end."""
         first = self.journal.finished(request.salt, request.request_id, timeline)
         if first is not None and isinstance(first.chosen, Plan):
-            self.accuracy.finished(timeline, first.chosen.prefill, first.ttft_limit_s)
+            self.accuracy.finished(timeline, first.chosen, first.ttft_limit_s)
         else:
             self.accuracy.finished(timeline)

@@ -85,12 +85,14 @@ class WindowDetokenizer:
 class StopFinder:
     """Finds the stop string that is complete first, whatever pieces the text comes in."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], keeps_stop: bool = False) -> None:
+        """`keeps_stop`: the stop string itself is text, too."""
         self._stops = stops
+        self._keeps_stop = keeps_stop
         self._held = ""  # the beginning of a stop string, perhaps
 
     def feed(self, text: str, may_stop: bool) -> tuple[str, bool]:
-        """Text that is certain, and whether a stop string was found: then it is the text before it, and the last."""
+        """Text that is certain, and whether a stop string was found: then it is the text up to it, and the last."""
         if not self._stops:
             return text, False
         text = self._held + text
@@ -98,7 +100,8 @@ class StopFinder:
             starts = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
             if starts:
                 self._held = ""
-                return text[: min(starts)[1]], True
+                end, start = min(starts)
+                return text[: end if self._keeps_stop else start], True
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
@@ -118,13 +121,21 @@ def _overlap(text: str, stop: str) -> int:
 class TextStream:
     """The text of one request's output.
 
-    The text of a token that may end the request is held back: if it does, it is no part of the output. Stop strings
-    count once `min_tokens` tokens are there.
+    The text of a token that may end the request is held back: if it does, it is no part of the output, unless the text
+    `keeps_stop`. Stop strings count once `min_tokens` tokens are there.
     """
 
-    def __init__(self, words: Detokenizer, stops: Sequence[str], end_ids: Collection[int], min_tokens: int) -> None:
+    def __init__(
+        self,
+        words: Detokenizer,
+        stops: Sequence[str],
+        end_ids: Collection[int],
+        min_tokens: int,
+        keeps_stop: bool = False,
+    ) -> None:
         self._words = words
-        self._stops = StopFinder(stops)
+        self._stops = StopFinder(stops, keeps_stop)
+        self._keeps_stop = keeps_stop
         self._end_ids = end_ids
         self._min_tokens = min_tokens
         self._held_id: int | None = None
@@ -143,8 +154,8 @@ class TextStream:
         return text + self._find(self._words.feed(token_id))
 
     def finish(self, ended_by_token: bool) -> str:
-        """The rest, after the last token. `ended_by_token`: that one is an end token, and no text."""
-        text = "" if ended_by_token else self._release()
+        """The rest, after the last token. `ended_by_token`: that one is an end token, and as a rule no text."""
+        text = "" if ended_by_token and not self._keeps_stop else self._release()
         if self.is_stopped:
             return text
         return text + self._find(self._words.flush()) + self._stops.flush()

@@ -13,19 +13,21 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from batonpb import common_pb2
-from kvstore.directory import ON_DISK, Directory
+from batonpb import common_pb2, node_pb2
+from kvstore.directory import Directory
 from kvstore.errors import DirectoryUnavailable
 from router.decider import Decider
 from router.errors import ClusterBusy, ClusterUnavailable, DeadlinePassed, LegFailed, LegRefused, WouldBeLate
 from router.hits import Hit
-from router.journey import UNFINISHED, Journey, Progress, RoutedRequest
+from router.journey import Journey, Progress, RoutedRequest
 from router.legs import Burden, Leg, PrefillLeg, Work
 from router.plan import Plan, Reason, Reject
 from router.registry import Registry
 from router.timeline import Timeline
 
 logger = logging.getLogger(__name__)
+
+Computed = node_pb2.PrefillResponse | node_pb2.Tokens  # by a leg that had the prompt to compute
 
 
 @dataclass(frozen=True)
@@ -105,58 +107,60 @@ class Dispatcher:
 
     async def _locate(self, journey: Journey) -> dict[str, Hit]:
         """Arena id -> the leading blocks that it holds. Without Redis, nobody holds anything."""
-        if journey.pool is None:
+        if journey.pool is None or journey.is_scoring:
             return {}
         try:
-            runs = await self._directory.locate(journey.hashes(journey.pool))
+            runs = await self._directory.runs(journey.hashes(journey.pool))
         except DirectoryUnavailable as error:
             logger.debug("request_id=%s event=locate_failed %s", journey.request.request_id, error)
             return {}
-        return {arena_id: Hit(len(slots), slots.count(ON_DISK)) for arena_id, slots in runs.items()}
+        return {arena_id: Hit(run.num_blocks, run.num_disk_blocks) for arena_id, run in runs.items()}
 
     async def _attempt(self, journey: Journey, plan: Plan, timeline: Timeline) -> AsyncGenerator[Progress, None]:
         """Both legs once. Ends with a finish reason, or raises `LegFailed` or `LegRefused`."""
         timeline.planned(plan)
-        message, is_first = journey.message(), not journey.output_ids
+        message, is_first = journey.admit(runs_alone=plan.prefill_node is None), not journey.output_ids
         metadata = journey.request.trace.metadata
         own_s = 0.0 if plan.prefill_node else plan.prefill.compute_s
+        first: node_pb2.PrefillResponse | None = None
         with (
             self._registry.decode_leg(plan.decode_node, Burden(own_s, plan.blocks)) as decode,
-            self._warms(journey, plan) as has_computed,
+            self._warms(journey, plan, timeline) as has_computed,
         ):
             # 1) Both legs count from now on: whoever is planned next must see them.
             with self._prefill_leg(plan) as prefill:
                 # 2) Room on the decode node, before any prefill is spent.
-                await decode.admit(message, self._remaining_s(journey), prefill is None, metadata)
+                await decode.admit(message, self._remaining_s(journey), metadata)
                 timeline.admitted()
                 timeline.prefill_started()
-                first = await prefill.run(message, self._remaining_s(journey), metadata) if prefill else None
-                if prefill and first:
-                    has_computed(prefill, first.local_hit_tokens + first.store_hit_tokens, first.compute_s)
+                if prefill:
+                    asked = journey.scoring(message.admit.request)
+                    first = await prefill.run(asked, self._remaining_s(journey), metadata)
+                    has_computed(prefill, first)
             # 3) The first token. It goes to the client while Start is on its way.
             if first is not None:
-                if is_first:
-                    timeline.hit(first.local_hit_tokens, first.store_hit_tokens)
-                    timeline.waited(first.queue_s, first.fetch_s)
+                assert prefill is not None
+                scores = _scores(journey, first, prefill)
                 if not first.finish_reason:
                     decode.start([first.token], first.coming_blocks)
-                yield _take(journey, timeline, [first.token], first.finish_reason)
+                yield _take(journey, timeline, [first.token], first.finish_reason, scores)
                 if first.finish_reason:
                     return
             # 4) The others, from the decode node.
-            is_computed = first is not None
+            is_computed, scores = first is not None, None
             while (reply := await decode.read()).WhichOneof("message") != "finished":
                 tokens = reply.tokens
                 if not is_computed:
                     is_computed = True
-                    has_computed(decode, tokens.local_hit_tokens + tokens.store_hit_tokens, tokens.compute_s)
-                    if is_first:
-                        timeline.hit(tokens.local_hit_tokens, tokens.store_hit_tokens)
-                        timeline.waited(tokens.queue_s, tokens.fetch_s)
+                    scores = _scores(journey, tokens, decode)
+                    has_computed(decode, tokens)
                 elif first is not None and is_first:
                     timeline.transferred(tokens.fetch_s)
                 timeline.decode_hit(tokens.store_hit_tokens)
-                yield _take(journey, timeline, tokens.tokens)
+                yield _take(journey, timeline, tokens.tokens, tokens.finish_reason, scores)
+                scores = None
+                if tokens.finish_reason:
+                    return
             yield Progress((), reply.finished.finish_reason)
 
     def _prefill_leg(self, plan: Plan) -> AbstractContextManager[PrefillLeg | None]:
@@ -165,18 +169,22 @@ class Dispatcher:
         return self._registry.prefill_leg(plan.prefill_node, Burden(plan.prefill.compute_s, plan.blocks))
 
     @contextmanager
-    def _warms(self, journey: Journey, plan: Plan) -> Iterator[Callable[[Leg, int, float], None]]:
+    def _warms(self, journey: Journey, plan: Plan, timeline: Timeline) -> Iterator[Callable[[Leg, Computed], None]]:
         """Inside, whoever is planned next knows what the first leg is going to compute.
 
-        Call what it gives with the leg that has computed the prompt, its hits in tokens, and its seconds.
+        Call what it gives with the leg that has computed the prompt, and its word about that.
         """
         promise = self._decider.promise(journey, plan)
-        num_tokens, is_computed = journey.num_tokens, False
+        num_tokens, is_first, is_computed = journey.num_tokens, not journey.output_ids, False
 
-        def has_computed(leg: Leg, num_hit_tokens: int, seconds: float) -> None:
+        def has_computed(leg: Leg, answer: Computed) -> None:
             nonlocal is_computed
             is_computed = True
-            self._registry.computed(leg, Work(max(1, num_tokens - num_hit_tokens), num_hit_tokens, seconds))
+            num_hits = answer.local_hit_tokens + answer.store_hit_tokens
+            self._registry.computed(leg, Work(max(1, num_tokens - num_hits), num_hits, answer.compute_s))
+            if is_first:
+                timeline.hit(answer.local_hit_tokens, answer.store_hit_tokens)
+                timeline.waited(answer.queue_s, answer.fetch_s)
 
         try:
             yield has_computed
@@ -205,12 +213,24 @@ class Dispatcher:
         return None if deadline_s is None else max(0.0, deadline_s - self._clock())
 
 
+def _scores(
+    journey: Journey, answer: node_pb2.PrefillResponse | node_pb2.Tokens, leg: Leg
+) -> common_pb2.PromptLogprobs | None:
+    """The prompt's logprobs that come with its first token, where they are asked for. Raises `LegFailed`."""
+    if not journey.is_scoring:
+        return None
+    if not journey.is_whole(answer.prompt_logprobs):
+        raise LegFailed(leg.callee.node_id, leg.callee.incarnation, "did not tell the prompt's logprobs", is_down=False)
+    return answer.prompt_logprobs
+
+
 def _take(
     journey: Journey,
     timeline: Timeline,
     tokens: Sequence[common_pb2.Token],
-    finish_reason: common_pb2.FinishReason = UNFINISHED,
+    finish_reason: common_pb2.FinishReason,
+    scores: common_pb2.PromptLogprobs | None,
 ) -> Progress:
     journey.take(tokens)
     timeline.took(len(tokens))
-    return Progress(tokens, finish_reason)
+    return Progress(tokens, finish_reason, scores)

@@ -38,6 +38,7 @@ from router.validate import (
     check_length,
     check_model,
     check_prompt,
+    check_scores,
     check_tokens,
 )
 from router.validate_chat import Chat
@@ -110,6 +111,10 @@ class Frontend:
         """A token as it is written."""
         return self._tokenizer.piece(token_id)
 
+    def is_text(self, token_id: int) -> bool:
+        """Whether a token is part of texts; special ones are not."""
+        return not self._tokenizer.is_special(token_id)
+
     def explain(self, tenant: Tenant, request_id: str) -> inference_pb2.ExplainResponse:
         """Why a request went where it went: a tenant's own, and no other's. Raises `UnknownRequest`."""
         return self._decider.journal.explain(tenant.salt, request_id)
@@ -139,8 +144,10 @@ class Frontend:
         form = Form(
             request_id=request.request_id,
             stops=tuple(checked.sampling.stop),
+            keeps_stop=checked.sampling.include_stop_str_in_output,
             echo=await self._echo(checked, request),
             calls_tools=checked.chat is not None and bool(checked.chat.tools),
+            is_silent=checked.is_silent,
         )
         parts = self._parts(request, checked.num_answers)
         async with aclosing(self._answers(parts, form, timelines)) as responses:
@@ -222,8 +229,14 @@ class Frontend:
         check_model(checked.model, pool.model)
         await self._grammars.check(checked.sampling, checked.chat)
         prompt_ids = await self._tokenise(checked, pool)
-        sampling = check_tokens(prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size)
+        is_ours = checked.token_ids is None and self._tokenizer.largest_id < pool.vocab_size
+        sampling = check_tokens(
+            prompt_ids, checked.sampling, pool.max_model_len, pool.vocab_size, is_in_vocabulary=is_ours
+        )
+        if checked.prompt_logprobs is not None:
+            check_scores(len(prompt_ids), checked.prompt_logprobs)
         del sampling.stop[:]  # nodes know no text
+        sampling.include_stop_str_in_output = False
         # Beside a grammar ignore_eos puts the end off, and there is one.
         is_endless = sampling.ignore_eos and sampling.WhichOneof("grammar") is None
         eos_ids = frozenset() if is_endless else self._tokenizer.eos_token_ids
@@ -239,6 +252,7 @@ class Frontend:
             first_due_s=None if checked.ttft_slo_s is None else caller.received_s + checked.ttft_slo_s,
             tpot_limit_s=checked.tpot_slo_s,
             trace=caller.trace,
+            prompt_logprobs=checked.prompt_logprobs,
         )
 
     async def _tokenise(self, checked: CheckedRequest, pool: Pool) -> list[int]:
@@ -249,7 +263,7 @@ class Frontend:
         return await self._encode(text, is_template=checked.chat is not None)
 
     def _text_of(self, text: str | None = None, chat: Chat | None = None) -> str:
-        return text or "" if chat is None else self._tokenizer.render(chat.messages, chat.tools)
+        return text or "" if chat is None else self._tokenizer.render(chat.messages, chat.tools, chat.setting)
 
     async def _encode(self, text: str, is_template: bool) -> list[int]:
         if len(text) <= INLINE_CHARS:

@@ -7,24 +7,23 @@ of all of them.
 from __future__ import annotations
 
 import codecs
-import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from batonpb import common_pb2, inference_pb2
+from router.http_scores import Json, Piece, finite, prompt_entries, scored
 
-Json = dict[str, Any]
-Piece = Callable[[int], bytes]  # a token as it is written
 FINISH = {
     common_pb2.FINISH_REASON_STOP: "stop",
     common_pb2.FINISH_REASON_LENGTH: "length",
     common_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
-LEAST_LOGPROB = -9999.0  # OpenAI's word for minus infinity, which JSON has not
 
 
 class Choice(Protocol):
-    """One answer of a call, as it grows."""
+    """One answer of a call, as it grows. `prompt_logprobs`: where they are to be shown by themselves."""
+
+    prompt_logprobs: list[Json | None] | None
 
     def delta(self, response: inference_pb2.GenerateResponse) -> Json | None:
         """What is new, for a stream; None: nothing to show yet."""
@@ -38,7 +37,11 @@ class Choice(Protocol):
 class ChatChoice:
     """Of a chat. `num_logprobs` None: none are shown. `is_single_call`: the first tool call alone is shown."""
 
-    def __init__(self, index: int, piece: Piece, num_logprobs: int | None, is_single_call: bool) -> None:
+    def __init__(
+        self, index: int, piece: Piece, num_logprobs: int | None, is_single_call: bool, shows_prompt: bool = False
+    ) -> None:
+        self.prompt_logprobs: list[Json | None] | None = None
+        self._shows_prompt = shows_prompt
         self._index = index
         self._piece = piece
         self._num_logprobs = num_logprobs
@@ -66,6 +69,8 @@ class ChatChoice:
     def add(self, response: inference_pb2.GenerateResponse) -> None:
         self._texts.append(response.text)
         self._new_calls(response)
+        if self._shows_prompt and response.HasField("prompt_logprobs"):
+            self.prompt_logprobs = prompt_entries(response.prompt_logprobs, self._piece)
         self._logprobs += self._entries(response.tokens) or ()
         self._finish = FINISH.get(response.finish_reason)
 
@@ -99,13 +104,26 @@ class ChatChoice:
 
     def _entry(self, token_id: int, logprob: float) -> Json:
         data = self._piece(token_id)
-        return {"token": data.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
+        return {"token": data.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(data)}
 
 
 class CompletionChoice:
-    """Of a completion. A token that is no text by itself is shown as OpenAI shows it: bytes:\\xe2\\x82."""
+    """Of a completion. A token that is no text by itself is shown as OpenAI shows it: bytes:\\xe2\\x82.
 
-    def __init__(self, index: int, piece: Piece, num_logprobs: int | None) -> None:
+    `is_text` None: the prompt's logprobs do not come before the output's; else it says which tokens are part of a text.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        piece: Piece,
+        num_logprobs: int | None,
+        is_text: Callable[[int], bool] | None = None,
+        shows_prompt: bool = False,
+    ) -> None:
+        self.prompt_logprobs: list[Json | None] | None = None
+        self._is_text = is_text
+        self._shows_prompt = shows_prompt
         self._index = index
         self._piece = piece
         self._num_logprobs = num_logprobs
@@ -116,14 +134,16 @@ class CompletionChoice:
         self._finish: str | None = None
 
     def delta(self, response: inference_pb2.GenerateResponse) -> Json | None:
-        finish, logprobs = FINISH.get(response.finish_reason), self._lists(response.tokens)
-        if not (response.text or finish or (logprobs and response.tokens)):
+        finish, logprobs = FINISH.get(response.finish_reason), self._lists(response)
+        if not (response.text or finish or (logprobs and logprobs["tokens"])):
             return None
         return {"index": self._index, "text": response.text, "logprobs": logprobs, "finish_reason": finish}
 
     def add(self, response: inference_pb2.GenerateResponse) -> None:
         self._texts.append(response.text)
-        new = self._lists(response.tokens)
+        if self._shows_prompt and response.HasField("prompt_logprobs"):
+            self.prompt_logprobs = prompt_entries(response.prompt_logprobs, self._piece)
+        new = self._lists(response)
         if new is not None:
             for name, values in new.items():
                 if values is not None:
@@ -133,23 +153,40 @@ class CompletionChoice:
     def whole(self) -> Json:
         logprobs = None if self._num_logprobs is None else self._logprobs
         text = "".join(self._texts)
-        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": self._finish}
+        whole = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": self._finish}
+        return whole | {"prompt_logprobs": self.prompt_logprobs} if self._shows_prompt else whole
 
-    def _lists(self, tokens: Iterable[common_pb2.Token]) -> Json | None:
+    def _lists(self, response: inference_pb2.GenerateResponse) -> Json | None:
         if self._num_logprobs is None:
             return None
         lists = _empty_logprobs(self._num_logprobs)
-        for token in tokens:
+        if self._is_text is not None and response.HasField("prompt_logprobs"):
+            self._begin_with(lists, response.prompt_logprobs, self._is_text)
+        for token in response.tokens:
             data = self._piece(token.token_id)
-            logprob = _finite(token.logprobs.logprob)
+            logprob = finite(token.logprobs.logprob)
             lists["tokens"].append(_word(data))
             lists["token_logprobs"].append(logprob)
             lists["text_offset"].append(self._offset)
             self._offset += len(self._utf8.decode(data))
             if self._num_logprobs:
-                tops = [(_word(self._piece(top.token_id)), _finite(top.logprob)) for top in token.logprobs.top]
+                tops = [(_word(self._piece(top.token_id)), finite(top.logprob)) for top in token.logprobs.top]
                 lists["top_logprobs"].append(dict(reversed(tops)) | {_word(data): logprob})
         return lists
+
+    def _begin_with(self, lists: Json, scores: common_pb2.PromptLogprobs, is_text: Callable[[int], bool]) -> None:
+        """The prompt's tokens, of which the first has no logprob."""
+        for token in scored(scores):
+            data = self._piece(token.token_id)
+            lists["tokens"].append(_word(data))
+            lists["token_logprobs"].append(token.logprob)
+            lists["text_offset"].append(self._offset)
+            if is_text(token.token_id):
+                self._offset += len(self._utf8.decode(data))
+            if self._num_logprobs:
+                tops = [(_word(self._piece(one)), logprob) for one, logprob in token.top[: self._num_logprobs]]
+                known = None if token.logprob is None else dict(reversed(tops)) | {_word(data): token.logprob}
+                lists["top_logprobs"].append(known)
 
 
 class Totals:
@@ -207,7 +244,3 @@ def _word(data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else LEAST_LOGPROB

@@ -13,14 +13,14 @@ import uuid
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from router.errors import ClusterUnavailable, InvalidRequest, RouterError
+from router.errors import ClusterUnavailable, RouterError
 from router.frontend import Frontend
 from router.http_errors import Failure, RefusedCall, failure_of
+from router.http_ids import REQUEST_ID, is_id, no_id
 from router.http_page import StatusPage
-from router.http_routes import REQUEST_ID, Call, Routes
+from router.http_routes import Call, Routes
 from router.http_stream import STALL_S
 from router.tenants import AUTHORIZATION
-from router.validate import MAX_REQUEST_ID_CHARS
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +87,13 @@ class HttpDoor:
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         given = request.headers.get(REQUEST_ID, "")
-        is_id = 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
-        call = Call(request, given if is_id else uuid.uuid4().hex, time.monotonic())
+        has_id = is_id(given)
+        call = Call(request, given if has_id else uuid.uuid4().hex, time.monotonic())
         try:
             if self._is_closing:
                 raise ClusterUnavailable("this router is stopping")
-            if given and not is_id:
-                limit = f"{MAX_REQUEST_ID_CHARS} printable ASCII characters at most"
-                raise InvalidRequest("request_id", f"{limit}, got {len(given)}")
+            if given and not has_id:
+                raise no_id(REQUEST_ID, given)
             route = self._routes.find(request.method, request.path)
             if route.needs_key:
                 call.tenant = self._frontend.authenticate(request.headers.getall(AUTHORIZATION, []))

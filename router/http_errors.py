@@ -33,9 +33,12 @@ NAMES = {
     "chat": "messages",
     "tool_name": "tool_choice",
     "single_tool_call": "parallel_tool_calls",
-    "request_id": "X-Request-Id",
 }
-WHOLE = ("prompt", "messages", "tools", "tool_choice")  # what lies inside them is named after them
+# What lies inside a prompt or a tool is named after it; these are fields by themselves.
+WHOLE = (
+    *("prompt", "messages", "tools", "tool_choice"),
+    *("chat_template_kwargs", "reasoning_effort", "add_generation_prompt", "continue_final_message"),
+)
 
 
 class RefusedCall(RouterError):

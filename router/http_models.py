@@ -159,21 +159,37 @@ class Sampled(Closed):
     frequency_penalty: float | None = _in(-2, 2)
     logit_bias: dict[str, float] | None = None
     max_tokens: Uint32 | None = _in(1)
+    prompt_logprobs: Uint32 | None = _in(0, 20)  # vLLM's
     min_tokens: Uint32 | None = None
     stop_token_ids: Annotated[list[Uint32], Field(max_length=1024, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None  # SGLang's name for it
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Text | dict[str, Any] | None = None
     guided_regex: Text | None = None
     guided_choice: Texts | None = None
+    regex: Text | None = None  # SGLang's names for guided_regex and guided_json
+    json_schema: Text | dict[str, Any] | None = None
     priority: Int32 | None = _in(-100, 100)
     ttft_slo_ms: Uint32 | None = _in(1)
     tpot_slo_ms: Uint32 | None = _in(1)
     best_of: Uint32 | None = None
+    request_id: Text | None = None  # vLLM's; X-Request-Id goes before it
+    rid: Text | None = None  # SGLang's, likewise
 
 
-class ChatRequest(Sampled):
+class Templated(Closed):
+    """How messages are set in the chat template."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class ChatRequest(Sampled, Templated):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Uint32 | None = _in(1)
     logprobs: bool | None = None
@@ -221,12 +237,13 @@ Prompts = Annotated[
 
 class CompletionRequest(Sampled):
     prompt: Prompts
+    max_tokens: Uint32 | None = _in(0)  # 0 with echo or prompt_logprobs
     logprobs: Uint32 | None = _in(0, 20)
     echo: bool | None = None
     add_special_tokens: Literal[True] | None = None
 
 
-class TokenizeRequest(Closed):
+class TokenizeRequest(Templated):
     """vLLM's; one of `prompt` and `messages`."""
 
     model_config = ConfigDict(json_schema_extra=show_idle)

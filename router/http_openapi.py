@@ -105,6 +105,11 @@ def _object(**fields: Json) -> Json:
     return {"type": "object", "required": list(fields), "properties": fields, "additionalProperties": False}
 
 
+def _perhaps(whole: Json, **fields: Json) -> Json:
+    """An object that may have more fields."""
+    return whole | {"properties": whole["properties"] | fields}
+
+
 def _array(items: Json) -> Json:
     return {"type": "array", "items": items}
 
@@ -134,11 +139,14 @@ def _answers() -> Json:
     )
     lists = _object(
         tokens=_array(STRING),
-        token_logprobs=_array(number),
-        top_logprobs=_nullable(_array({"type": "object", "additionalProperties": number})),
+        token_logprobs=_array({"type": ["number", "null"]}),
+        top_logprobs=_nullable(_array(_nullable({"type": "object", "additionalProperties": number}))),
         text_offset=_array(INTEGER),
     )
+    known = _object(logprob=number, rank=INTEGER, decoded_token=STRING)
+    of_prompt = _array(_nullable({"type": "object", "additionalProperties": known}))
     choice = _object(index=INTEGER, text=STRING, logprobs=_nullable(lists), finish_reason=FINISH)
+    choice = _perhaps(choice, prompt_logprobs=of_prompt)
     card = _object(
         id=STRING,
         object={"const": "model"},
@@ -151,7 +159,9 @@ def _answers() -> Json:
     error = _object(message=STRING, type=STRING, param=NULLABLE_STRING, code=NULLABLE_STRING)
     head: dict[str, Json] = {"id": STRING, "created": INTEGER, "model": STRING, "usage": usage}
     return {
-        "ChatCompletion": _object(**head, object={"const": "chat.completion"}, choices=_array(chat_choice)),
+        "ChatCompletion": _perhaps(
+            _object(**head, object={"const": "chat.completion"}, choices=_array(chat_choice)), prompt_logprobs=of_prompt
+        ),
         "Completion": _object(**head, object={"const": "text_completion"}, choices=_array(choice)),
         "Tokens": _object(count=INTEGER, max_model_len=INTEGER, tokens=_array(INTEGER), token_strs={"type": "null"}),
         "Text": _object(prompt=STRING),

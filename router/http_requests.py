@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from google.protobuf.message import Message
 
 from batonpb import common_pb2, inference_pb2
 from router.errors import InvalidRequest
-from router.http_body import too_deep
+from router.http_grammars import hold_to_grammar, json_text
 from router.http_models import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
-    JsonSchema,
     NamedTool,
-    ResponseFormat,
     Sampled,
     StreamOptions,
+    Templated,
     TextPart,
     TokenizeRequest,
     Tool,
@@ -38,7 +35,7 @@ TOOL_CHOICES = {
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _SAME = (  # fields that SamplingParams has under the same name
     *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("min_tokens", "ignore_eos"),
+    *("min_tokens", "ignore_eos", "include_stop_str_in_output"),
 )
 
 
@@ -56,7 +53,14 @@ class Asked:
     includes_usage: bool
     counts_usage: bool = False  # in each event, so far
     is_single_call: bool = False  # of tools
+    echoes_logprobs: bool = False  # the prompt's, in front of the output's
+    shows_prompt: bool = False  # the prompt's logprobs by themselves
     renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the core tells logprobs of the prompts."""
+        return self.echoes_logprobs or self.shows_prompt
 
 
 def ask_chat(request: ChatRequest, request_id: str) -> Asked:
@@ -77,6 +81,7 @@ def ask_chat(request: ChatRequest, request_id: str) -> Asked:
     if num_logprobs is not None:
         sampling.logprobs = num_logprobs
     message.chat.CopyFrom(_chat(request.messages, request.tools))
+    _set_template(message.chat, request)
     _choose_tool(message.chat, request)
     return Asked(
         [message],
@@ -86,6 +91,7 @@ def ask_chat(request: ChatRequest, request_id: str) -> Asked:
         includes_usage=_includes_usage(request),
         counts_usage=_includes_usage(request) and bool(_stream_options(request).continuous_usage_stats),
         is_single_call=request.parallel_tool_calls is False,
+        shows_prompt=request.prompt_logprobs is not None,
         renamed=renamed,
     )
 
@@ -98,6 +104,9 @@ def ask_completion(request: CompletionRequest, request_id: str) -> Asked:
     sampling.max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     if request.logprobs is not None:
         sampling.logprobs = request.logprobs
+    echoes_logprobs = bool(request.echo) and request.logprobs is not None
+    if echoes_logprobs and request.prompt_logprobs is None:
+        renamed["prompt_logprobs"] = "logprobs"
     num_choices = len(request.prompt) * (request.n or 1)
     if num_choices > MAX_CHOICES:
         raise InvalidRequest("prompt", f"prompts times n may be {MAX_CHOICES} at most, got {num_choices}")
@@ -111,6 +120,8 @@ def ask_completion(request: CompletionRequest, request_id: str) -> Asked:
         is_stream=bool(request.stream),
         includes_usage=_includes_usage(request),
         counts_usage=_includes_usage(request) and bool(_stream_options(request).continuous_usage_stats),
+        echoes_logprobs=echoes_logprobs,
+        shows_prompt=request.prompt_logprobs is not None,
         renamed=renamed,
     )
 
@@ -123,8 +134,13 @@ def ask_tokens(request: TokenizeRequest) -> inference_pb2.TokenizeRequest:
     if request.add_special_tokens not in (None, is_text):
         raise InvalidRequest("add_special_tokens", f"must be {str(is_text).lower()} here, as requests have it")
     if request.messages is None:
+        for name in Templated.model_fields:
+            if getattr(request, name) not in (None, {}, name == "add_generation_prompt"):
+                raise InvalidRequest(name, "goes with messages only")
         return inference_pb2.TokenizeRequest(text=request.prompt or "")
-    return inference_pb2.TokenizeRequest(chat=_chat(request.messages, request.tools))
+    chat = _chat(request.messages, request.tools)
+    _set_template(chat, request)
+    return inference_pb2.TokenizeRequest(chat=chat)
 
 
 def _fill(
@@ -134,8 +150,10 @@ def _fill(
     message.model = request.model or ""
     message.n = request.n or 0
     message.priority = request.priority or 0
-    for name in ("ttft_slo_ms", "tpot_slo_ms"):
+    for name in ("ttft_slo_ms", "tpot_slo_ms", "prompt_logprobs"):
         _copy(message, name, getattr(request, name))
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("prompt_logprobs", "is not told in a stream; echo with logprobs is")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise InvalidRequest("best_of", f"is not supported; only n, which is {request.n or 1}")
     if request.stream_options is not None and not request.stream:
@@ -145,13 +163,15 @@ def _fill(
         _copy(sampling, name, getattr(request, name))
     _copy(sampling, "top_k", 0 if request.top_k == -1 else request.top_k)
     _copy(sampling, "seed", None if request.seed is None else request.seed % 2**64)
+    if request.no_stop_trim:
+        sampling.include_stop_str_in_output = True
     sampling.stop_token_ids.extend(request.stop_token_ids or ())
     sampling.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop or ())
     for key, bias in (request.logit_bias or {}).items():
         if not _TOKEN_ID.fullmatch(key) or int(key) >= 2**32:
             raise InvalidRequest("logit_bias", f"its names must be token ids, got {key[:32]!r}")
         sampling.logit_bias[int(key)] = bias
-    _hold_to_grammar(sampling, request, renamed)
+    hold_to_grammar(sampling, request, renamed)
     return sampling
 
 
@@ -194,7 +214,7 @@ def _chat(turns: Sequence[ChatMessage], tools: Sequence[Tool] | None) -> inferen
         _add_turn(chat, turn, f"messages[{index}]")
     for tool in tools or ():
         function = tool.function
-        parameters = "" if function.parameters is None else _json(function.parameters, "tools")
+        parameters = "" if function.parameters is None else json_text(function.parameters, "tools")
         chat.tools.add(name=function.name, description=function.description or "", parameters=parameters)
     return chat
 
@@ -223,6 +243,14 @@ def _text(content: str | list[TextPart] | None) -> str:
     return content or ""
 
 
+def _set_template(chat: inference_pb2.ChatPrompt, request: Templated) -> None:
+    if request.chat_template_kwargs:
+        chat.chat_template_kwargs = json_text(request.chat_template_kwargs, "chat_template_kwargs")
+    _copy(chat, "reasoning_effort", request.reasoning_effort)
+    _copy(chat, "add_generation_prompt", request.add_generation_prompt)
+    _copy(chat, "continue_final_message", request.continue_final_message)
+
+
 def _choose_tool(chat: inference_pb2.ChatPrompt, request: ChatRequest) -> None:
     choice = request.tool_choice
     if choice is None:
@@ -235,63 +263,3 @@ def _choose_tool(chat: inference_pb2.ChatPrompt, request: ChatRequest) -> None:
         chat.tool_choice = TOOL_CHOICES[choice]
     is_required = chat.tool_choice == inference_pb2.TOOL_CHOICE_REQUIRED
     chat.single_tool_call = is_required and request.parallel_tool_calls is False
-
-
-# --- grammars ---
-
-
-def _hold_to_grammar(sampling: common_pb2.SamplingParams, request: Sampled, renamed: dict[str, str]) -> None:
-    """The one grammar that a request may name, in whichever of the three ways clients know."""
-    found = [*_formats(request.response_format), *_structures(request), *_guides(request)]
-    if len(found) > 1:
-        raise InvalidRequest(found[1][0], f"and {found[0][0]} cannot both be set: one grammar at most")
-    for name, kind, value in found:
-        renamed |= {"grammar": name, "json_schema": name, "regex": name, "choice": name, "json_object": name}
-        if kind == "choice":
-            sampling.choice.choices.extend(value)
-            sampling.choice.SetInParent()
-        elif kind == "json_schema":
-            sampling.json_schema = value if isinstance(value, str) else _json(value, name)
-        else:
-            setattr(sampling, kind, value)
-
-
-Grammar = tuple[str, str, Any]  # the client's field, SamplingParams' field, the value
-
-
-def _formats(form: ResponseFormat | None) -> list[Grammar]:
-    if form is None or form.type == "text":
-        return []
-    if form.type == "json_object":
-        return [("response_format", "json_object", True)]
-    if not isinstance(form.json_schema, JsonSchema):
-        raise InvalidRequest("response_format", "needs json_schema where its type is json_schema")
-    return [("response_format", "json_schema", form.json_schema.json_schema)]
-
-
-def _structures(request: Sampled) -> list[Grammar]:
-    given = request.structured_outputs
-    if given is None:
-        return []
-    kinds: dict[str, object] = {"json_schema": given.json_, "regex": given.regex, "choice": given.choice}
-    kinds["json_object"] = given.json_object or None
-    return [("structured_outputs", kind, value) for kind, value in kinds.items() if value is not None]
-
-
-def _guides(request: Sampled) -> list[Grammar]:
-    guides = {
-        "guided_json": ("json_schema", request.guided_json),
-        "guided_regex": ("regex", request.guided_regex),
-        "guided_choice": ("choice", request.guided_choice),
-    }
-    return [(name, kind, value) for name, (kind, value) in guides.items() if value is not None]
-
-
-def _json(value: object, name: str) -> str:
-    """JSON's text again, in the order in which it came."""
-    try:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False)
-    except RecursionError:
-        raise too_deep() from None
-    except ValueError as error:
-        raise InvalidRequest(name, f"holds a number that JSON has not: {error}") from None

@@ -21,13 +21,15 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from batonpb import inference_pb2
 from router.errors import ClusterUnavailable, InvalidRequest
 from router.frontend import Caller, Frontend
-from router.http_answers import ChatChoice, Choice, CompletionChoice, Counts, Json, Totals, whole_answer
+from router.http_answers import ChatChoice, Choice, CompletionChoice, Counts, Totals, whole_answer
 from router.http_body import INLINE_BYTES, parse_object, read_body
 from router.http_errors import RefusedCall, failure_of
-from router.http_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read
+from router.http_ids import REQUEST_ID, id_in
+from router.http_models import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest, read
 from router.http_openapi import openapi
 from router.http_page import StatusPage
 from router.http_requests import Asked, ask_chat, ask_completion, ask_tokens
+from router.http_scores import Entries, Json
 from router.http_stream import STALL_S, ClientGone, EventStream, answers
 from router.tenants import EVERYBODY, Tenant
 from router.traces import NO_TRACE, TRACEPARENT, TRACERESPONSE, TRACESTATE, Trace
@@ -36,10 +38,10 @@ from router.validate import check_model
 logger = logging.getLogger(__name__)
 
 MODELS = "/v1/models"
-REQUEST_ID = "X-Request-Id"
 TIMEOUT = "X-Request-Timeout-Ms"  # what a call's deadline is over gRPC
 MAX_TIMEOUT_MS = 2**31
 AskedT = TypeVar("AskedT")
+SampledT = TypeVar("SampledT", bound=Sampled)
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Call:
     """One call to an endpoint. `renamed` is for the errors of the core; see `Asked`."""
 
     request: web.BaseRequest
-    request_id: str
+    request_id: str  # of the headers; else of the body, and until that is read the router's own
     received_s: float  # monotonic
     tenant: Tenant = EVERYBODY
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -57,6 +59,14 @@ class Call:
     def headers(self) -> dict[str, str]:
         traced = {TRACERESPONSE: self.trace.context} if self.trace.context else {}
         return {REQUEST_ID: self.request_id} | traced
+
+    def read(self, kind: type[SampledT], body: Json) -> SampledT:
+        """The request in a JSON object, which may have the call's id. Raises `InvalidRequest`."""
+        asked = read(kind, body)
+        given = id_in(asked)
+        if given is not None and not self.request.headers.get(REQUEST_ID):
+            self.request_id = given
+        return asked
 
     def caller(self) -> Caller:
         """Raises `InvalidRequest` for a time limit that is none."""
@@ -137,17 +147,21 @@ class Routes:
         return call.trace
 
     async def _traced_chat(self, call: Call) -> web.StreamResponse:
-        asked = await self._ask(call, lambda body: ask_chat(read(ChatRequest, body), call.request_id))
+        asked = await self._ask(call, lambda body: ask_chat(call.read(ChatRequest, body), call.request_id))
         choices = [
-            ChatChoice(index, self._frontend.piece, asked.num_logprobs, asked.is_single_call)
+            ChatChoice(index, self._frontend.piece, asked.num_logprobs, asked.is_single_call, asked.shows_prompt)
             for index in range(asked.num_answers)
         ]
         return await self._answer(call, asked, choices, "chatcmpl", "chat.completion")
 
     async def _traced_completion(self, call: Call) -> web.StreamResponse:
-        asked = await self._ask(call, lambda body: ask_completion(read(CompletionRequest, body), call.request_id))
+        asked = await self._ask(call, lambda body: ask_completion(call.read(CompletionRequest, body), call.request_id))
         num_choices = len(asked.messages) * asked.num_answers
-        choices = [CompletionChoice(index, self._frontend.piece, asked.num_logprobs) for index in range(num_choices)]
+        is_text = self._frontend.is_text if asked.echoes_logprobs else None
+        choices = [
+            CompletionChoice(index, self._frontend.piece, asked.num_logprobs, is_text, asked.shows_prompt)
+            for index in range(num_choices)
+        ]
         return await self._answer(call, asked, choices, "cmpl", "text_completion")
 
     async def _ask(self, call: Call, make: Callable[[Json], AskedT]) -> AskedT:
@@ -171,16 +185,26 @@ class Routes:
         }
         if asked.is_stream:
             return await self._stream(call, caller, asked, choices, head)
-        totals = Totals(len(asked.messages))
+        totals, entries = Totals(len(asked.messages)), Entries()
         num_finished = 0
         async with aclosing(answers(self._frontend, asked.messages, caller)) as responses:
             async for prompt, response in responses:
-                choices[prompt * asked.num_answers + response.index].add(response)
+                choice = choices[prompt * asked.num_answers + response.index]
+                if asked.is_scored and response.HasField("prompt_logprobs"):
+                    entries.add(response.prompt_logprobs)
+                    await asyncio.to_thread(choice.add, response)  # they may be many
+                else:
+                    choice.add(response)
                 if response.finish_reason:
                     totals.add(prompt, response.usage)
                     num_finished += 1
         _check_whole(num_finished, choices)
-        return _json(whole_answer(head, choices, totals))
+        whole = whole_answer(head, choices, totals)
+        if not asked.is_scored:
+            return _json(whole)
+        if prefix == "chatcmpl" and asked.shows_prompt:
+            whole["prompt_logprobs"] = choices[0].prompt_logprobs
+        return await asyncio.to_thread(_json, whole)
 
     async def _stream(
         self, call: Call, caller: Caller, asked: Asked, choices: Sequence[Choice], head: Json
@@ -197,7 +221,9 @@ class Routes:
                         await events.open()
                         is_open = True
                     index = prompt * asked.num_answers + response.index
-                    delta = choices[index].delta(response)
+                    show = choices[index].delta
+                    is_long = asked.is_scored and response.HasField("prompt_logprobs")
+                    delta = await asyncio.to_thread(show, response) if is_long else show(response)
                     counts.add(index, response)
                     if asked.counts_usage:
                         tail = {"usage": counts.usage(index)}

@@ -19,7 +19,7 @@ from router.hits import longest
 from router.plan import Plan, Reject, RequestView
 
 MAX_REQUESTS = 1000
-MAX_DECISIONS = 16  # of one request: the first, and the last few
+MAX_DECISIONS = 16  # of one request, beside the first: the last ones
 MAX_CANDIDATES = 8  # of each leg
 PREFILL_TERMS = ("queue_s", "room_s", "fetch_s", "compute_s", "stall_s", "cost_s", "fetch_blocks")
 DECODE_TERMS = ("step_s", "steps_s", "pressure_s", "cost_s")
@@ -146,10 +146,10 @@ def decision(policy: str, request: RequestView, num_nodes: int, chosen: Plan | R
     if seen is not None:
         firsts = _best(seen.first.cost_s, seen.firsts | seen.alone)
         columns = [getattr(seen.first, name)[firsts] for name in PREFILL_TERMS]
-        prefill = Candidates(_names(seen, firsts), np.stack(columns))
+        prefill = Candidates(_names(seen, firsts), np.array(columns))
         seconds = _best(seen.second.cost_s, seen.seconds)
         columns = [getattr(seen.second, name)[seconds] for name in DECODE_TERMS]
-        decode = Candidates(_names(seen, seconds), np.stack(columns))
+        decode = Candidates(_names(seen, seconds), np.array(columns))
     hit_blocks = longest(request.hits).num_blocks
     limit_s = request.ttft_limit_s
     return Decision(policy, request.num_tokens, hit_blocks, num_nodes, chosen.bare(), prefill, decode, limit_s)
@@ -157,7 +157,7 @@ def decision(policy: str, request: RequestView, num_nodes: int, chosen: Plan | R
 
 def _best(cost_s: Column, mask: Mask) -> NDArray[np.intp]:
     """Rows of the least costs, in their order."""
-    rows = np.flatnonzero(mask)
+    rows = mask.nonzero()[0]
     if len(rows) > MAX_CANDIDATES:
         rows = rows[np.argpartition(cost_s[rows], MAX_CANDIDATES)[:MAX_CANDIDATES]]
     return rows[np.argsort(cost_s[rows])]

@@ -32,15 +32,17 @@ class RoutedRequest:
     first_due_s: float | None = None  # when its first token is to be there by its SLO, on the dispatcher's clock
     tpot_limit_s: float | None = None
     has_begun: bool = False  # the client has part of the call's answer already: another of its n answers
+    prompt_logprobs: int | None = None  # alternatives of each of the prompt's tokens; None: not asked for
     trace: Trace = NO_TRACE  # of the call
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Tokens that came, and in the last one why they ended."""
+    """Tokens that came, and in the last one why they ended. The first one has the prompt's logprobs, if any."""
 
     tokens: Sequence[common_pb2.Token]
     finish_reason: common_pb2.FinishReason = UNFINISHED
+    prompt_logprobs: common_pb2.PromptLogprobs | None = None
 
 
 @dataclass(eq=False)
@@ -86,6 +88,11 @@ class Journey:
         """
         return bool(self.request.has_begun or self.output_ids or self.num_failures)
 
+    @property
+    def is_scoring(self) -> bool:
+        """Whether its prompt's logprobs are still to come: they do with the first token, and never again."""
+        return self.request.prompt_logprobs is not None and not self.output_ids
+
     def view(self, hits: Mapping[str, Hit], warming: Mapping[str, int], now_s: float) -> RequestView:
         """What a policy is to know. A request that has begun has no limits any more: it must not be lost."""
         due_s = [moment for moment in (self.request.first_due_s, self.request.deadline_s) if moment is not None]
@@ -94,7 +101,7 @@ class Journey:
             num_tokens=self.num_tokens,
             max_new_tokens=self.request.sampling.max_tokens - len(self.output_ids),
             hits=hits,
-            warming=warming,
+            warming={} if self.is_scoring else warming,
             ttft_limit_s=min(due_s) - now_s if due_s and has_limits else None,
             tpot_limit_s=self.request.tpot_limit_s if has_limits else None,
             failed=frozenset(self.failed),
@@ -102,15 +109,39 @@ class Journey:
             no_decode=frozenset(self.refused["decode"]),
         )
 
-    def message(self) -> node_pb2.NodeRequest:
-        return node_pb2.NodeRequest(
-            request_id=self.request.request_id,
-            token_ids=self.token_ids,
-            num_prompt_tokens=len(self.request.prompt_ids),
-            sampling=self.request.sampling,
-            salt=self.request.salt,
-            kv_quota_bytes=self.request.kv_quota_bytes,
-            priority=self.request.priority,
+    def admit(self, runs_alone: bool) -> node_pb2.DecodeRequest:
+        """What a decode node is told first. Filled in where it lies: a message that is put into another is copied."""
+        message, request = node_pb2.DecodeRequest(), self.request
+        message.admit.runs_alone = runs_alone
+        told = message.admit.request
+        told.request_id = request.request_id
+        told.token_ids.extend(request.prompt_ids)
+        told.token_ids.extend(self.output_ids)
+        told.num_prompt_tokens = len(request.prompt_ids)
+        told.sampling.CopyFrom(request.sampling)
+        told.salt = request.salt
+        told.kv_quota_bytes = request.kv_quota_bytes
+        told.priority = request.priority
+        if runs_alone and self.is_scoring and request.prompt_logprobs is not None:
+            told.prompt_logprobs = request.prompt_logprobs
+        return message
+
+    def scoring(self, message: node_pb2.NodeRequest) -> node_pb2.NodeRequest:
+        """What a first leg is sent: `message`, or it with the wish for logprobs, which no other leg has."""
+        if not self.is_scoring:
+            return message
+        asking = node_pb2.NodeRequest(prompt_logprobs=self.request.prompt_logprobs)
+        asking.MergeFrom(message)
+        return asking
+
+    def is_whole(self, scores: common_pb2.PromptLogprobs) -> bool:
+        """Whether a node has told all of the prompt's logprobs."""
+        num_scored = len(self.request.prompt_ids) - 1
+        num_tops = num_scored * scores.num_top
+        return (
+            len(scores.token_ids) == len(self.request.prompt_ids)
+            and len(scores.logprobs) == len(scores.ranks) == num_scored
+            and len(scores.top_token_ids) == len(scores.top_logprobs) == num_tops
         )
 
     def take(self, tokens: Sequence[common_pb2.Token]) -> None:

@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import grpc
 
 from batonpb import common_pb2, node_pb2
+from router.calls import DecodeCalls
 from router.errors import InvalidRequest, LegFailed, LegRefused
 
 # What gRPC's core says where no connection could be made; where it says anything else, the call counts as taken.
@@ -25,12 +27,10 @@ Metadata = tuple[tuple[str, str], ...] | None  # of a call to a node
 
 @dataclass(frozen=True)
 class Callee:
-    """The process that a leg runs on, and the method of its stub to call."""
+    """The process that a leg runs on."""
 
     node_id: str
     incarnation: str
-    method: Any
-    lone_method: Any = None  # the same for a leg that has no other: it takes one message
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Leg:
         self.waiting_since_s = math.inf  # finite only while an answer is awaited
         self._call: Any = None
         self._clock = clock
-        self._broken_off = ""
+        self._broken_off: LegFailed | None = None
 
-    def break_off(self, problem: str) -> None:
+    def break_off(self, problem: str, is_down: bool = True) -> None:
         """Ends the wait for this leg's answer, now or later, with `LegFailed`."""
-        self._broken_off = problem
+        self._broken_off = self._failed(problem, is_down)
         if self._call is not None:
             self._call.cancel()
 
@@ -97,8 +97,8 @@ class Leg:
             self.waiting_since_s = math.inf
 
     def _check_broken_off(self) -> None:
-        if self._broken_off:
-            raise self._failed(self._broken_off, is_down=True)
+        if self._broken_off is not None:
+            raise self._broken_off
 
     def _mapped(self, error: grpc.aio.AioRpcError, may_refuse: bool) -> Exception:
         code, details = error.code(), error.details() or ""
@@ -121,12 +121,17 @@ class PrefillLeg(Leg):
 
     kind = "prefill"
 
+    def __init__(self, callee: Callee, burden: Burden, clock: Callable[[], float], method: Any) -> None:
+        """`method` is that of the node's stub."""
+        super().__init__(callee, burden, clock)
+        self._method = method
+
     async def run(
         self, request: node_pb2.NodeRequest, timeout_s: float | None, metadata: Metadata = None
     ) -> node_pb2.PrefillResponse:
         """Raises `InvalidRequest`, `LegRefused`, `LegFailed`."""
         message = node_pb2.PrefillRequest(request=request)
-        self._call = self.callee.method(message, timeout=timeout_s, metadata=metadata)
+        self._call = self._method(message, timeout=timeout_s, metadata=metadata)
         with self._waiting(may_refuse=True):
             answer: node_pb2.PrefillResponse = await self._call
         return answer
@@ -136,28 +141,32 @@ class DecodeLeg(Leg):
     """Admit, then Start, then tokens."""
 
     kind = "decode"
-    _starting: asyncio.Task[None] | None = None
 
-    async def admit(
-        self,
-        request: node_pb2.NodeRequest,
-        timeout_s: float | None,
-        runs_alone: bool = False,
-        metadata: Metadata = None,
-    ) -> None:
-        """Waits until the node holds room. A leg that runs alone needs no `start`, and half the messages.
+    def __init__(self, callee: Callee, burden: Burden, clock: Callable[[], float], calls: DecodeCalls) -> None:
+        """`calls` are those to the node."""
+        super().__init__(callee, burden, clock)
+        self._calls = calls
+        self._starting: asyncio.Task[None] | None = None
+        self._expiring: asyncio.TimerHandle | None = None
+        self._may_keep = False  # the call has nothing that is this leg's alone
+        self._is_over = False
+
+    async def admit(self, message: node_pb2.DecodeRequest, timeout_s: float | None, metadata: Metadata = None) -> None:
+        """Waits until the node holds room. `message` is the Admit; a leg that runs alone needs no `start`.
 
         Raises `InvalidRequest`, `LegRefused`, `LegFailed`.
         """
-        message = node_pb2.DecodeRequest(admit=node_pb2.Admit(request=request, runs_alone=runs_alone))
-        if runs_alone:
-            self._call = self.callee.lone_method(message, timeout=timeout_s, metadata=metadata)
-        else:
-            self._call = self.callee.method(timeout=timeout_s, metadata=metadata)
+        self._may_keep = metadata is None
+        if self._may_keep and timeout_s is not None:
+            expire = partial(self.break_off, "DEADLINE_EXCEEDED: of the request", is_down=False)
+            self._expiring = asyncio.get_running_loop().call_later(timeout_s, expire)
+        answer = grpc.aio.EOF
         with self._waiting(may_refuse=True):
-            if not runs_alone:
-                await self._write(message)
-            answer = await self._call.read()
+            if self._may_keep and (kept := self._calls.take()) is not None:
+                answer = await self._ask(kept, message)
+            if answer is grpc.aio.EOF:  # also where the node had ended the kept one before it read this
+                options = {} if self._may_keep else {"timeout": timeout_s, "metadata": metadata}
+                answer = await self._ask(self._calls.open(**options), message)
         if answer is grpc.aio.EOF or answer.WhichOneof("message") != "admitted":
             raise self._failed("did not answer Admit with Admitted")
 
@@ -173,12 +182,27 @@ class DecodeLeg(Leg):
         if answer is grpc.aio.EOF:
             raise self._failed("ended the stream without Finished")
         message: node_pb2.DecodeResponse = answer
+        self._is_over = bool(message.tokens.finish_reason) or message.HasField("finished")
         return message
 
     def close(self) -> None:
+        if self._expiring is not None:
+            self._expiring.cancel()
+        is_started = self._starting is None or self._starting.done()
+        if self._is_over and self._may_keep and is_started:
+            self._calls.keep(self._call)
+            self._call = None
+            return
         if self._starting is not None:
             self._starting.cancel()
         super().close()
+
+    async def _ask(self, call: Any, message: node_pb2.DecodeRequest) -> Any:
+        """The answer to a call's next message."""
+        self._call = call
+        self._check_broken_off()
+        await self._write(message)
+        return await call.read()
 
     async def _write(self, message: node_pb2.DecodeRequest) -> None:
         try:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,30 +21,25 @@ SHORTEST_S, LONGEST_S = 1 / 64, 256.0  # of prompts that are told apart by their
 _EDGES_S = tuple(SHORTEST_S * 2**n for n in range(round(math.log2(LONGEST_S / SHORTEST_S)) + 1))
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """A first leg that was sent and has not begun."""
+class Waiting(NamedTuple):
+    """A first leg that was sent and has not begun. The least key goes first."""
 
+    key: float
     work_s: float
-    sent_s: float
-
-    @property
-    def key(self) -> float:
-        return key(self.work_s, self.sent_s)
+    leg: object = None
 
 
 def key(work_s: float, sent_s: float) -> float:
-    """The least goes first."""
+    """Of a leg: by it those that wait are ranked."""
     return work_s + AGEING * sent_s
 
 
 class Line:
-    """Those that wait for one node."""
+    """Those that wait for one node; whoever goes first comes first."""
 
-    def __init__(self, waiting: Iterable[Waiting]) -> None:
-        ranked = sorted(waiting, key=lambda one: one.key)
+    def __init__(self, ranked: Sequence[Waiting]) -> None:
         self._keys = [one.key for one in ranked]
-        self._until_s = [0.0, *itertools.accumulate(one.work_s for one in ranked)]
+        self._until_s = [0.0, *itertools.accumulate([one.work_s for one in ranked])]
 
     def overtaken_s(self, newcomer: float) -> float:
         """Seconds of work that a newcomer of this key goes before."""
@@ -56,7 +51,7 @@ class Demand:
 
     def __init__(self, memory_s: float = 120.0) -> None:
         self._memory_s = memory_s
-        self._work_s = np.zeros(len(_EDGES_S))  # by class; older ones count less
+        self._work_s = [0.0] * len(_EDGES_S)  # by class; older ones count less
         self._at_s = self._began_s = -math.inf
 
     def sent(self, work_s: float, now_s: float) -> None:
@@ -69,14 +64,16 @@ class Demand:
         """By class: the share of all nodes' time that shorter prompts take, for one in the middle of it."""
         self._fade(now_s)
         seen_s = self._memory_s * -math.expm1(-max(1.0, now_s - self._began_s) / self._memory_s)
-        shares = (np.cumsum(self._work_s) - self._work_s / 2) / (seen_s * max(1, num_nodes))
-        return tuple(shares.tolist())
+        whole_s, shorter_s = seen_s * max(1, num_nodes), itertools.accumulate(self._work_s)
+        return tuple([(up_to_s - own_s / 2) / whole_s for up_to_s, own_s in zip(shorter_s, self._work_s, strict=True)])
 
     def _fade(self, now_s: float) -> None:
         if self._began_s == -math.inf:
             self._began_s = self._at_s = now_s
-        self._work_s *= math.exp(-max(0.0, now_s - self._at_s) / self._memory_s)
-        self._at_s = max(self._at_s, now_s)
+        if now_s > self._at_s:
+            kept = math.exp((self._at_s - now_s) / self._memory_s)
+            self._work_s = [work_s * kept for work_s in self._work_s]
+            self._at_s = now_s
 
 
 def with_overtakers(

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from batonpb import node_pb2, node_pb2_grpc
 from kvstore.directory import NodeRecord
 from router.backlog import Backlog
+from router.calls import DecodeCalls
 from router.cluster import NodeView
 from router.legs import Burden, Callee, DecodeLeg, Leg, Metadata, PrefillLeg, Work
 from router.speeds import GUESSED_PREFILL, GUESSED_STEP, NodeSpeeds, PrefillSpeed, StepSpeed
@@ -53,14 +54,7 @@ class Node:
         control = node_pb2_grpc.NodeControlStub(self._channel)  # type: ignore[no-untyped-call]
         metadata: Metadata = ((AUTHORIZATION, f"Bearer {token}"),) if token else None
         self._prefill = partial(_called, prefill.Prefill, metadata)
-        self._decode = partial(_called, decode.Decode, metadata)
-        # A stream that takes a single message costs half of one that takes more, and looks the same to the node.
-        alone = self._channel.unary_stream(
-            "/baton.v1.Decode/Decode",
-            request_serializer=node_pb2.DecodeRequest.SerializeToString,
-            response_deserializer=node_pb2.DecodeResponse.FromString,
-        )
-        self._decode_alone = partial(_called, alone, metadata)
+        self._decode_calls = DecodeCalls(partial(_called, decode.Decode, metadata))
         self._drain = partial(control.Drain, metadata=metadata)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -69,6 +63,8 @@ class Node:
         self.seen_s = now_s
         if self.legs or record.num_running:
             self.busy_s = now_s
+        if record.draining:
+            self._decode_calls.clear()  # a node that is to stop waits for them
         if record == self.record:
             return
         self.record, self._is_news = record, True
@@ -132,11 +128,11 @@ class Node:
 
     def prefill_leg(self, burden: Burden, clock: Callable[[], float]) -> AbstractContextManager[PrefillLeg]:
         """A leg to `run` inside the context."""
-        return self._kept(PrefillLeg(self._callee(self._prefill), burden, clock))
+        return self._kept(PrefillLeg(self._callee(), burden, clock, self._prefill))
 
     def decode_leg(self, burden: Burden, clock: Callable[[], float]) -> AbstractContextManager[DecodeLeg]:
         """A leg to `admit` and `start` inside the context."""
-        return self._kept(DecodeLeg(self._callee(self._decode, self._decode_alone), burden, clock))
+        return self._kept(DecodeLeg(self._callee(), burden, clock, self._decode_calls))
 
     async def illness(self, timeout_s: float) -> str:
         """Why this node should get no work; "" where it is well."""
@@ -160,10 +156,11 @@ class Node:
     async def close(self) -> None:
         if self.asking is not None:
             self.asking.cancel()
+        self._decode_calls.clear()
         await self._channel.close()
 
-    def _callee(self, method: Any, lone_method: Any = None) -> Callee:
-        return Callee(self.record.node_id, self.record.incarnation, method, lone_method)
+    def _callee(self) -> Callee:
+        return Callee(self.record.node_id, self.record.incarnation)
 
     @contextmanager
     def _kept(self, leg: LegT) -> Iterator[LegT]:

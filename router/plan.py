@@ -23,7 +23,7 @@ class Rates:
     wire_bytes_per_s: float = 1e9  # from another machine's
     disk_bytes_per_s: float = 5e8  # what comes from an arena's disk first
     request_s: float = 0.002  # what each request ahead costs besides its tokens
-    handoff_s: float = 0.01  # what a second leg costs besides its bytes: calls, publishing, the tail's recomputation
+    handoff_s: float = 0.01  # what a second leg costs besides its bytes, until it is measured: calls, publishing
     no_room_s: float = 1.0  # waiting until a full node has room for a prefill
     pressure_s: float = 0.15  # times k / (1 - k) where k of the decode node's blocks are in use
     max_stall_s: float = 0.02  # a decode node's own streams may be held up so long by a prompt that skips the first leg

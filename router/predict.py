@@ -90,7 +90,7 @@ def within(mask: Mask, known: Mask, values_s: Column, limit_s: float | None) -> 
 
 def shortlist(cost_s: Column, mask: Mask, rng: random.Random, rates: Rates) -> list[int]:
     """The rows of `mask` with the least cost; of near ties a random choice, or the first of many would always be in."""
-    rows = np.flatnonzero(mask)
+    rows = mask.nonzero()[0]
     if len(rows) <= SHORTLIST:
         return [int(row) for row in rows]
     costs = cost_s[rows]

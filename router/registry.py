@@ -73,6 +73,7 @@ class Registry:
         self._left: list[Node] = []  # gone or replaced; their connection is open as long as they have legs
         self._pool: Pool | None = None
         self._clusters: dict[Ground, Cluster] = {}  # those of each that can be given work
+        self._changed: dict[Node, None] = {}  # nodes whose rows are not what they should be
         self._last_poll_s = clock()
         self._is_blind = False
         self._polling: asyncio.Task[None] | None = None
@@ -103,6 +104,9 @@ class Registry:
 
         It is the registry's own and goes on changing: ask for it, decide, and let it go.
         """
+        for node in self._changed:
+            self._put(node)
+        self._changed.clear()
         pool = pool or self._pool
         cluster = self._clusters.get((pool.model, pool.root)) if pool is not None else None
         return Cluster(1, 1) if cluster is None else cluster
@@ -122,7 +126,7 @@ class Registry:
         node = self._nodes.get(leg.callee.node_id)
         if node is not None and leg in node.legs:
             node.computed(leg, work, self._clock())
-            self._put(node)
+            self._changed[node] = None
 
     def mark_down(self, node_id: str, incarnation: str, problem: str) -> None:
         """Sends a node nothing more until it answers again, or a new incarnation takes its place."""
@@ -207,10 +211,10 @@ class Registry:
         """Whoever is planned next sees what the leg lays on its node, from here to the end of the context."""
         try:
             with kept as leg:
-                self._put(node)
+                self._changed[node] = None
                 yield leg
         finally:
-            self._put(node)
+            self._changed[node] = None
 
     def _take_one(self, record: NodeRecord, now_s: float) -> None:
         node = self._nodes.get(record.node_id)
@@ -248,14 +252,14 @@ class Registry:
         elif node.down_since_s is not None:
             logger.info("event=node_back node_id=%s", node.record.node_id)
             node.down_since_s = None
-            self._put(node)
+            self._changed[node] = None
 
     def _set_down(self, node: Node, problem: str) -> None:
         if node.down_since_s is None:
             record = node.record
             logger.warning("event=node_down node_id=%s incarnation=%s %s", record.node_id, record.incarnation, problem)
         node.down_since_s = self._clock()
-        self._put(node)
+        self._changed[node] = None
 
     async def _close_left(self) -> None:
         for node in [node for node in self._left if not node.legs]:

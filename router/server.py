@@ -34,6 +34,10 @@ from router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# Requests leave hardly anything that is garbage only to the collector. By default it looks for it every dozen requests,
+# and holds up all others for milliseconds now and then.
+GC_THRESHOLDS = (10_000, 5, 10)
+
 
 class RouterServer:
     """One router process's server: `start`, then `stop`."""
@@ -57,6 +61,7 @@ class RouterServer:
             self._stack = stack.pop_all()
         gc.collect()
         gc.freeze()  # libraries and tokenizer stay: the collector need not walk over them between requests
+        gc.set_threshold(*GC_THRESHOLDS)
         words = address, http_address or "none", metrics_address or "none"
         logger.info("event=router_up address=%s http=%s metrics=%s", *words)
         return {

@@ -14,6 +14,7 @@ from router.errors import (
     ClusterUnavailable,
     DeadlinePassed,
     InvalidRequest,
+    RateLimited,
     WouldBeLate,
 )
 from router.histogram import Histogram
@@ -42,6 +43,7 @@ ERRORS: Mapping[type[Exception], str] = {
     InvalidRequest: "invalid",
     ClusterBusy: "busy",
     WouldBeLate: "late",
+    RateLimited: "limited",
     ClusterUnavailable: "unavailable",
     DeadlinePassed: "deadline",
 }

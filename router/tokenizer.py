@@ -11,6 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,9 +28,13 @@ _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_OF = {chr(byte): byte for byte in _PLAIN}
 _BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PLAIN)))}
 
+MAX_REMEMBERED_TOKENS = 1 << 16
 MAX_ERROR_CHARS = 500  # of a template: it may repeat the prompt, and a call's metadata is bounded
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # a byte as a token, in vocabularies of characters
 _KNOWS_TOOLS = re.compile(r"\btools\b")  # what a template calls them
+# Put behind the message that is to be gone on with, to find its end in the text. The space at its end is gone where a
+# template strips messages.
+_END_MARK = "<|where the last message ends|> "
 
 
 class Decoder(Protocol):
@@ -38,6 +43,18 @@ class Decoder(Protocol):
     bytes_of: Callable[[int], bytes] | None
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a chat is set in its template."""
+
+    variables: Mapping[str, Any] = field(default_factory=dict)  # that the template may look at
+    opens_answer: bool = True  # it ends with the beginning of an assistant's message
+    continues: bool = False  # it ends within the last message
+
+
+PLAIN = Setting()
 
 
 class Tokenizer:
@@ -59,7 +76,9 @@ class Tokenizer:
         with_tools = sources.get("tool_use") or sources.get("default", "")
         self._tools_template = compile_template(with_tools) if _KNOWS_TOOLS.search(with_tools) else None
         self.eos_token_ids = _eos_token_ids(folder)
-        self.bytes_of: Callable[[int], bytes] | None = self._bytes_of if _is_byte_level(path) else None
+        self.bytes_of: Callable[[int], bytes] | None = None
+        if _is_byte_level(path):
+            self.bytes_of = functools.lru_cache(MAX_REMEMBERED_TOKENS)(self._bytes_of)
 
     @property
     def has_chat_template(self) -> bool:
@@ -73,20 +92,27 @@ class Tokenizer:
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=not is_template)
         return list(encoding.ids)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        setting: Setting = PLAIN,
+    ) -> str:
         """The text of a chat up to where the model goes on; messages and tools are as `transformers` gives them.
 
         Raises `InvalidRequest`.
         """
         template = self._choose(messages, tools)
-        options = {**self._special_tokens, "add_generation_prompt": True}
+        turns = [*messages[:-1], _marked(messages[-1])] if setting.continues else list(messages)
+        given: dict[str, Any] = {"messages": turns, "tools": list(tools) or None, "documents": None}
+        given |= {**self._special_tokens, "add_generation_prompt": setting.opens_answer}
         try:
-            text = template.render(messages=list(messages), tools=list(tools) or None, documents=None, **options)
+            text = template.render({**setting.variables, **given})
             text.encode()
         except Exception as error:  # the template is foreign code: it may refuse a chat, or stumble over it
             said = str(error)[:MAX_ERROR_CHARS]
             raise InvalidRequest("prompt.chat.messages", f"the model's chat template says: {said}") from error
-        return text
+        return _up_to_mark(text, messages[-1]) if setting.continues else text
 
     def _choose(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[object]) -> jinja2.Template:
         """The template for such a chat: one that would pass over tools, or calls of them, is none for it."""
@@ -115,6 +141,11 @@ class Tokenizer:
         return frozenset(token.content for token in added if not token.special)
 
     @functools.cached_property
+    def largest_id(self) -> int:
+        """Of all that it may encode to."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values())
+
+    @functools.cached_property
     def _longest_token_bytes(self) -> int:
         if self._backend.normalizer is not None:  # it may drop any amount of text
             return 1 << 62
@@ -124,6 +155,9 @@ class Tokenizer:
     def _special_ids(self) -> frozenset[int]:
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
 
     def piece(self, token_id: int) -> bytes:
         """A token as it is written, special ones by their names: a list of tokens has a word for each."""
@@ -142,6 +176,19 @@ class Tokenizer:
         if all(char in _BYTE_OF for char in token):
             return bytes(_BYTE_OF[char] for char in token)
         return str(token).encode()  # an added token, written as it is
+
+
+def _marked(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {**message, "content": message["content"] + _END_MARK}
+
+
+def _up_to_mark(text: str, last: Mapping[str, Any]) -> str:
+    """A chat's text up to the end of its last message, as `transformers` cuts it."""
+    end = text.rfind(_END_MARK.strip())
+    if end < 0 or last["content"].strip() not in text:
+        problem = "the model's chat template leaves out the last message, or a part of it"
+        raise InvalidRequest("prompt.chat.continue_final_message", problem)
+    return text[:end] if text.startswith(_END_MARK, end) else text[:end].rstrip()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ MAX_STOP_IDS = 16
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 1 << 17  # tokens of a prompt times what is told of each: bounds an answer to about a megabyte
 MAX_PRIORITY = 100
 MAX_BIASES = 300
 MAX_BIAS = 100
@@ -55,6 +56,12 @@ class CheckedRequest:
     priority: int = 0  # the smaller one is computed first
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
+    prompt_logprobs: int | None = None  # alternatives of each of the prompt's tokens; None: not even their own
+
+    @property
+    def is_silent(self) -> bool:
+        """No token of output is wanted."""
+        return self.sampling.HasField("max_tokens") and self.sampling.max_tokens == 0
 
 
 def parse(body: bytes, limits: Limits, kind: type[M]) -> M:
@@ -73,7 +80,8 @@ def parse(body: bytes, limits: Limits, kind: type[M]) -> M:
 def check(request: inference_pb2.GenerateRequest, limits: Limits) -> CheckedRequest:
     """A sound request, or `InvalidRequest`."""
     check_answers(request)
-    check_sampling(request.sampling)
+    asks_of_prompt = request.echo or request.HasField("prompt_logprobs")
+    check_sampling(request.sampling, min_max_tokens=0 if asks_of_prompt else 1)
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(request.sampling)
     prompt = check_prompt(request, limits)
@@ -91,8 +99,17 @@ def check(request: inference_pb2.GenerateRequest, limits: Limits) -> CheckedRequ
         priority=request.priority,
         ttft_slo_s=request.ttft_slo_ms / 1000 if request.HasField("ttft_slo_ms") else None,
         tpot_slo_s=request.tpot_slo_ms / 1000 if request.HasField("tpot_slo_ms") else None,
+        prompt_logprobs=_num_prompt_logprobs(request),
         **prompt,
     )
+
+
+def _num_prompt_logprobs(request: inference_pb2.GenerateRequest) -> int | None:
+    if request.HasField("prompt_logprobs"):
+        got = request.prompt_logprobs
+        _check(got <= MAX_LOGPROBS, "prompt_logprobs", f"must be in [0, {MAX_LOGPROBS}], got {got}")
+        return got
+    return request.sampling.logprobs if request.echo and request.sampling.HasField("logprobs") else None
 
 
 def check_answers(request: inference_pb2.GenerateRequest) -> None:
@@ -107,7 +124,6 @@ def check_answers(request: inference_pb2.GenerateRequest) -> None:
     )
     if request.echo:
         _check(request.WhichOneof("prompt") != "chat", "echo", "goes with a text or token prompt only")
-        _check(not request.sampling.HasField("logprobs"), "echo", "goes without sampling.logprobs only")
 
 
 def check_detokenize(request: inference_pb2.DetokenizeRequest, vocab_size: int) -> list[int]:
@@ -124,7 +140,7 @@ def check_model(asked: str, served: str) -> None:
     _check(asked in ("", served), "model", f"{served!r} is the model served here, got {asked[:128]!r}")
 
 
-def check_sampling(sampling: common_pb2.SamplingParams) -> None:
+def check_sampling(sampling: common_pb2.SamplingParams, min_max_tokens: int = 1) -> None:
     """Ranges of `SamplingParams`. A value that is not a number is in no range. Grammars are `router.grammar`'s."""
 
     def check(name: str, ok: bool, limit: str) -> None:
@@ -138,7 +154,7 @@ def check_sampling(sampling: common_pb2.SamplingParams) -> None:
     check("repetition_penalty", 0.0 < sampling.repetition_penalty <= 2.0, "in (0, 2]")
     check("presence_penalty", -2.0 <= sampling.presence_penalty <= 2.0, "in [-2, 2]")
     check("frequency_penalty", -2.0 <= sampling.frequency_penalty <= 2.0, "in [-2, 2]")
-    check("max_tokens", sampling.max_tokens >= 1, "at least 1")
+    check("max_tokens", sampling.max_tokens >= min_max_tokens, "at least 1 (0 with echo or prompt_logprobs)")
     check("logprobs", sampling.logprobs <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]")
     if sampling.HasField("max_tokens"):
         _check_min_tokens(sampling)
@@ -163,19 +179,36 @@ def check_length(num_prompt_tokens: int, max_model_len: int, is_bound: bool = Fa
     _check(num_prompt_tokens < max_model_len, "prompt", f"{limit}, got {got}")
 
 
+def check_scores(num_prompt_tokens: int, num_top: int) -> None:
+    """Raises `InvalidRequest` for a prompt with more logprobs than one answer may have."""
+    count = num_prompt_tokens * (num_top + 1)
+    problem = f"prompt tokens times it and one more may be {MAX_PROMPT_LOGPROBS} at most, got {count}"
+    _check(count <= MAX_PROMPT_LOGPROBS, "prompt_logprobs", problem)
+
+
 def check_tokens(
-    token_ids: list[int], sampling: common_pb2.SamplingParams, max_model_len: int, vocab_size: int
+    token_ids: list[int],
+    sampling: common_pb2.SamplingParams,
+    max_model_len: int,
+    vocab_size: int,
+    *,
+    is_in_vocabulary: bool = False,
 ) -> common_pb2.SamplingParams:
-    """`sampling` with max_tokens set to what the model's length leaves at most. Raises `InvalidRequest`."""
+    """`sampling` with max_tokens set to what the model's length leaves at most. Raises `InvalidRequest`.
+
+    `is_in_vocabulary`: that much of `token_ids` is known.
+    """
     _check(len(token_ids) > 0, "prompt", "must not be empty")
     check_length(len(token_ids), max_model_len)
     room = max_model_len - len(token_ids)
-    _check_vocabulary("prompt", token_ids, vocab_size)
+    if not is_in_vocabulary:
+        _check_vocabulary("prompt", token_ids, vocab_size)
     _check_vocabulary("sampling.stop_token_ids", list(sampling.stop_token_ids), vocab_size)
     _check_vocabulary("sampling.logit_bias", list(sampling.logit_bias), vocab_size)
     bounded = common_pb2.SamplingParams()
     bounded.CopyFrom(sampling)
-    bounded.max_tokens = min(sampling.max_tokens, room) if sampling.HasField("max_tokens") else room
+    # A node makes one token at least, which the client does not see where it wants none.
+    bounded.max_tokens = min(max(1, sampling.max_tokens), room) if sampling.HasField("max_tokens") else room
     _check_min_tokens(bounded)
     return bounded
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from batonpb import inference_pb2
 from router.errors import InvalidRequest
+from router.tokenizer import PLAIN, Setting
 from router.tools import NAME, parse_object
 
 MAX_ROLE_CHARS = 64
@@ -16,6 +18,15 @@ MAX_CALLS = 128  # of one message
 MAX_TOOLS = 128
 FIELD = "prompt.chat"
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}  # of a tool that names none
+MAX_VARIABLES_BYTES = 1 << 14
+VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+# What a template is given anyhow, and what it calls. Names of special tokens end in `_token`.
+OTHERS = frozenset(
+    "messages tools documents add_generation_prompt continue_final_message raise_exception strftime_now "
+    "range dict lipsum cycler joiner namespace self super caller varargs kwargs loop".split()
+)
+EFFORT = "reasoning_effort"
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class Chat:
     is_required: bool = False  # one call at least must be made
     tool_name: str = ""  # the only tool that may be called then; empty: any
     is_single: bool = False  # one call then, and no more
+    setting: Setting = PLAIN  # in the chat template
 
 
 def check_chat(prompt: inference_pb2.ChatPrompt, max_bytes: int) -> Chat:
@@ -45,6 +57,7 @@ def check_chat(prompt: inference_pb2.ChatPrompt, max_bytes: int) -> Chat:
         is_required=prompt.tool_choice == inference_pb2.TOOL_CHOICE_REQUIRED,
         tool_name=prompt.tool_name,
         is_single=prompt.single_tool_call or bool(prompt.tool_name),
+        setting=_setting(prompt),
     )
 
 
@@ -76,6 +89,33 @@ def _check_tools(prompt: inference_pb2.ChatPrompt) -> None:
     if prompt.tool_name:
         _check(is_required, "tool_name", "goes with tool_choice REQUIRED only")
         _check(prompt.tool_name in names, "tool_name", f"{prompt.tool_name[:128]!r} is none of the tools")
+
+
+def _setting(prompt: inference_pb2.ChatPrompt) -> Setting:
+    continues, is_given = prompt.continue_final_message, prompt.HasField("add_generation_prompt")
+    if continues:
+        no_opening = not is_given or not prompt.add_generation_prompt
+        _check(no_opening, "continue_final_message", "and add_generation_prompt cannot both be true")
+    elif not is_given and not prompt.chat_template_kwargs and not prompt.reasoning_effort:
+        return PLAIN
+    opens_answer = not continues and (not is_given or prompt.add_generation_prompt)
+    return Setting(_variables(prompt), opens_answer, continues)
+
+
+def _variables(prompt: inference_pb2.ChatPrompt) -> dict[str, Any]:
+    """Of the template, none of which stands for anything that it is given anyhow."""
+    name, text, effort = "chat_template_kwargs", prompt.chat_template_kwargs, prompt.reasoning_effort
+    size = len(text.encode())
+    _check(size <= MAX_VARIABLES_BYTES, name, f"{MAX_VARIABLES_BYTES} bytes at most, got {size}")
+    variables = _object(name, text)
+    for key in variables:
+        _check(bool(VARIABLE.fullmatch(key)), name, f"its names must be those of variables, got {key[:64]!r}")
+        _check(key not in OTHERS and not key.endswith("_token"), name, f"may not set {key!r}")
+    if effort:
+        _check(effort in EFFORTS, EFFORT, f"must be one of {', '.join(EFFORTS)}, got {effort[:64]!r}")
+        _check(variables.get(EFFORT, effort) == effort, EFFORT, f"and that in {name} differ")
+        variables[EFFORT] = effort
+    return variables
 
 
 def _num_bytes(prompt: inference_pb2.ChatPrompt) -> int:

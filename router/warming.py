@@ -10,6 +10,7 @@ is found by looking at a few of its blocks, and whole prompts are noted at once.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -17,6 +18,7 @@ from kvstore.blocks import BlockHash
 
 MAX_BLOCKS = 100_000
 TTL_S = 30.0  # by then the directory knows, or the node has died
+_NEVER_S = math.inf
 
 
 class Warming:
@@ -47,7 +49,7 @@ class Warming:
 
     def forget(self, hashes: Sequence[BlockHash], node_id: str) -> None:
         """The leg that was to compute them is over without having done so."""
-        self._drop(hashes, node_id, float("inf"))
+        self._drop(hashes, node_id, _NEVER_S)
 
     def runs(self, hashes: Sequence[BlockHash], now_s: float) -> dict[str, int]:
         """Node id -> length of the leading run that it is about to have; nodes with none are left out."""
@@ -66,7 +68,7 @@ class Warming:
         """What was not promised anew since."""
         blocks = self._blocks.get(node_id, {})
         for block_hash in hashes:
-            if blocks.get(block_hash, float("inf")) <= until_s and blocks.pop(block_hash, None) is not None:
+            if blocks.get(block_hash, _NEVER_S) <= until_s and blocks.pop(block_hash, None) is not None:
                 self._num_blocks -= 1
         if not blocks:
             self._blocks.pop(node_id, None)

@@ -70,7 +70,9 @@ class ProcessCluster:
         }
         await self.launch(f"store-{index}", "store", config)
 
-    async def start_node(self, name: str, role: str, store: int | None = 0, tp: int = 1, pp: int = 1) -> None:
+    async def start_node(
+        self, name: str, role: str, store: int | None = 0, tp: int = 1, pp: int = 1, **fields: Any
+    ) -> None:
         """A node; a wide one's ranks that follow are processes of their own, `decode-1.1` and so on."""
         config = {
             "node_id": name,
@@ -84,7 +86,7 @@ class ProcessCluster:
             "host": f"host-{store}",
             "tensor_parallel_size": tp,
             "pipeline_parallel_size": pp,
-        }
+        } | fields
         ranks = {f"{name}.{rank}" if rank else name: config | {"rank": rank} for rank in range(tp * pp)}
         await asyncio.gather(
             *(self.launch(rank, "rank" if "." in rank else "node", options) for rank, options in ranks.items())

@@ -117,12 +117,15 @@ async def start(call: grpc.aio.StreamStreamCall, tokens: Sequence[int] = (), com
 async def finish(call: grpc.aio.StreamStreamCall) -> Decoded:
     """Reads a started call to its end."""
     decoded = Decoded()
+    await call.done_writing()  # no other leg follows in this call
     while (message := await call.read()) is not grpc.aio.EOF:
         decoded.messages.append(message)
         decoded.token_ids += ids(message.tokens.tokens)
         if message.HasField("tokens"):
             decoded.local_hit_tokens = message.tokens.local_hit_tokens
             decoded.store_hit_tokens = message.tokens.store_hit_tokens
+            if reason := message.tokens.finish_reason:
+                decoded.finished = node_pb2.Finished(finish_reason=reason)
         if message.HasField("finished"):
             decoded.finished = message.finished
     return decoded

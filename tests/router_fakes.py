@@ -49,6 +49,22 @@ def expected(prompt_ids: Sequence[int], count: int, seed: int, next_token: NextT
     return output_ids
 
 
+def scores_of(request: node_pb2.NodeRequest) -> common_pb2.PromptLogprobs | None:
+    """Token i of the prompt has the logprob -i / 8 and the rank i; the next ids are its alternatives: -1, -2 and on."""
+    if not request.HasField("prompt_logprobs"):
+        return None
+    prompt, num_top = request.token_ids[: request.num_prompt_tokens], request.prompt_logprobs
+    places = range(1, len(prompt))
+    return common_pb2.PromptLogprobs(
+        token_ids=prompt,
+        logprobs=[-place / 8 for place in places],
+        ranks=places,
+        num_top=num_top,
+        top_token_ids=[(prompt[place] + rank) % 258 for place in places for rank in range(1, num_top + 1)],
+        top_logprobs=[-float(rank) for _ in places for rank in range(1, num_top + 1)],
+    )
+
+
 class Wire:
     """A TCP relay before a server. `cut` is what kill -9 looks like from outside, `freeze` what SIGSTOP does."""
 
@@ -115,9 +131,12 @@ class FakeNode:
         self.seen = Seen()
         self.tokens_per_message = 1
         self.step_s = 0.0
+        self.scores_of = scores_of
         self.hits = (0, 0)  # (local, store) tokens that each leg reports
         self.compute_s = self.queue_s = self.fetch_s = 0.0  # likewise
         self.metadata: list[dict[str, str]] = []  # of each call, as it came
+        self.num_decode_calls = self.num_open_calls = 0
+        self.keeps_calls = True  # a Decode call may have several legs
         self.health = health.aio.HealthServicer()
         self._directory = Directory(redis_url, CLUSTER)
         self._role = role
@@ -197,10 +216,21 @@ class FakeNode:
             compute_s=self.compute_s,
             queue_s=self.queue_s,
             fetch_s=self.fetch_s,
+            prompt_logprobs=self.scores_of(message.request),
         )
 
     async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
-        admit = (await context.read()).admit
+        self.num_decode_calls += 1
+        self.num_open_calls += 1
+        try:
+            while (message := await context.read()) is not grpc.aio.EOF:
+                await self._decode(message.admit, context)
+                if not self.keeps_calls:
+                    return
+        finally:
+            self.num_open_calls -= 1
+
+    async def _decode(self, admit: node_pb2.Admit, context: grpc.aio.ServicerContext) -> None:
         request = admit.request
         self.metadata.append(dict(context.invocation_metadata() or ()))
         self.seen.admits.append(request)
@@ -215,6 +245,7 @@ class FakeNode:
             self.seen.starts.append(token_ids)
             await self._moment("start", context)
             reason = common_pb2.FINISH_REASON_UNSPECIFIED
+            tells_last = "finished" not in self.faults  # as nodes do, unless a fault wants to come between the two
             count, tokens = 0, []
             while not reason:
                 await asyncio.sleep(self.step_s)
@@ -225,13 +256,18 @@ class FakeNode:
                     local, store = self.hits
                     hits = {"local_hit_tokens": local, "store_hit_tokens": store}
                     message = node_pb2.Tokens(tokens=tokens, queue_s=self.queue_s, fetch_s=self.fetch_s, **hits)
+                    if count < self.tokens_per_message and (scores := self.scores_of(request)) is not None:
+                        message.prompt_logprobs.CopyFrom(scores)
+                    if tells_last:
+                        message.finish_reason = reason
                     await context.write(node_pb2.DecodeResponse(tokens=message))
                     tokens = []
                 count += 1
                 await self._moment(f"token {count}", context)
-            await self._moment("finished", context)
-            finished = node_pb2.Finished(finish_reason=reason)
-            await context.write(node_pb2.DecodeResponse(finished=finished))
+            if not tells_last:
+                await self._moment("finished", context)
+                finished = node_pb2.Finished(finish_reason=reason)
+                await context.write(node_pb2.DecodeResponse(finished=finished))
 
     async def GetLoad(self, _message: node_pb2.GetLoadRequest, context: grpc.aio.ServicerContext) -> node_pb2.Load:
         return node_pb2.Load(node_id=self.node_id, draining=self.record.draining)

@@ -8,7 +8,7 @@ import pytest
 
 from batonpb import inference_pb2
 from benchmarks.live_cluster import Served
-from benchmarks.sim_live import SCALE, fitting, grouped, outcome_of, rows_of, slice_of, step_gaps
+from benchmarks.sim_live import BLOCK, SCALE, fitting, grouped, outcome_of, rows_of, slice_of, step_gaps
 from loadtest.machines import Machine
 from loadtest.sim_config import SimConfig
 from loadtest.simulator import Simulator
@@ -61,7 +61,7 @@ def test_a_cluster_that_is_the_simulator_has_no_errors() -> None:
         line = inference_pb2.Timeline(first_token_s=job.ttft_s, predicted_ttft_s=job.ttft_s)
         line.tpot_s = line.predicted_tpot_s = gap_s
         tokens = job.request.input_tokens // SCALE
-        live.append(Served(job.request.arrival_s, times_s, tokens, min(tokens, 16 * job.hit_blocks), line))
+        live.append(Served(job.request.arrival_s, times_s, tokens, min(tokens, BLOCK * job.hit_blocks), line))
     outcome = outcome_of(live, part, MACHINE, 4000)
     rows, peer = rows_of([outcome])
     errors = {row.name: row.values[0] for row in rows if "the simulator's error" in row.name}

@@ -6,13 +6,15 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 import pytest
 from conftest import POCKET, RedisProcess, eventually
 from harness import Answer, ProcessCluster, reference
+
+from batonpb import common_pb2, inference_pb2
 
 pytestmark = [pytest.mark.cluster]
 
@@ -117,6 +119,39 @@ async def test_prefill_node_killed_while_it_computes(cluster: ProcessCluster, ex
     await eventually(busy, 20, "prefill-0 has work")
     cluster.kill("prefill-0")
     assert [answer.token_ids for answer in await tasks] == expected
+    await cluster.assert_quiet()
+
+
+async def test_logprobs_of_prompts_come_once_whoever_dies(cluster: ProcessCluster, expected: list[list[int]]) -> None:
+    """With the first token, which a failover behind it does not bring again, and one before it does."""
+    sampling = common_pb2.SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+    async def ask(prompt: list[int], act: Callable[[], None]) -> tuple[list[int], list[float], int]:
+        request = inference_pb2.GenerateRequest(sampling=sampling, prompt_logprobs=1, tokens={"token_ids": prompt})
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        migrations = 0
+        async for response in cluster.stub.Generate(request, timeout=120):
+            token_ids += [token.token_id for token in response.tokens]
+            logprobs += response.prompt_logprobs.logprobs
+            migrations += response.timeline.migrations
+            if len(token_ids) >= 3:
+                act()
+        return token_ids, logprobs, migrations
+
+    async def ask_all(act: Callable[[], None] = lambda: None) -> list[tuple[list[int], list[float], int]]:
+        return await asyncio.gather(*(ask(prompt, act) for prompt in PROMPTS))
+
+    calm = await ask_all()
+    behind = await ask_all(lambda: cluster.kill("decode-0"))
+    asking = asyncio.create_task(ask_all())
+    await asyncio.sleep(0.1)  # whatever it is at then
+    cluster.kill("prefill-0")
+    for answers in (calm, behind, await asking):
+        assert [token_ids for token_ids, _, _ in answers] == expected
+        for (_, logprobs, _), (_, first, _), prompt in zip(answers, calm, PROMPTS, strict=True):
+            assert len(logprobs) == len(prompt) - 1 and logprobs == pytest.approx(first, abs=1e-4)
+    assert sum(migrations for _, _, migrations in behind) >= 1
     await cluster.assert_quiet()
 
 

@@ -16,6 +16,7 @@ from node_harness import (
     Machine,
     decode,
     finish,
+    ids,
     journey,
     node_request,
     prompt_of,
@@ -86,7 +87,22 @@ async def test_without_a_first_token_the_node_computes_the_prompt(machine: Machi
     told_s = {message.tokens.compute_s for message in decoded.messages if message.HasField("tokens")}
     assert len(told_s) == 1 and min(told_s) > 0.0, "what the prompt took, the same in each message"
     kinds = [message.WhichOneof("message") for message in decoded.messages]
-    assert set(kinds[:-1]) == {"tokens"} and kinds[-1] == "finished"
+    assert set(kinds) == {"tokens"}
+    reasons = [message.tokens.finish_reason for message in decoded.messages]
+    assert reasons[-1] == common_pb2.FINISH_REASON_LENGTH and not any(reasons[:-1]), "the last tokens say so"
+
+
+async def test_logprobs_of_a_prompt_come_once_with_the_first_tokens(machine: Machine) -> None:
+    await machine.store()
+    prefill, node = await machine.node(), await machine.node()
+    prompt = prompt_of(100)
+    answer = await prefill.answer(node_request(prompt, prompt_logprobs=1))
+    decoded = await decode(node, node_request(prompt, prompt_logprobs=1))
+    told = [message.tokens for message in decoded.messages if message.HasField("tokens")]
+    assert [tokens.HasField("prompt_logprobs") for tokens in told] == [True, *[False] * (len(told) - 1)]
+    logprobs = list(told[0].prompt_logprobs.logprobs)
+    assert logprobs == pytest.approx(list(answer.prompt_logprobs.logprobs), abs=1e-4) and len(logprobs) == 99
+    assert decoded.token_ids == machine.expected(prompt) and decoded.store_hit_tokens == 0
 
 
 async def test_fetches_while_prefill_is_still_at_work(machine: Machine) -> None:
@@ -232,18 +248,48 @@ async def test_bad_requests_are_refused_by_name(machine: Machine) -> None:
     assert code is grpc.StatusCode.INVALID_ARGUMENT and "511" in details
 
 
+async def test_a_call_goes_on_with_the_next_leg(machine: Machine) -> None:
+    node = await machine.node(store_dir="")
+    call = node.open()
+    for seed in range(3):
+        prompt = prompt_of(30, seed=seed)
+        admit = node_pb2.Admit(request=node_request(prompt), runs_alone=seed != 1)
+        await call.write(node_pb2.DecodeRequest(admit=admit))
+        assert (await call.read()).admitted.free_blocks > 0
+        if not admit.runs_alone:
+            await start(call)
+        token_ids: list[int] = []
+        while not (message := (await call.read()).tokens).finish_reason:
+            token_ids += ids(message.tokens)
+        assert [*token_ids, *ids(message.tokens)] == machine.expected(prompt)
+        await eventually(node.is_clean, what="between its legs a call holds nothing")
+    assert (await finish(call)).messages == []
+
+
+async def test_a_call_that_nobody_goes_on_with_is_ended(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("decode_node.service.KEEP_S", 0.05)
+    node = await machine.node(store_dir="")
+    call = node.open()
+    await call.write(node_pb2.DecodeRequest(admit=node_pb2.Admit(request=node_request(prompt_of(30)), runs_alone=True)))
+    while await call.read() is not grpc.aio.EOF:
+        pass
+    assert await call.code() is grpc.StatusCode.OK
+
+
 START = node_pb2.DecodeRequest(start=node_pb2.Start())
 ADMIT = node_pb2.DecodeRequest(admit=node_pb2.Admit(request=node_request(prompt_of(20))))
+LONE = node_pb2.DecodeRequest(admit=node_pb2.Admit(request=node_request(prompt_of(20)), runs_alone=True))
 
 
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ([], "admit: must be the first message of the call, got the end of the stream"),
-        ([START], "admit: must be the first message of the call, got start"),
-        ([node_pb2.DecodeRequest()], "admit: must be the first message of the call, got None"),
-        ([ADMIT], "start: must be the second message of the call, got the end of the stream"),
-        ([ADMIT, ADMIT], "start: must be the second message of the call, got admit"),
+        ([], "admit: must be the first message of a leg, got the end of the stream"),
+        ([START], "admit: must be the first message of a leg, got start"),
+        ([node_pb2.DecodeRequest()], "admit: must be the first message of a leg, got None"),
+        ([ADMIT], "start: must be the second message of a leg, got the end of the stream"),
+        ([LONE, START], "admit: must be the first message of a leg, got start"),
+        ([ADMIT, ADMIT], "start: must be the second message of a leg, got admit"),
     ],
 )
 async def test_messages_out_of_order(machine: Machine, messages: list[node_pb2.DecodeRequest], problem: str) -> None:

@@ -287,6 +287,14 @@ def test_start_log(tmp_path: Path) -> None:
     assert log.read() == [1.5, 2.25]
 
 
+async def test_one_of_a_name_that_was_there_before_says_what_is_wrong(tmp_path: Path) -> None:
+    """As after a `baton scale` that failed: it is no restart, which would end its process and be tried for ever."""
+    config = RouterConfig(model_dir=str(tmp_path / "nothing"), redis_url="redis://127.0.0.1:1/0")
+    for life in ("a", "b", "c", "d"):
+        spec = ServerSpec("router", "router-0", config, tmp_path / "machine", life=life)
+        assert "nothing" in (await ServerActor(spec).ready()).error
+
+
 # --- state ---
 
 

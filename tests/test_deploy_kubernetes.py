@@ -8,6 +8,7 @@ named in BATON_KUBE_CRDS. The shapes that are always held to were written down f
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -120,10 +121,6 @@ RAY_CLUSTER = shape(
 )
 
 
-def test_ray_cluster_has_kuberay_s_shape(manifests: list[Object]) -> None:
-    jsonschema.validate(only(manifests, "RayCluster")["spec"], RAY_CLUSTER)
-
-
 def check_definitions(objects: list[Object]) -> None:
     """Everything but custom resources, and the pods inside these, strictly: no unknown field."""
     kubernetes_validate = kube_tool("kubernetes_validate")
@@ -139,10 +136,6 @@ def kube_tool(name: str) -> Any:
     if TOOLS.is_dir() and str(TOOLS) not in sys.path:
         sys.path.append(str(TOOLS))
     return pytest.importorskip(name, reason="`make kube-tools` gets it")
-
-
-def test_manifests_are_what_kubernetes_defines(manifests: list[Object]) -> None:
-    check_definitions(manifests)
 
 
 def strict(schema: Any) -> Any:
@@ -222,21 +215,61 @@ def test_helm_refuses(wrong: Object, tmp_path: Path) -> None:
     assert lint(chart) != []
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_helm_template(variant: str, tmp_path: Path, manifests: list[Object]) -> None:
-    """What the command renders fits the definitions; with default values it is the plain manifests."""
-    helm = shutil.which("helm")
-    if helm is None:
-        pytest.skip("there is no `helm` on PATH")
-    values = tmp_path / "values.yaml"
-    values.write_text(yaml.safe_dump(VARIANTS[variant]))
-    argv = [helm, "template", "baton", str(CHART), "--values", str(values)]
-    rendered = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True).stdout
-    objects = [one for one in yaml.safe_load_all(rendered) if one]
+def installed(variant: str, folder: Path) -> list[Object]:
+    """What Helm creates in a cluster, without what it notes of the release."""
+    if not HELM_LIBRARY.exists():
+        pytest.skip("`make kube-tools` gets Helm's library")
+    chart = Path(shutil.copytree(CHART, folder / "baton"))
+    (chart / "values.yaml").write_text(yaml.safe_dump(chart_values(variant)))
+    argv = [sys.executable, str(Path(__file__).parent / "helm_install.py"), str(HELM_LIBRARY), str(chart)]
+    done = json.loads(subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True).stdout)
+    assert done["problem"] == ""
+    for one in done["objects"]:
+        metadata = one["metadata"]
+        assert metadata.pop("namespace") == "default"
+        notes = metadata.pop("annotations")
+        if kept := {key: value for key, value in notes.items() if not key.startswith("meta.helm.sh/")}:
+            metadata["annotations"] = kept
+    return list(done["objects"])
+
+
+@pytest.fixture(scope="module", params=["manifests", *VARIANTS])
+def objects(request: pytest.FixtureRequest, manifests: list[Object], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The plain manifests, and what Helm makes of the chart with several values."""
+    if request.param == "manifests":
+        return manifests
+    return installed(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_helm_makes_the_plain_manifests(manifests: list[Object], tmp_path: Path) -> None:
+    def name(one: Object) -> tuple[str, str]:
+        return one["kind"], one["metadata"]["name"]
+
+    plain = copy.deepcopy(manifests)
+    for one in plain:
+        if not one["metadata"].get("annotations", True):
+            del one["metadata"]["annotations"]  # Helm has some of its own there, which are taken off
+    assert sorted(installed("defaults", tmp_path), key=name) == sorted(plain, key=name)
+
+
+def test_objects_are_what_kubernetes_and_kuberay_define(objects: list[Object]) -> None:
     check_definitions(objects)
-    if variant == "defaults":
-        name = lambda one: (one["kind"], one["metadata"]["name"])  # noqa: E731
-        assert sorted(objects, key=name) == sorted(manifests, key=name)
+    jsonschema.validate(only(objects, "RayCluster")["spec"], RAY_CLUSTER)
+
+
+def test_helm_takes_every_branch(tmp_path: Path) -> None:
+    everything = installed("everything", tmp_path)
+    assert only(everything, "PodMonitor")["metadata"]["labels"]["release"] == "prometheus"
+    assert not [one for one in everything if one["kind"] == "StatefulSet"], "a Redis of one's own"
+    text = json.dumps(everything)
+    for name in ("url", "token", "tls", "tenants"):
+        assert f'"secretName": "{name}"' in text or f'"name": "{name}"' in text, name
+    assert (
+        '"path": "/models"' in text
+        and '"a": "b"' in text
+        and "nvidia.com/gpu"
+        not in json.dumps([group for group in ray_groups(everything) if group.get("groupName") == "prefill"])
+    )
 
 
 # --- what must agree ---
@@ -290,8 +323,8 @@ def test_every_key_that_the_chart_sets_is_a_flag() -> None:
     assert len(keys) > 15 and keys <= set(keys_of(serve_parser()))
 
 
-def test_pods_are_bounded_probed_and_not_root(manifests: list[Object]) -> None:
-    for pod in pod_specs(manifests):
+def test_pods_are_bounded_probed_and_not_root(objects: list[Object]) -> None:
+    for pod in pod_specs(objects):
         assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
         volumes = {volume["name"] for volume in pod.get("volumes", [])} | {"data"}
         for container in pod["containers"]:
@@ -304,8 +337,8 @@ def test_pods_are_bounded_probed_and_not_root(manifests: list[Object]) -> None:
                 assert where is None or where["port"] in ports
 
 
-def test_the_head_has_no_work(manifests: list[Object]) -> None:
-    head = ray_groups(manifests)[0]
+def test_the_head_has_no_work(objects: list[Object]) -> None:
+    head = ray_groups(objects)[0]
     assert (head["rayStartParams"]["num-cpus"], head["rayStartParams"]["num-gpus"]) == ("0", "0")
     assert "resources" not in head["rayStartParams"]
 
@@ -316,9 +349,9 @@ def quantity(text: str) -> int:
     return parse_bytes(f"{text}B")
 
 
-def test_arenas_fit_into_shared_memory_and_that_into_the_pod(manifests: list[Object]) -> None:
-    arena = parse_bytes(yaml.safe_load(only(manifests, "ConfigMap")["data"]["config.yaml"])["store_memory"])
-    for group in ray_groups(manifests)[1:3]:
+def test_arenas_fit_into_shared_memory_and_that_into_the_pod(objects: list[Object]) -> None:
+    arena = parse_bytes(yaml.safe_load(only(objects, "ConfigMap")["data"]["config.yaml"])["store_memory"])
+    for group in ray_groups(objects)[1:3]:
         (shm,) = [v["emptyDir"] for v in group["template"]["spec"]["volumes"] if v["name"] == "shm"]
         assert shm["medium"] == "Memory"
         own = int(group["rayStartParams"]["object-store-memory"])
@@ -326,29 +359,29 @@ def test_arenas_fit_into_shared_memory_and_that_into_the_pod(manifests: list[Obj
         assert quantity(shm["sizeLimit"]) < quantity(container_of(group)["resources"]["limits"]["memory"])
 
 
-def test_graces_are_longer_than_drains(manifests: list[Object]) -> None:
-    for group in ray_groups(manifests)[1:]:
+def test_graces_are_longer_than_drains(objects: list[Object]) -> None:
+    for group in ray_groups(objects)[1:]:
         drain = int(container_of(group)["lifecycle"]["preStop"]["exec"]["command"][1])
         assert group["template"]["spec"]["terminationGracePeriodSeconds"] > drain + 20
-    launcher = only(manifests, "Deployment")["spec"]["template"]["spec"]
+    launcher = only(objects, "Deployment")["spec"]["template"]["spec"]
     parser = serve_parser()
     stop_s = config_from(parser.parse_args([str(POCKET)])).stop_timeout_s
     assert launcher["terminationGracePeriodSeconds"] > 4 * stop_s, "routers, nodes, stores, folders"
     probe = launcher["containers"][0]["startupProbe"]
-    start_s = yaml.safe_load(only(manifests, "ConfigMap")["data"]["config.yaml"])["start_timeout"]
+    start_s = yaml.safe_load(only(objects, "ConfigMap")["data"]["config.yaml"])["start_timeout"]
     assert probe["periodSeconds"] * probe["failureThreshold"] > start_s
 
 
-def test_services_and_budgets_find_their_pods(manifests: list[Object]) -> None:
-    name = only(manifests, "RayCluster")["metadata"]["name"]
-    labels = [{"ray.io/cluster": name, "ray.io/group": g["groupName"]} for g in ray_groups(manifests)[1:]]
-    ports = [{port["name"] for port in container_of(group)["ports"]} for group in ray_groups(manifests)[1:]]
-    for one in manifests:
+def test_services_and_budgets_find_their_pods(objects: list[Object]) -> None:
+    name = only(objects, "RayCluster")["metadata"]["name"]
+    labels = [{"ray.io/cluster": name, "ray.io/group": g["groupName"]} for g in ray_groups(objects)[1:]]
+    ports = [{port["name"] for port in container_of(group)["ports"]} for group in ray_groups(objects)[1:]]
+    for one in objects:
         if one["kind"] in ("Deployment", "StatefulSet"):
             template = one["spec"]["template"]
             labels.append(template["metadata"]["labels"])
             ports.append({port["name"] for port in template["spec"]["containers"][0].get("ports", [])})
-    for one in manifests:
+    for one in objects:
         if one["kind"] in ("Service", "PodDisruptionBudget"):
             selector = one["spec"]["selector"]
             selector = selector.get("matchLabels", selector)

@@ -50,9 +50,14 @@ def test_flags_are_there() -> None:
     assert len(used) > 15 and used <= known | ELSEWHERE, used - known - ELSEWHERE
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)", PAGE):
-        assert (REPOSITORY / "docs" / target).exists(), target
+def test_each_command_has_the_flags_that_it_is_given() -> None:
+    """A command goes on over a line that ends with a backslash, and ends at a quote, a pipe, a comment or a `&&`."""
+    commands = next(action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    asked = re.findall(r"(?<!install )\bbaton ([a-z]+)((?:\\\n|[^\n`|&#])*)", PAGE)
+    given = [(name, flag) for name, rest in asked for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)]
+    assert len(given) > 12
+    for name, flag in given:
+        assert flag in {option for action in commands.choices[name]._actions for option in action.option_strings}, name
 
 
 def test_ports_of_the_checklist_are_the_options() -> None:

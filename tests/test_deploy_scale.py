@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +43,23 @@ def test_what_was_done_comes_back_and_no_file_stays(tmp_path: Path) -> None:
     with serving(tmp_path, do) as mailbox:
         assert mailbox.ask(Request("a", decode=2), lambda: True) == ["decode-1 is up"]
     assert asked == [Request("a", decode=2)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_at_the_same_time_each_gets_its_answer(tmp_path: Path) -> None:
+    """And what one of them asks for is not taken away by the other, who is done."""
+    asked: list[str] = []
+
+    def do(request: Request) -> list[str]:
+        time.sleep(0.1)
+        asked.append(request.request_id)
+        return [request.request_id]
+
+    names = [f"{n}" for n in range(6)]
+    with serving(tmp_path, do) as mailbox, ThreadPoolExecutor(len(names)) as threads:
+        answers = threads.map(lambda name: mailbox.ask(Request(name, decode=2), lambda: True), names, timeout=30)
+        assert list(answers) == [[name] for name in names]
+    assert sorted(asked) == names
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,11 +33,11 @@ SMALL = ["--both", "1", "--kv-memory", "16M", "--store-memory", "16M", "--num-th
 class Serve:
     """A `baton serve` with a tenant, in a process group of its own, as a shell makes one."""
 
-    def __init__(self, model_dir: Path, state_dir: Path) -> None:
+    def __init__(self, model_dir: Path, state_dir: Path, sizes: Sequence[str] = SMALL) -> None:
         self.state_dir = state_dir
         tenants = state_dir.with_suffix(".toml")
         tenants.write_text(TENANTS)
-        options = [*SMALL, "--tenants", str(tenants), "--state-dir", str(state_dir)]
+        options = [*sizes, "--tenants", str(tenants), "--state-dir", str(state_dir)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deploy.cli", "serve", str(model_dir), *options],
             cwd=REPOSITORY,

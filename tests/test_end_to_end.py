@@ -157,6 +157,79 @@ async def test_stop_strings_tokens_and_logprobs(cluster: ProcessCluster) -> None
     await cluster.assert_quiet()
 
 
+async def test_logprobs_of_prompts_are_those_of_transformers(cluster: ProcessCluster) -> None:
+    """Over both doors, by one leg and by two, in chunks of 64, whatever of the prompts is cached."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32)
+    url = f"http://{cluster.processes['router'].record['http_address']}/v1"
+    legs: set[bool] = set()
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        for prompt in (encode("It is"), encode(SYSTEM + QUESTIONS[0]), encode(SYSTEM * 3)):
+            await cluster.generate(prompt, max_tokens=1)
+            with torch.no_grad():
+                expected = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+            taken = expected.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+            tops = expected.topk(3).values.flatten().tolist()
+            request = inference_pb2.GenerateRequest(
+                tokens=inference_pb2.TokenPrompt(token_ids=prompt),
+                sampling=common_pb2.SamplingParams(max_tokens=3, temperature=0.0),
+                prompt_logprobs=3,
+            )
+            found = [response async for response in cluster.stub.Generate(request, timeout=60)]
+            assert [response.HasField("prompt_logprobs") for response in found] == [True, *[False] * (len(found) - 1)]
+            scores = found[0].prompt_logprobs
+            assert list(scores.token_ids) == prompt and scores.num_top == 3
+            assert list(scores.logprobs) == pytest.approx(taken, abs=1e-4)
+            assert list(scores.top_logprobs) == pytest.approx(tops, abs=1e-4)
+            ids = [token.token_id for response in found for token in response.tokens]
+            assert [ids] == reference(POCKET, [prompt], 3)
+            assert found[-1].usage.cached_tokens == 0
+            legs.add(bool(found[-1].timeline.prefill_node))
+            for max_tokens in (1, 0):
+                answer = await client.completions.create(
+                    model="pocket", prompt=prompt, max_tokens=max_tokens, echo=True, logprobs=3, temperature=0
+                )
+                lists = answer.choices[0].logprobs
+                assert lists is not None and lists.token_logprobs is not None and lists.top_logprobs is not None
+                assert lists.token_logprobs[0] is None and len(lists.token_logprobs) == len(prompt) + max_tokens
+                assert lists.token_logprobs[1 : len(prompt)] == pytest.approx(taken, abs=1e-4)
+                most_likely = expected.argmax(-1).tolist()
+                for token_id, best, logprob, top in zip(
+                    prompt[1:], most_likely, lists.token_logprobs[1:], lists.top_logprobs[1:], strict=False
+                ):
+                    assert (logprob == max(top.values())) == (token_id == best)
+    assert True in legs, "no prompt took both legs"
+    await cluster.assert_quiet()
+
+
+async def test_two_continuations_are_told_apart_as_lm_eval_does(cluster: ProcessCluster) -> None:
+    """The likelier end of a text has the larger sum, and the model's own is the greedy one."""
+    context = encode(SYSTEM + "What is a ")
+    [own] = reference(POCKET, [context], 6)
+    ends = [own, [*b"zqxjkv"]]
+    url = f"http://{cluster.processes['router'].record['http_address']}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        answer = await client.completions.create(
+            model="pocket",
+            prompt=[[*context, *end] for end in ends],
+            max_tokens=1,
+            echo=True,
+            logprobs=1,
+            temperature=0,
+        )
+    sums, is_greedy = [], []
+    for choice in sorted(answer.choices, key=lambda one: one.index):
+        assert choice.logprobs is not None
+        logprobs = (choice.logprobs.token_logprobs or [])[len(context) : -1]
+        tops = (choice.logprobs.top_logprobs or [])[len(context) : -1]
+        sums.append(sum(logprobs))
+        is_greedy.append(all(one == max(top.values()) for one, top in zip(logprobs, tops, strict=True)))
+    assert sums[0] > sums[1] and is_greedy == [True, False]
+    await cluster.assert_quiet()
+
+
 async def test_a_client_that_leaves_frees_everything(cluster: ProcessCluster) -> None:
     request = inference_pb2.GenerateRequest(text=SYSTEM * 4, sampling=common_pb2.SamplingParams(max_tokens=2000))
     for wait_for in (0, 1, 5):

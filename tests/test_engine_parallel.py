@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import free_port
 from engine_driver import BLOCK, MODELS, SIZES, make_engine, make_prompt
+from rank_process import logprobs_of
+from safetensors.torch import load_file, save_file
 
 from engine.attention import ForwardBatch, SequenceSpan
 from engine.config import EngineConfig, ModelConfig
@@ -38,6 +42,9 @@ OPTIONS = {
 }
 
 
+Found = tuple[list[list[list[int]]], list[float]]  # tokens by parameters and prompt, logprobs
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {name: tmp_path_factory.mktemp(name) for name in sorted(MODELS)}
@@ -60,14 +67,15 @@ class Ranks:
     def __init__(self, processes: Sequence[subprocess.Popen[str]]) -> None:
         self.processes = processes
 
-    def send(self, folder: Path, tp: int, pp: int, waits: bool = False) -> None:
+    def send(self, folder: Path, tp: int, pp: int, waits: bool = False, **fields: Any) -> None:
         """A job, which begins once the leader says that it is ready; where it `waits`, at a line to the leader."""
         pieces = {"kv_layer_pieces": pp, "kv_head_pieces": min(tp, SIZES["num_key_value_heads"])}
         job = {"folder": str(folder), "tp": tp, "pp": pp, "address": f"127.0.0.1:{free_port()}", "waits": waits}
         work = {"engine": OPTIONS | pieces, "prompts": PROMPTS, "params": [GREEDY, SAMPLED]}
         for process in self.processes[: tp * pp]:
-            self.say(process, json.dumps(job | work))
-        assert self.hear() == "READY\n"
+            self.say(process, json.dumps(job | work | fields))
+        if "folders" not in fields:
+            assert self.hear() == "READY\n"
 
     def say(self, process: subprocess.Popen[str], line: str) -> None:
         assert process.stdin is not None
@@ -109,21 +117,38 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def alone(folders: dict[str, Path]) -> dict[Path, list[list[list[int]]]]:
+def alone(folders: dict[str, Path]) -> dict[Path, Found]:
     """What one rank puts out for each model."""
-    tokens = {}
+    found = {}
     for folder in folders.values():
         engine = make_engine(folder, max_num_batched_tokens=48)
-        tokens[folder] = [engine.generate(PROMPTS, SamplingParams(**params)) for params in (GREEDY, SAMPLED)]
-    return tokens
+        tokens = [engine.generate(PROMPTS, SamplingParams(**params)) for params in (GREEDY, SAMPLED)]
+        found[folder] = tokens, logprobs_of(engine, PROMPTS[-1])
+    return found
 
 
 @pytest.mark.parametrize("width", sorted(WIDTHS))
-def test_tokens_are_those_of_one_rank(
-    ranks: Ranks, alone: dict[Path, list[list[list[int]]]], folder: Path, width: str
-) -> None:
+def test_tokens_are_those_of_one_rank(ranks: Ranks, alone: dict[Path, Found], folder: Path, width: str) -> None:
+    """And so are the logprobs of a prompt, in chunks and stages."""
     ranks.send(folder, *WIDTHS[width])
-    assert json.loads(ranks.hear()) == alone[folder]
+    tokens, logprobs = json.loads(ranks.hear())
+    expected_tokens, expected_logprobs = alone[folder]
+    assert tokens == expected_tokens
+    assert len(logprobs) == len(PROMPTS[-1]) - 1 and logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("width", ["tp2", "pp2"])
+def test_tokens_are_the_same_where_requests_are_preempted(ranks: Ranks, folders: dict[str, Path], width: str) -> None:
+    """Blocks change hands while stages are behind: what one still reads is another's next."""
+    folder, params = folders["llama"], {"temperature": 0.0, "max_tokens": 40}
+    few = {"num_blocks": 150 // BLOCK + 1, "max_num_batched_tokens": 48}
+    roomy, tight = make_engine(folder, max_num_batched_tokens=48), make_engine(folder, **few)
+    expected = roomy.generate(PROMPTS, SamplingParams(**params))
+    assert tight.generate(PROMPTS, SamplingParams(**params)) == expected
+    assert tight._scheduler._num_preempted > 0
+    pieces = {"kv_layer_pieces": 2, "kv_head_pieces": 2}
+    ranks.send(folder, *WIDTHS[width], engine=OPTIONS | few | pieces, params=[params])
+    assert json.loads(ranks.hear()) == [expected]
 
 
 def test_who_loses_a_rank_ends(folders: dict[str, Path]) -> None:
@@ -134,6 +159,19 @@ def test_who_loses_a_rank_ends(folders: dict[str, Path]) -> None:
         ranks.say(leader, "go on")
         assert ranks.hear() == ""
         assert leader.wait(60) != 0
+
+
+def test_ranks_of_different_weights_do_not_begin(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The same sizes and names: nothing but the numbers differs, as on a machine where nobody copied the new files."""
+    other = Path(shutil.copytree(folders["llama"], tmp_path / "other"))
+    tensors = {name: tensor + 0.01 for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with running_ranks(2) as ranks:
+        ranks.send(folders["llama"], 2, 1, folders=[str(folders["llama"]), str(other)])
+        for process in ranks.processes:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("ranks [1] have other weights than rank 0")
+            assert process.wait(60) == 1
 
 
 def test_no_rank_holds_more_than_its_part(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
@@ -16,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.blocks import BlockHash, hash_blocks
-from kvstore.directory import ArenaRecord, Directory, NodeRecord, parse_run, stitch
+from kvstore.cover import stitch
+from kvstore.directory import ON_DISK, ArenaRecord, Directory, NodeRecord, Run
 from kvstore.errors import DirectoryUnavailable
 from kvstore.records import parse_record
 
@@ -69,6 +71,119 @@ async def test_locate_leading_runs(directory: Directory) -> None:
     assert await directory.locate(CHAIN[500:505]) == {}
 
 
+async def test_runs_count_what_locate_finds(directory: Directory) -> None:
+    a = await hold(directory, 1, [0, 1, 2])
+    b = await hold(directory, 2, [0, 2, 3])
+    c = await hold(directory, 3, [1, 2, 3])
+    assert await directory.announce(c, [(CHAIN[2], ON_DISK), (CHAIN[4], ON_DISK)])
+    assert await directory.runs(CHAIN[:5]) == {a: Run(3, 0), b: Run(1, 0)}
+    assert await directory.runs(CHAIN[1:5]) == {a: Run(2, 0), c: Run(4, 2)}
+    assert await directory.locate(CHAIN[1:5]) == {a: [10, 20], c: [10, ON_DISK, 30, ON_DISK]}
+    assert await directory.runs([]) == {} and await directory.runs(CHAIN[500:505]) == {}
+
+
+async def test_long_runs_are_counted_to_their_end(directory: Directory) -> None:
+    lengths = {
+        await hold(directory, number, list(range(number))): number for number in (1, 64, 65, 319, 320, 321, 1000)
+    }
+    assert await directory.runs(CHAIN) == {arena_id: Run(length, 0) for arena_id, length in lengths.items()}
+    assert await directory.runs(CHAIN[:64]) == {arena_id: Run(min(64, n), 0) for arena_id, n in lengths.items()}
+
+
+async def test_answers_are_those_of_a_plain_dictionary(directory: Directory) -> None:
+    rng = random.Random(7)
+    held: dict[str, dict[BlockHash, int]] = {await hold(directory, number, []): {} for number in range(5)}
+    for _ in range(60):
+        arena_id, blocks = rng.choice(list(held.items()))
+        came = {block: rng.choice([rng.randrange(1 << 16), ON_DISK]) for block in rng.sample(CHAIN[:40], 12)}
+        gone = rng.sample(CHAIN[:40], 6)
+        if rng.random() < 0.1:
+            await directory.announce_all(arena_id, list(came.items()), TTL_S)
+            blocks.clear()
+        else:
+            assert await directory.announce(arena_id, list(came.items()), gone)
+            for block in gone:
+                blocks.pop(block, None)
+        blocks.update(came)
+        asked = CHAIN[rng.randrange(30) : 40]
+        runs = {name: [blocks.get(block) for block in asked] for name, blocks in held.items()}
+        heads = {name: run[: run.index(None)] if None in run else run for name, run in runs.items()}
+        expected = {name: head for name, head in heads.items() if head}
+        assert await directory.locate(asked) == expected
+        assert await directory.runs(asked) == {n: Run(len(head), head.count(ON_DISK)) for n, head in expected.items()}
+        cover = await directory.cover(asked)
+        assert list(cover.places) == stitch(runs) or len(cover.places) == len(stitch(runs)), "ties are anybody's"
+        assert all(held[name][block] == slot for block, (name, slot) in zip(asked, cover.places, strict=False))
+
+
+async def test_what_dead_arenas_held_is_swept_away(directory: Directory, redis_url: str) -> None:
+    living = await hold(directory, 1, list(range(600)))
+    dead = await hold(directory, 2, list(range(300, 900)))
+    await directory.announce_all(living, [(block, 7) for block in CHAIN[:600]], TTL_S)  # under another number
+    await directory.remove_arena(dead)
+    expected = {living: [7] * 600}
+    assert await directory.locate(CHAIN) == expected
+    client = redis.Redis.from_url(redis_url)
+
+    async def is_swept() -> bool:
+        assert await directory.heartbeat_arena(arena(1), TTL_S)
+        return client.hlen("baton:test:blocks") == 600 + 2  # its marker, and the last number
+
+    await eventually(is_swept)
+    await eventually(lambda: _all_of_one_holder(directory, client))
+    assert await directory.locate(CHAIN) == expected
+    assert not await directory.announce(dead, [(CHAIN[0], 1)]), "its marker went with what it held"
+    client.close()
+
+
+async def _all_of_one_holder(directory: Directory, client: redis.Redis) -> bool:
+    await directory.heartbeat_arena(arena(1), TTL_S)
+    return all(client.hstrlen("baton:test:blocks", bytes(block)) == 10 for block in CHAIN[:600])
+
+
+async def test_values_that_nobody_wrote_are_overwritten_and_swept(directory: Directory, redis_url: str) -> None:
+    a = await hold(directory, 1, [0, 1, 2])
+    client, key = redis.Redis.from_url(redis_url), "baton:test:blocks"
+    for value in (b"", b"x", b"\0\3abc", b"\xff" * 11, b"\0\0"):
+        client.hset(key, mapping={bytes(CHAIN[1]): value, bytes(CHAIN[9]): value})
+        await directory.runs(CHAIN[:3])
+        assert len((await directory.locate(CHAIN[:3]))[a]) <= 3
+        assert await directory.announce(a, [(CHAIN[1], 10)], gone=[CHAIN[8]])
+        assert await directory.locate(CHAIN[:3]) == {a: [0, 10, 20]}
+        await directory.heartbeat_arena(arena(1), TTL_S)
+        assert not client.hexists(key, bytes(CHAIN[9]))
+    client.close()
+
+
+async def test_an_arena_that_was_taken_for_dead_announces_again(directory: Directory) -> None:
+    a = await hold(directory, 1, [0, 1], ttl_s=0.2)
+    await hold(directory, 2, [0])
+    await eventually(lambda: _is_gone(directory, a))
+    assert not await directory.heartbeat_arena(arena(1), TTL_S)
+    assert a not in await directory.runs(CHAIN[:2]) and not await directory.announce(a, [(CHAIN[2], 2)])
+    await directory.announce_all(a, [(CHAIN[0], 3)], TTL_S)
+    assert await directory.heartbeat_arena(arena(1), TTL_S) and (await directory.locate(CHAIN[:2]))[a] == [3]
+
+
+async def test_an_inventory_that_is_lost_while_it_is_announced(directory: Directory, redis_url: str) -> None:
+    a = await hold(directory, 1, [0])
+    client = redis.Redis.from_url(redis_url)
+    await directory._begin(args=[directory._prefix, a, 30_000])
+    assert await directory.locate(CHAIN[:1]) == {}, "not before all of it is there"
+    client.flushall()
+    assert not await directory._update(args=[directory._prefix, a, "?", b"", b""])
+    client.close()
+
+
+async def test_the_inventory_lives_as_long_as_any_arena(directory: Directory, redis_url: str) -> None:
+    await hold(directory, 1, [0], ttl_s=TTL_S)
+    await hold(directory, 2, [0], ttl_s=0.2)
+    client = redis.Redis.from_url(redis_url)
+    assert 0 < client.pttl("baton:test:blocks") <= 1000 * TTL_S
+    assert client.pttl("baton:test:blocks") > 1000, "the one who lives shortest does not end it"
+    client.close()
+
+
 async def test_long_chains_in_one_round_trip(directory: Directory, redis_url: str) -> None:
     a = await hold(directory, 1, list(range(1000)))
     b = await hold(directory, 2, list(range(700)))
@@ -80,7 +195,7 @@ async def test_long_chains_in_one_round_trip(directory: Directory, redis_url: st
     client.close()
     assert found == {a: [10 * i for i in range(1000)], b: [10 * i for i in range(700)]}
     assert stats["cmdstat_evalsha"]["calls"] == 1
-    assert {"cmdstat_smembers", "cmdstat_get", "cmdstat_hmget"} >= set(stats) - {
+    assert {"cmdstat_smembers", "cmdstat_mget", "cmdstat_hmget"} >= set(stats) - {
         "cmdstat_evalsha",
         "cmdstat_info",
         "cmdstat_config",
@@ -115,11 +230,6 @@ def test_stitch_is_longest_and_true(runs: dict[str, list[int | None]], prefer: s
     for index, (arena_id, slot) in enumerate(places):
         assert runs[arena_id][index] == slot
         assert arena_id == prefer or prefer not in runs or runs[prefer][index] is None
-
-
-@given(st.binary(max_size=30))
-def test_parse_run_takes_anything(text: bytes) -> None:
-    assert all(slot is None or slot >= 0 for slot in parse_run(text))
 
 
 async def test_announce_and_retract(directory: Directory) -> None:

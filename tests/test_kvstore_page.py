@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from scraping import check_documented
 
+from batonpb import rank_pb2
 from deploy import kv
 from deploy.node_metrics import NodeCollector
+from deploy.rank_metrics import RankCollector
+from engine.rank_meter import RankWork
 from engine.speed import StepTiming
 from kvstore.links import Links
 from kvstore.server import StoreConfig, StoreServer
@@ -26,16 +30,15 @@ async def test_the_metrics_that_the_page_names_are_those_that_there_are(redis_ur
     store = StoreServer(StoreConfig(dir=str(short_dir / "s"), redis_url=redis_url, slot_bytes=64, memory_bytes=1 << 14))
     await store.start()
     client: Any = SimpleNamespace(links=Links(64, lambda: 0.0))
-    engine: Any = SimpleNamespace(timing=StepTiming())
+    engine: Any = SimpleNamespace(timing=StepTiming(), rank_work=RankWork())
     record: Any = SimpleNamespace(**dict.fromkeys(LOAD, 0), model="pocket", role="both")
-    names = set()
-    for collector in (store._metrics, NodeCollector(Intake(client, 16, 64), engine, lambda: record)):
-        for family in collector.collect():
-            names.add(family.name + "_total" * (family.type == "counter"))
-            assert family.documentation.endswith(".")
+    intake, ranks = Intake(client, 16, 64), SimpleNamespace(work={1: rank_pb2.Work(stage=1)})
+    of_ranks = RankCollector(engine, intake, SimpleNamespace(num_published_pieces=0), ranks)  # type: ignore[arg-type]
+    collectors = (store._metrics, NodeCollector(intake, engine, lambda: record, of_ranks))
+    families = [family for collector in collectors for family in collector.collect()]
     await store.stop()
-    rows = "\n".join(line for line in PAGE.splitlines() if line.startswith("| `baton_"))
-    assert set(re.findall(r"`(baton_\w+)`", rows)) == names
+    assert all(family.documentation.endswith(".") for family in families)
+    check_documented(PAGE, families)
 
 
 def test_the_commands_that_the_page_names_are_those_that_there_are() -> None:

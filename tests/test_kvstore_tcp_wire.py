@@ -23,7 +23,7 @@ from kvstore.blocks import BlockHash
 from kvstore.client import KVClient
 from kvstore.curve import new_wire_key
 from kvstore.directory import Directory
-from kvstore.frames import MAX_BLOCKS, BlockInfo, Get, Got, part_blocks
+from kvstore.frames import MAX_BLOCKS, BlockInfo, Get, Got, part_blocks, stream_parts
 from kvstore.records import ArenaRecord
 from kvstore.server import StoreServer
 from kvstore.stream import Unpacker, pack
@@ -33,7 +33,7 @@ from kvstore.wires import WireByRecord, default_wire
 from kvstore.zmq_wire import ZmqWire
 
 STEP = part_blocks(SLOT_BYTES)
-HASHES = chain(0, 2 * STEP + 3)  # in three parts
+HASHES = chain(0, 5 * STEP + 3)  # in three parts
 NUM_SLOTS = len(HASHES) + 2
 
 
@@ -84,8 +84,8 @@ def views_of(num_blocks: int) -> tuple[bytearray, list[memoryview]]:
 def good(question: Get) -> bytes:
     """The whole answer to a question."""
     answer = b""
-    for at in range(0, len(question.hashes), STEP):
-        part = question.hashes[at : at + STEP]
+    for indices in stream_parts(len(question.hashes), SLOT_BYTES):
+        part = question.hashes[indices.start : indices.stop]
         infos = [BlockInfo(h, SLOT_BYTES, xxhash.xxh3_64_intdigest(content(h))) for h in part]
         answer += pack(Got(question.request_id, infos)) + b"".join(map(content, part))
     return answer

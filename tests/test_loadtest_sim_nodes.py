@@ -204,6 +204,9 @@ def test_a_machine_is_fitted_to_what_was_measured() -> None:
     assert found.prefill.seconds(5000, 700) == pytest.approx(truth.prefill.seconds(5000, 700), rel=1e-3)
     assert found.weights_s == pytest.approx(0.01, rel=1e-2)
     assert found.kv_token_s == pytest.approx(truth.kv_token_s, rel=1e-3)
+    quick = fitted(data | {"step": [[1, 10, 0.008], [9, 5000, 0.008]]})  # a step that only decodes launches less
+    assert quick.step_s(1, 0) == pytest.approx(0.008, rel=2e-2)
+    assert quick.step_s(5000, 0, 5000 * 2500) == pytest.approx(truth.prefill.seconds(5000, 0), rel=1e-2)
     for field in data:
         with pytest.raises(BadMachine, match=field):
             fitted({name: value for name, value in data.items() if name != field})

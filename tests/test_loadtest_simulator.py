@@ -35,7 +35,8 @@ def run(config: SimConfig, requests: Sequence[TracedRequest] = REQUESTS) -> tupl
         assert node.num_legs == node.used_blocks == node.num_running == 0, node.node_id
         assert not node.queue and not node.begun and not node.chunks
         assert len(node.arena) <= config.arena_blocks
-    assert simulator.directory.num_entries() == sum(len(node.arena) for node in simulator.nodes.values())
+    arenas = {node.arena for node in simulator.nodes.values()}
+    assert simulator.directory.num_entries() == sum(len(arena) for arena in arenas)
     return simulator, jobs
 
 
@@ -52,6 +53,24 @@ def test_a_request_alone_takes_what_the_formulas_say() -> None:
     assert job.ttft_s == pytest.approx(MACHINE.prefill.seconds(2000, 0))
     steps_s = sum(MACHINE.step_s(1, 2001 + step) for step in range(10))
     assert job.finished_s - job.first_token_s == pytest.approx(steps_s, rel=1e-6)
+
+
+def test_nodes_of_one_host_share_an_arena_that_outlives_them() -> None:
+    config = replace(SMALL, prefill=0, decode=2, is_one_host=True, faults=(Fault("kill", "decode-0", 50.0),))
+    turns = [TracedRequest(at_s, 1100, 2, (1, 2, 3)) for at_s in (0.0, 30.0, 60.0)]
+    simulator, jobs = run(config, turns)
+    assert [job.hit_blocks for job in jobs] == [0, 2, 2]
+    assert list(simulator.nodes) == ["decode-1"] and len(simulator.nodes["decode-1"].arena) == 2
+
+
+@pytest.mark.parametrize("seed", [7, 13, 21, 58])
+def test_a_request_that_waited_is_sent_once_where_others_end_with_it(seed: int) -> None:
+    """To send it makes a node go on whose own request ends then, too, which calls those who wait once more."""
+    rng, machine = random.Random(seed), replace(MACHINE, kv_blocks=12)
+    times_s = sorted(rng.choice((0.0, 0.0, 5.0)) for _ in range(24))
+    turns = [TracedRequest(at_s, 2000, 10, tuple(range(4 * n, 4 * n + 4))) for n, at_s in enumerate(times_s)]
+    config = SimConfig(machine, 0, 0, 4, "least_loaded", 600, queue="shortest", seed=seed)
+    run(config, turns)
 
 
 def test_a_second_turn_hits_full_blocks_alone() -> None:

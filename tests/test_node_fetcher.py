@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +27,11 @@ from node_harness import (
 )
 
 from engine.request import RequestOutput
+from kvstore.blocks import BlockHash, piece_hashes
+from kvstore.client import Match
+from kvstore.directory import ON_DISK
 from node.fetcher import DIRECTORY_PACE, LOCAL_PACE
-from node.intake import MAX_PATIENCE_S, MIN_WIRE_LIMIT_S, PATIENCE_S
+from node.intake import MAX_PATIENCE_S, MIN_WIRE_LIMIT_S, PATIENCE_S, Intake
 
 
 @pytest.fixture
@@ -247,3 +251,14 @@ async def test_follows_a_prefill_chunk_by_chunk(machine: Machine) -> None:
     await start(call, [answering.result().token.token_id], answering.result().coming_blocks)
     tokens = [answering.result().token.token_id, *(await finish(call)).token_ids]
     assert tokens == machine.expected(prompt_of(400))
+
+
+@pytest.mark.parametrize("num_pieces", [1, 4])
+def test_each_block_counts_once_for_where_it_was(num_pieces: int) -> None:
+    store: Any = SimpleNamespace(local_arena_id="here")
+    intake = Intake(store, BLOCK_SIZE, 64, pieces=range(num_pieces))
+    tiers = (("here", 3), ("here", ON_DISK), ("there", 5), ("there", 6), ("there", ON_DISK))
+    hashes = piece_hashes([BlockHash(bytes([n]) * 16) for n in range(5)], intake.pieces)
+    places = tuple(place for place in tiers for _ in intake.pieces)
+    intake.arrived(Match(tuple(hashes), places), 4)
+    assert intake.hits == {"memory": 1, "disk": 1, "remote": 2}

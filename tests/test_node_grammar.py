@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import POCKET, eventually
-from node_harness import Machine, decode, ids, journey, node_request, prompt_of, running_machine, sampling, start
+from node_harness import (
+    Machine,
+    decode,
+    finish,
+    ids,
+    journey,
+    node_request,
+    prompt_of,
+    running_machine,
+    sampling,
+    start,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from batonpb import common_pb2
@@ -197,10 +208,7 @@ async def test_a_hand_off_and_a_failover_change_nothing(name: str, machine: Mach
         assert (await decode(second, behind)).token_ids == alone[cut:]
         call = await first.admit(request)
         await start(call, alone[:cut])
-        streamed: list[int] = []
-        while (message := await call.read()) is not grpc.aio.EOF:
-            streamed += ids(message.tokens.tokens)
-        assert streamed == alone[cut:]
+        assert (await finish(call)).token_ids == alone[cut:]
 
 
 async def test_what_a_grammar_cannot_do_is_a_status(machine: Machine) -> None:

@@ -18,6 +18,7 @@ from batonpb import rank_pb2, rank_pb2_grpc
 from engine.engine import Engine
 from engine.errors import UnknownRequest
 from engine.loop import EngineLoop
+from engine.rank_meter import RankWork
 from engine.request import FullBlock, Request, SamplingParams
 from kvstore.blocks import BlockHash, piece_hash
 from kvstore.client import Match
@@ -38,8 +39,14 @@ class Follower:
     num_blocks: int = 64
     is_writer: bool = True
     pieces: tuple[int, ...] = (1, 3)
+    stage: int = 0
+    work: RankWork = field(default_factory=RankWork)
     imported: list[list[int]] = field(default_factory=list)
     exported: list[list[int]] = field(default_factory=list)
+
+    @property
+    def max_told_steps(self) -> int:
+        return self.num_steps + 3
 
     def wait_for_steps(self, num_steps: int, timeout_s: float) -> bool:
         return self.num_steps >= num_steps
@@ -211,6 +218,9 @@ async def test_a_rank_that_breaks_off_is_lost_and_its_blocks_stay_pinned(rig: Ri
         (rank_pb2.Blocks(hashes=[bytes(16)], block_ids=[]), "blocks"),
         (rank_pb2.Blocks(hashes=[bytes(15)], block_ids=[1]), "blocks"),
         (rank_pb2.Blocks(hashes=[bytes(16)], block_ids=[64]), "block_ids"),
+        (rank_pb2.Blocks(hashes=[bytes(16)] * 65, block_ids=range(65)), "must be 64 at most"),
+        (rank_pb2.Blocks(after_steps=4), "after_steps: must be 3 at most now"),
+        (rank_pb2.Blocks(after_steps=2**64 - 1), "after_steps"),
         (rank_pb2.Blocks(tenant=b"x"), "tenant"),
     ],
 )
@@ -220,3 +230,51 @@ async def test_a_message_that_makes_no_sense_is_refused(rig: Rig, blocks: rank_p
         await stub.Fetch(rank_pb2.FetchRequest(blocks=blocks))
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert not rig.followers[0].imported
+
+
+@pytest.mark.parametrize("limit_s", [-1.0, math.nan, -math.inf])
+async def test_a_limit_that_is_none_is_refused(rig: Rig, limit_s: float) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="limit_s"):
+        await rank_pb2_grpc.RankStub(rig.channels[0]).Fetch(rank_pb2.FetchRequest(limit_s=limit_s))
+
+
+async def test_ranks_tell_what_they_did(rig: Rig) -> None:
+    rig.followers[1].stage, rig.followers[1].work = 1, RankWork(num_steps=7, compute_s=0.5, pipeline_bytes=9)
+    await rig.ranks.publish([FullBlock(BlockHash(bytes(16)), 1)], SHARED)
+    rig.ranks.watch(5.0)
+    await eventually(lambda: all(work.published_bytes for work in rig.ranks.work.values()))
+    work = rig.ranks.work[2]
+    assert (work.stage, work.num_steps, work.compute_s, work.pipeline_bytes) == (1, 7, 0.5, 9)
+    assert work.published_bytes == 2 * 64 and work.fetched_bytes == 0
+    assert not rig.lost
+
+
+class Silent(rank_pb2_grpc.RankServicer):
+    """Answers until it is told to stop: its connection lives on."""
+
+    def __init__(self) -> None:
+        self.is_silent = False
+
+    async def GetWork(self, _message: Any, _context: Any) -> rank_pb2.Work:
+        if self.is_silent:
+            await asyncio.Event().wait()
+        return rank_pb2.Work(num_steps=1)
+
+
+async def test_a_rank_that_says_nothing_is_lost(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else would end the calls that wait for it."""
+    monkeypatch.setattr("node.ranks.ASK_S", 0.01)
+    rank, server = Silent(), grpc.aio.server()
+    rank_pb2_grpc.add_RankServicer_to_server(rank, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    lost: list[Any] = []
+    ranks = Ranks(rig.loop, [grpc.aio.insecure_channel(f"127.0.0.1:{port}")], lost.append)
+    ranks.watch(0.5)
+    await eventually(lambda: ranks.work[1].num_steps)
+    assert not lost
+    rank.is_silent = True
+    await eventually(lambda: lost)
+    assert lost[0].code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await ranks.close()
+    await server.stop(None)

@@ -6,8 +6,9 @@ import re
 
 import pytest
 from conftest import REPOSITORY
+from prometheus_client.parser import text_string_to_metric_families
 from router_fakes import FakeCluster, running
-from scraping import http
+from scraping import check_documented, http
 
 from router.spans import LEGS
 
@@ -18,10 +19,7 @@ async def test_the_routers_metrics_are_those_that_the_page_names(redis_url: str)
     async with running(FakeCluster(redis_url)) as cluster:
         await cluster.open(metrics=True)
         _, body = await http(cluster.metrics_address, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-    rows = "\n".join(line for line in PAGE.splitlines() if line.startswith("| `baton_"))
-    named = re.findall(r"`(baton_\w+)`", rows)
-    assert len(set(named)) == len(named)
-    assert set(named) == set(re.findall(r"^# TYPE (\w+)", body, re.MULTILINE))
+    check_documented(PAGE, text_string_to_metric_families(body), common=["model_name"])
 
 
 def test_the_legs_are_those_that_there_are() -> None:

@@ -131,6 +131,28 @@ async def test_logprobs_come_with_the_token(machine: Machine) -> None:
     assert (len(top), top[0].token_id) == (3, asked.token.token_id)
 
 
+async def test_a_prompt_that_is_scored_is_computed_in_whole(machine: Machine) -> None:
+    """Neither this node's cache nor the store counts; what it computed is published, and the next one hits it."""
+    await machine.store()
+    first, second = await machine.node(), await machine.node()
+    prompt = prompt_of(200)
+    plain = await first.answer(node_request(prompt))
+    asked = node_request(prompt, prompt_logprobs=2)
+    scored = [await node.answer(asked) for node in (first, second)]
+    for answer in scored:
+        scores = answer.prompt_logprobs
+        assert answer.token == plain.token and answer.local_hit_tokens == answer.store_hit_tokens == 0
+        assert list(scores.token_ids) == prompt and scores.num_top == 2
+        assert len(scores.logprobs) == len(scores.ranks) == 199
+        assert len(scores.top_token_ids) == len(scores.top_logprobs) == 2 * 199
+        assert answer.coming_blocks == 12
+    assert list(scored[0].prompt_logprobs.logprobs) == pytest.approx(list(scored[1].prompt_logprobs.logprobs), abs=1e-4)
+    assert not plain.HasField("prompt_logprobs")
+    other = prompt_of(100, seed=1)
+    await first.answer(node_request(other, prompt_logprobs=0))
+    assert (await second.answer(node_request(other))).store_hit_tokens == 96
+
+
 @pytest.mark.parametrize(
     ("request_fields", "field", "limit"),
     [
@@ -146,6 +168,7 @@ async def test_logprobs_come_with_the_token(machine: Machine) -> None:
         ({"sampling": sampling(max_tokens=0)}, "sampling.max_tokens", "at least 1"),
         ({"sampling": sampling(min_tokens=13)}, "sampling.min_tokens", "12"),
         ({"sampling": sampling(logprobs=21)}, "sampling.logprobs", "20"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "[0, 20]"),
         ({"sampling": sampling(stop_token_ids=range(17))}, "sampling.stop_token_ids", "16"),
     ],
 )

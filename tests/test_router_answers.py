@@ -168,7 +168,11 @@ async def test_explain_knows_a_call_by_its_own_id(cluster: FakeCluster) -> None:
 BAD = [
     (asking("x", n=17), "n: must be in [1, 16], got 17"),
     (asking("x", n=2, request_id="i" * 126), "request_id: 125 characters at most with n, got 126"),
-    (asking("x", echo=True, logprobs=0), "echo: goes without sampling.logprobs only"),
+    (asking("x", max_tokens=0), "sampling.max_tokens: must be at least 1 (0 with echo or prompt_logprobs), got 0"),
+    (
+        asking("x", echo=True, max_tokens=0, min_tokens=1),
+        "sampling.min_tokens: must be in [0, 0] (max_tokens, or what is left), got 1",
+    ),
     (
         inference_pb2.GenerateRequest(echo=True, chat={"messages": [{"role": "user", "content": "x"}]}),
         "echo: goes with a text or token prompt only",
@@ -216,7 +220,7 @@ async def test_the_command_line_prints_several_answers(
     assert await asyncio.to_thread(main, [*argv, "--json"]) == 0
     assert [answer["text"] for answer in json.loads(capsys.readouterr().out)] == texts
     assert await asyncio.to_thread(main, [*argv[:5], "17"]) == 1
-    assert "n: must be in [1, 16], got 17" in capsys.readouterr().err
+    assert "--n must be from 1 to 16, got 17" in capsys.readouterr().err
 
 
 async def test_stop_strings_are_not_looked_for_in_the_prompt(cluster: FakeCluster) -> None:

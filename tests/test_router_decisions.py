@@ -20,7 +20,7 @@ from router.accuracy import MAX_REQUESTS, Accuracy, Calls, Errors
 from router.cluster import Cluster, NodeView
 from router.errors import UnknownRequest
 from router.journal import MAX_CANDIDATES, Journal, decision
-from router.plan import Plan, PrefillTerms, Rates, RequestView
+from router.plan import DecodeTerms, Plan, PrefillTerms, Rates, RequestView
 from router.policy import POLICIES
 from router.speeds import PrefillSpeed, StepSpeed
 
@@ -247,6 +247,27 @@ def test_a_request_that_moved_says_nothing_about_predictions() -> None:
     timeline.migrations = 0
     accuracy.finished(timeline)
     assert accuracy.ttft.seconds(0.5) == 0.5, "the prediction counts from the plan on"
+
+
+def test_what_a_hand_over_adds_is_learned_from_requests_that_had_one() -> None:
+    accuracy = Accuracy()
+    assert accuracy.handoffs.seconds == Rates().handoff_s
+    for number in range(100):
+        guess_s, bytes_s = accuracy.handoffs.seconds, 0.02 * (number % 3)
+        plan = Plan(
+            None if number % 4 == 0 else "prefill",
+            "decode",
+            PrefillTerms(0.0, 0.0, 0.0, 0.1),
+            DecodeTerms(0.005, 0.1, 0.0),
+            handoff_s=0.0 if number % 4 == 0 else guess_s + bytes_s,
+            prefill_tokens=100,
+            fetch_blocks=0,
+            blocks=1,
+        )
+        gap_s = 0.005 if number % 4 == 0 else 0.005 + bytes_s + 0.003
+        accuracy.finished(inference_pb2.Timeline(planned_s=0.0, first_token_s=0.1, second_token_s=0.1 + gap_s), plan)
+    assert accuracy.handoffs.seconds == pytest.approx(0.003)
+    accuracy.finished(inference_pb2.Timeline(first_token_s=0.1, second_token_s=-1.0), plan)  # a single token
 
 
 def test_what_calls_add_is_learned_from_those_that_did_not_wait() -> None:

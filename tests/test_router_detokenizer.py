@@ -184,9 +184,13 @@ def test_only_what_may_become_a_stop_string_is_held_back(text: str, stops: list[
 
 
 def stream(
-    tokenizer: Tokenizer, stops: Sequence[str] = (), end_ids: Sequence[int] = (), min_tokens: int = 0
+    tokenizer: Tokenizer,
+    stops: Sequence[str] = (),
+    end_ids: Sequence[int] = (),
+    min_tokens: int = 0,
+    keeps_stop: bool = False,
 ) -> TextStream:
-    return TextStream(detokenizer(tokenizer, ()), stops, frozenset(end_ids), min_tokens)
+    return TextStream(detokenizer(tokenizer, ()), stops, frozenset(end_ids), min_tokens, keeps_stop)
 
 
 def test_text_ends_before_the_stop_string(pocket: Tokenizer) -> None:
@@ -195,6 +199,17 @@ def test_text_ends_before_the_stop_string(pocket: Tokenizer) -> None:
     assert "".join(parts) == "one#two" and not text.is_stopped
     assert text.feed(ord("#")) == "" and text.is_stopped
     assert text.finish(ended_by_token=False) == ""
+
+
+def test_what_ends_a_text_may_be_shown(pocket: Tokenizer) -> None:
+    """The stop string that is complete first and nothing behind it, or the text of a stop token; the end has none."""
+    text = stream(pocket, stops=["##!!", "##!"], keeps_stop=True)
+    assert "".join(text.feed(byte) for byte in b"one##") == "one" and not text.is_stopped
+    assert text.feed(ord("!")) == "##!" and text.is_stopped and text.finish(ended_by_token=False) == ""
+    by_token = stream(pocket, end_ids=[ord("."), 257], keeps_stop=True)
+    assert "".join(by_token.feed(byte) for byte in b"a.") + by_token.finish(ended_by_token=True) == "a."
+    at_the_end = stream(pocket, end_ids=[257], keeps_stop=True)
+    assert at_the_end.feed(ord("a")) + at_the_end.feed(257) + at_the_end.finish(ended_by_token=True) == "a"
 
 
 def test_what_was_held_back_comes_at_the_end(pocket: Tokenizer) -> None:

@@ -526,6 +526,56 @@ async def test_a_deadline_reaches_both_legs(cluster: FakeCluster) -> None:
     await eventually(lambda: cluster.active == 0, 5, "both legs are cancelled")
 
 
+async def test_one_call_to_a_node_serves_request_after_request(small: FakeCluster) -> None:
+    for prompt in (PROMPT, SHORT, PROMPT, SHORT):
+        await ask_and_check(small, prompt)
+    assert small.nodes["decode0"].num_decode_calls == 1
+    await asyncio.gather(*(ask_and_check(small, PROMPT, 20 + number) for number in range(6)))
+    assert 1 < small.nodes["decode0"].num_decode_calls <= 6
+
+
+async def test_a_call_that_its_node_has_ended_is_no_failure(small: FakeCluster) -> None:
+    node = small.nodes["decode0"]
+    await ask_and_check(small)
+    node.keeps_calls = False
+    answers = [await ask_and_check(small, prompt) for prompt in (PROMPT, SHORT, PROMPT)]
+    assert all(answer.timeline.migrations == 0 for answer in answers)
+    assert node.num_decode_calls == 3, "the first was ended by its second leg"
+
+
+async def test_a_call_of_which_a_leg_was_broken_off_is_not_kept(small: FakeCluster) -> None:
+    node = small.nodes["decode0"]
+    node.step_s = 0.05
+    await ask_and_check(small)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await small.ask(PROMPT, timeout=0.5, max_tokens=1000)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await eventually(lambda: small.active == 0, 5, "the node has heard of it")
+    assert node.num_decode_calls == 1, "the leg had the call of the one before"
+    await ask_and_check(small)
+    assert node.num_decode_calls == 2
+
+
+async def test_a_node_that_is_to_stop_need_not_wait_for_kept_calls(small: FakeCluster) -> None:
+    node = small.nodes["decode0"]
+    await ask_and_check(small)
+    assert node.num_open_calls == 1
+    await node.beat(draining=True)
+    await eventually(lambda: node.num_open_calls == 0, 5, "the router has heard of it")
+    await node.beat(draining=False)
+    await eventually(lambda: bool(small.router.frontend and small.router.frontend.is_ready), 5)
+    await ask_and_check(small)
+
+
+async def test_a_traced_request_has_a_call_of_its_own(small: FakeCluster) -> None:
+    context = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    for _ in range(2):
+        async for _ in small.stub.Generate(_request(PROMPT, max_tokens=2), metadata=(("traceparent", context),)):
+            pass
+        await ask_and_check(small)
+    assert small.nodes["decode0"].num_decode_calls == 3
+
+
 async def test_a_stop_string_cancels_the_decode_leg(redis_url: str) -> None:
     async with running(FakeCluster(redis_url)) as cluster:
         for node_id in ("prefill0", "decode0"):

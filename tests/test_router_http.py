@@ -93,7 +93,17 @@ WRONG: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"audio": {"voice": "x"}}, "audio"),
     (CHAT, {"modalities": ["audio"]}, "modalities"),
     (CHAT, {"functions": []}, "functions"),
-    (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
+    (CHAT, {"reasoning_effort": "huge"}, "reasoning_effort"),
+    (CHAT, {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}}, "reasoning_effort"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"x": "y" * (1 << 14)}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"x": "\ud800"}}, "chat_template_kwargs"),
+    (CHAT, {"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+    (CHAT, {"request_id": "x" * 129}, "request_id"),
+    (CHAT, {"rid": "é"}, "rid"),
+    (CHAT, {"rid": ["x"]}, "rid"),
+    (COMPLETIONS, {"request_id": ""}, "request_id"),
+    (COMPLETIONS, {"reasoning_effort": "high"}, "reasoning_effort"),
     (CHAT, {"temprature": 1}, "temprature"),
     (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
     (CHAT, {"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
@@ -248,6 +258,11 @@ async def test_request_ids(cluster: FakeCluster) -> None:
     assert len(headers["X-Request-Id"]) == 32
     status, headers, answer = await post(url + COMPLETIONS, ONCE | {"n": 2}, {"X-Request-Id": ident})
     assert status == 200 and headers["X-Request-Id"] == ident and len(answer["choices"]) == 2
+    for name in ("request_id", "rid"):  # vLLM's and SGLang's places for it, behind the header
+        status, headers, answer = await post(url + COMPLETIONS, ONCE | {name: f"my {name}"})
+        assert status == 200 and headers["X-Request-Id"] == f"my {name}" and answer["id"] == f"cmpl-my {name}"
+        status, headers, answer = await post(url + CHAT, HELLO | {name: f"my {name}"}, {"X-Request-Id": "head"})
+        assert headers["X-Request-Id"] == "head" and answer["id"] == "chatcmpl-head"
     many = {"prompt": ["a", "b"], "max_tokens": 1}
     await post(url + COMPLETIONS, many, {"X-Request-Id": ident})
     for index in (0, 1):

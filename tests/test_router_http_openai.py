@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -11,8 +13,12 @@ from conftest import POCKET, eventually
 from http_support import TALK, events, get, post, talking
 from openai import AsyncOpenAI
 from router_fakes import FakeCluster, expected, running
+from tools_support import model_folder
 
+from batonpb import inference_pb2
 from router.frontend import Frontend
+from router.http_models import TokenizeRequest, read
+from router.http_requests import ask_tokens
 from router.tokenizer import Tokenizer
 
 NEEDS_CORE = pytest.mark.skipif(not hasattr(Frontend, "tokenize"), reason="the core has no n, echo, tools yet")
@@ -250,6 +256,39 @@ async def test_vllms_extras_are_taken(client: AsyncOpenAI, cluster: FakeCluster)
     )
     sampling = cluster.nodes["decode0"].seen.admits[0].sampling
     assert sampling.ignore_eos and sampling.top_k == 0 and list(sampling.stop_token_ids) == [5]
+
+
+async def test_what_ends_a_text_may_be_shown(client: AsyncOpenAI) -> None:
+    for name in ("include_stop_str_in_output", "no_stop_trim"):
+        ask = {"model": "pocket", "messages": HELLO, "stop": ["façade"], "extra_body": {name: True}}
+        answer = await client.chat.completions.create(**ask)
+        assert answer.choices[0].message.content == "Naïve 😀 façade" and answer.choices[0].finish_reason == "stop"
+        stream = await client.chat.completions.create(**ask, stream=True)
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "Naïve 😀 façade"
+
+
+async def test_the_chat_template_is_told_what_the_client_says(redis_url: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "pocket")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] += "{{ enable_thinking | default('unset') }} {{ reasoning_effort }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    async with talking(redis_url, model=folder) as cluster:
+        async with AsyncOpenAI(base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0) as client:
+            extra = {"chat_template_kwargs": {"enable_thinking": False}}
+            await client.chat.completions.create(
+                model="pocket", messages=HELLO, reasoning_effort="low", extra_body=extra
+            )
+            begun = [*HELLO, {"role": "assistant", "content": "It is"}]
+            extra = {"continue_final_message": True, "add_generation_prompt": False}
+            await client.chat.completions.create(model="pocket", messages=begun, extra_body=extra)
+        prompts = [bytes(seen.token_ids).decode() for seen in cluster.nodes["decode0"].seen.admits]
+        assert prompts == ["[user]\nHello\n[assistant]\nFalse low", "[user]\nHello\n[assistant]\nIt is"]
+        asked = {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": 1}, "add_generation_prompt": False}
+        _, _, answer = await post(f"{cluster.http_url}/tokenize", asked)
+        assert bytes(answer["tokens"]).decode() == "[user]\nHello\n1 "
+        chat = ask_tokens(read(TokenizeRequest, asked)).chat
+        response = await cluster.stub.Tokenize(inference_pb2.TokenizeRequest(chat=chat))
+        assert list(response.token_ids) == answer["tokens"]
 
 
 async def test_the_synchronous_client_works_too(cluster: FakeCluster) -> None:

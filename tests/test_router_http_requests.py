@@ -38,6 +38,7 @@ SAMPLING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stop": ({"stop": "x"}, {"stop": ["x"]}),
     "logprobs": ({"logprobs": 3}, {"logprobs": 3}),
     "ignore_eos": ({"ignore_eos": True}, {"ignore_eos": True}),
+    "include_stop_str_in_output": ({"no_stop_trim": True}, {"include_stop_str_in_output": True}),
     "logit_bias": ({"logit_bias": {"7": -1, "0": 2.5}}, {"logit_bias": {7: -1.0, 0: 2.5}}),
     "json_schema": ({"guided_json": SCHEMA}, {"json_schema": SCHEMA_TEXT}),
     "regex": ({"guided_regex": "a+"}, {"regex": "a+"}),
@@ -55,6 +56,7 @@ REQUEST: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "priority": ({"priority": -3}, {"priority": -3}),
     "n": ({"n": 4}, {"n": 4}),
     "echo": ({"echo": True}, {"echo": True}),
+    "prompt_logprobs": ({"prompt_logprobs": 3}, {"prompt_logprobs": 3}),
 }
 ELSEWHERE = {"sampling", "chat"}  # whose fields have tests of their own
 
@@ -125,6 +127,11 @@ def test_nothing_given_is_nothing_set() -> None:
         ({"structured_outputs": {"regex": "a|b"}}, {"regex": "a|b"}),
         ({"structured_outputs": {"choice": ["a"]}}, {"choice": common_pb2.ChoiceGrammar(choices=["a"])}),
         ({"structured_outputs": {"json_object": True}}, {"json_object": True}),
+        ({"regex": "a|b"}, {"regex": "a|b"}),
+        ({"json_schema": SCHEMA_TEXT}, {"json_schema": SCHEMA_TEXT}),
+        ({"json_schema": SCHEMA}, {"json_schema": SCHEMA_TEXT}),
+        ({"include_stop_str_in_output": True}, {"include_stop_str_in_output": True}),
+        ({"include_stop_str_in_output": False, "no_stop_trim": False}, {}),
         ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
         ({"stop": []}, {}),
         ({"top_k": -1}, {"top_k": 0}),
@@ -148,14 +155,57 @@ def test_other_ways_to_say_it(body: dict[str, Any], fields: dict[str, Any]) -> N
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "ignore_eos": True},
         {"messages": [{"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None}]},
         {"frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": None, "functions": None},
+        {
+            **{
+                "no_stop_trim": False,
+                "ignore_eos": False,
+                "continue_final_message": False,
+                "return_hidden_states": False,
+            },
+            **{"skip_special_tokens": True, "separate_reasoning": True, "stream_reasoning": True, "stream": False},
+        },
+        {
+            **{"top_k": -1, "min_p": 0.0, "min_tokens": 0, "regex": None, "ebnf": None, "repetition_penalty": 1.0},
+            **{"stop_token_ids": None, "lora_path": None, "session_params": None, "chat_template_kwargs": None},
+            **{"rid": None, "bootstrap_host": None, "bootstrap_room": None, "reasoning_effort": "medium"},
+        },
+        {
+            "add_generation_prompt": True,
+            "spaces_between_special_tokens": True,
+            "include_reasoning": True,
+            "vllm_xargs": {},
+        },
     ],
-    ids=["vllm bench", "langchain", "vllm bench, parts", "openai's own answer", "defaults spelled out"],
+    ids=[
+        *("vllm bench", "langchain", "vllm bench, parts", "openai's own answer", "defaults spelled out"),
+        *("sglang-router", "sglang's defaults", "vllm's defaults"),
+    ],
 )
 def test_what_known_clients_send(body: dict[str, Any]) -> None:
     """Shapes that are sent by them, each taken as it is."""
     assert chat(model="pocket", **body).messages
     ask = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 8, "logprobs": None, "stream": True}
     assert completion(model="pocket", prompt="x", stream_options={"include_usage": True}, **ask).includes_usage
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"session_params": {"id": "x"}}, "session_params"),
+        ({"return_hidden_states": True}, "return_hidden_states"),
+        ({"lora_path": "x"}, "lora_path"),
+        ({"cache_salt": "x"}, "cache_salt"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"separate_reasoning": "no"}, "separate_reasoning"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"reasoning_effort": "a lot"}, "reasoning_effort"),
+    ],
+)
+def test_what_would_change_the_answer_and_is_not_there(body: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**body)
+    assert caught.value.field == name
 
 
 def test_all_of_a_chat() -> None:
@@ -169,8 +219,17 @@ def test_all_of_a_chat() -> None:
         },
         {"role": "tool", "content": "3", "tool_call_id": "c1"},
     ]
-    asked = chat(messages=turns, tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
-    prompt = inference_pb2.ChatPrompt(tool_choice=inference_pb2.TOOL_CHOICE_REQUIRED, single_tool_call=True)
+    setting = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
+    setting |= {"add_generation_prompt": False, "continue_final_message": True}
+    asked = chat(messages=turns, tools=[TOOL], tool_choice="required", parallel_tool_calls=False, **setting)
+    prompt = inference_pb2.ChatPrompt(
+        tool_choice=inference_pb2.TOOL_CHOICE_REQUIRED,
+        single_tool_call=True,
+        chat_template_kwargs='{"enable_thinking":false}',
+        reasoning_effort="low",
+        add_generation_prompt=False,
+        continue_final_message=True,
+    )
     prompt.messages.add(role="system", content="Be brief.")
     prompt.messages.add(role="user", content="1+2\n?", name="me")
     prompt.messages.add(role="assistant").tool_calls.add(id="c1", name="add", arguments="{}")
@@ -211,9 +270,16 @@ def test_several_prompts() -> None:
 def test_what_is_tokenised() -> None:
     text = ask_tokens(read(TokenizeRequest, {"prompt": "x", "add_special_tokens": True}))
     assert text == inference_pb2.TokenizeRequest(text="x")
-    asked = ask_tokens(read(TokenizeRequest, {"messages": [USER], "tools": [TOOL], "add_generation_prompt": True}))
-    assert asked.chat.messages[0].content == "Hello" and asked.chat.tools[0].name == "add"
-    for body in ({}, {"prompt": "x", "messages": [USER]}, {"prompt": "x", "add_special_tokens": False}):
+    setting = {"chat_template_kwargs": {"a": 1}, "reasoning_effort": "high", "add_generation_prompt": False}
+    body = {"messages": [USER], "tools": [TOOL], "continue_final_message": True} | setting
+    asked = ask_tokens(read(TokenizeRequest, body)).chat
+    assert asked.messages[0].content == "Hello" and asked.tools[0].name == "add"
+    assert asked == chat(**body).messages[0].chat and asked.continue_final_message
+    neutral = {"chat_template_kwargs": {}, "add_generation_prompt": True, "continue_final_message": False}
+    assert ask_tokens(read(TokenizeRequest, {"prompt": "x"} | neutral)).text == "x"
+    wrong = [{}, {"messages": [USER]}, {"add_special_tokens": False}, {"reasoning_effort": "low"}]
+    wrong += [{"chat_template_kwargs": {"a": 1}}, {"continue_final_message": True}]
+    for body in ({}, *({"prompt": "x"} | given for given in wrong[1:])):
         with pytest.raises(InvalidRequest):
             ask_tokens(read(TokenizeRequest, body))
 

@@ -12,7 +12,7 @@ from router.backlog import Backlog
 from router.line import AGEING, LONGEST_S, Demand, Line, Waiting, key, with_overtakers
 
 seconds = st.floats(0.0, 300.0)
-waiting = st.builds(Waiting, seconds, seconds)
+waiting = st.tuples(seconds, seconds)  # of work, and when it was sent
 
 
 def test_router_and_engine_mean_the_same_order() -> None:
@@ -20,17 +20,20 @@ def test_router_and_engine_mean_the_same_order() -> None:
 
 
 @given(waiting, waiting, seconds)
-def test_a_key_ranks_as_the_engine_does_at_any_moment(one: Waiting, other: Waiting, later_s: float) -> None:
-    now_s = max(one.sent_s, other.sent_s) + later_s
-    ranks = [order.rank(each.work_s, now_s - each.sent_s) for each in (one, other)]
+def test_a_key_ranks_as_the_engine_does_at_any_moment(
+    one: tuple[float, float], other: tuple[float, float], later_s: float
+) -> None:
+    now_s = max(one[1], other[1]) + later_s
+    ranks = [order.rank(work_s, now_s - sent_s) for work_s, sent_s in (one, other)]
     if abs(ranks[0] - ranks[1]) > 1e-6:
-        assert (one.key < other.key) == (ranks[0] < ranks[1])
+        assert (key(*one) < key(*other)) == (ranks[0] < ranks[1])
 
 
 @given(st.lists(waiting, max_size=20), waiting)
-def test_a_newcomer_overtakes_the_longer_ones(others: list[Waiting], newcomer: Waiting) -> None:
-    expected = sum(other.work_s for other in others if other.key > newcomer.key)
-    assert Line(others).overtaken_s(newcomer.key) == pytest.approx(expected, abs=1e-6)
+def test_a_newcomer_overtakes_the_longer_ones(others: list[tuple[float, float]], newcomer: tuple[float, float]) -> None:
+    line = Line(sorted(Waiting(key(*other), other[0]) for other in others))
+    expected = sum(work_s for work_s, sent_s in others if key(work_s, sent_s) > key(*newcomer))
+    assert line.overtaken_s(key(*newcomer)) == pytest.approx(expected, abs=1e-6)
 
 
 shares = st.lists(st.floats(0.0, 2.0), min_size=15, max_size=15).map(sorted).map(tuple)
@@ -81,3 +84,27 @@ def test_a_backlog_knows_who_waits() -> None:
     backlog.over("short")
     backlog.over("middle")
     assert backlog.line() is None
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.0, 5.0]), st.integers(0, 6)), max_size=40))
+def test_a_backlog_keeps_its_line_in_order(events: list[tuple[float, int]]) -> None:
+    """Legs are sent, and sometimes one ends, whichever; beside a list that is ranked anew each time."""
+    backlog, legs = Backlog(), list[tuple[float, int, float]]()  # those that wait: key, number, seconds
+    begun: int | None = None
+    for number, (work_s, end) in enumerate(events):
+        backlog.sent(number, float(number), work_s)
+        legs.append((key(work_s, float(number)), number, work_s))
+        if begun is None:
+            begun = legs.pop()[1]
+        if end < 3:
+            numbers = sorted([begun, *(leg[1] for leg in legs)])
+            ended = numbers[end % len(numbers)]
+            backlog.over(ended)
+            legs = sorted(leg for leg in legs if leg[1] != ended)
+            if ended == begun:
+                begun = legs.pop(0)[1] if legs else None
+        line = backlog.line()
+        assert (line is None) == (not legs)
+        for probe in (0.0, 1.0, 1.5, 3.0, 100.0):
+            expected = sum(leg[2] for leg in legs if leg[0] > probe)
+            assert line is None or line.overtaken_s(probe) == pytest.approx(expected)

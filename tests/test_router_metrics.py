@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -66,6 +67,18 @@ async def test_what_vllms_panels_ask_for_is_there_and_adds_up(cluster: FakeClust
     assert page["baton_router_nodes", "both", "up"] == page["baton_router_nodes", "decode", "down"] == 0
     assert page["baton_router_actual_seconds_total", "ttft"] > 0.0
     assert page["baton_router_requests_in_flight", "pocket"] == 0
+
+
+async def test_who_asks_more_than_is_allowed_is_no_failure_of_the_router(redis_url: str, tmp_path: Path) -> None:
+    tenants, digest = tmp_path / "tenants.toml", hashlib.sha256(b"a key").hexdigest()
+    tenants.write_text(f'[[tenant]]\nname = "search"\nkey_sha256 = "{digest}"\nrequests_per_minute = 1\n')
+    async with talking(redis_url, metrics=True, tenants_file=str(tenants)) as cluster:
+        body, headers = {"prompt": "x", "max_tokens": 1}, {"Authorization": "Bearer a key"}
+        asked = [(await post(f"{cluster.http_url}/v1/completions", body, headers))[0] for _ in range(3)]
+        page = await scrape(cluster.metrics_address)
+    assert asked == [200, 429, 429]
+    assert page["baton_request_failures_total", "limited", "pocket"] == 2
+    assert page["baton_request_failures_total", "internal", "pocket"] == 0
 
 
 async def test_who_leaves_is_an_abort_and_nothing_stays_in_flight(cluster: FakeCluster) -> None:

@@ -53,7 +53,7 @@ def test_it_is_a_share(notes: list[tuple[float, float]]) -> None:
 def test_a_smaller_share_admits_a_long_prompt_and_changes_nothing_without_a_limit() -> None:
     cluster = Cluster(16, 64)
     view = NodeView("p", "prefill", PrefillSpeed(0.0, 0.001), StepSpeed(0.02), free_at_s=4.0)
-    cluster.put(replace(view, line=Line([Waiting(1.0, 0.0)])))
+    cluster.put(replace(view, line=Line([Waiting(1.0, 1.0)])))
     cluster.put(NodeView("d", "decode", PrefillSpeed(0.0, 0.001), StepSpeed(0.02), max_model_len=1 << 20))
     busy = Rates(shares=(0.5,) * 15, max_stall_s=0.0)
     long = RequestView(num_tokens=10_000, max_new_tokens=10, ttft_limit_s=16.0)

@@ -95,7 +95,7 @@ async def test_a_client_may_set_seed_and_length(cluster: FakeCluster) -> None:
     [
         (request(""), "prompt.text: must not be empty"),
         (request("x", temperature=-1), "sampling.temperature: must be in [0, 2], got -1"),
-        (request("x", max_tokens=0), "sampling.max_tokens: must be at least 1, got 0"),
+        (request("x", max_tokens=0), "sampling.max_tokens: must be at least 1 (0 with echo or prompt_logprobs), got 0"),
         (request("x" * 4096), "prompt: 4095 tokens at most (the model takes 4096 with its output), got 4097"),
         (
             request("x" * 60_000),

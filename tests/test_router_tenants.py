@@ -286,8 +286,8 @@ async def test_the_plan_sees_the_tenants_own_blocks_alone(
     address = "tcp://127.0.0.1:1"
     arena = ArenaRecord(arena_id="ab" * 16, address=address, host="here", slot_bytes=1 << 16, num_slots=9)
     hashes = hash_blocks(salted(BlockHash(ROOT), Tenant("red").salt), prompt, BLOCK)
-    await directory.announce_all(arena.arena_id, list(zip(hashes, range(6), strict=True)), 30.0)
     await directory.heartbeat_arena(arena, 30.0)
+    await directory.announce_all(arena.arena_id, list(zip(hashes, range(6), strict=True)), 30.0)
     hits: list[dict[str, int]] = []
     locate = Dispatcher._locate
 

@@ -18,7 +18,7 @@ from tools_support import model_folder
 from transformers import AutoTokenizer
 
 from router.errors import InvalidRequest, UnusableTokenizer
-from router.tokenizer import Tokenizer
+from router.tokenizer import Setting, Tokenizer
 
 LLAMA3 = (
     "{{- bos_token }}\n"
@@ -126,9 +126,7 @@ def test_chats_are_set_as_transformers_sets_them(ours: Tokenizer, theirs, chat: 
 
 @pytest.mark.parametrize("source", [NAMES, [{"name": "default", "template": NAMES}, {"name": "rag", "template": "x"}]])
 def test_filters_globals_and_named_templates(tmp_path: Path, source: object) -> None:
-    shutil.copy(POCKET / "tokenizer.json", tmp_path)
-    config = json.loads((POCKET / "tokenizer_config.json").read_text()) | {"chat_template": source}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with_template(tmp_path, source)
     expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         [{"role": "user", "content": "<é>"}], tokenize=False, add_generation_prompt=True
     )
@@ -143,6 +141,70 @@ def test_a_chat_that_the_template_refuses_is_invalid(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content.__class__.__mro__ }}{{ messages[9].role }}")
     with pytest.raises(InvalidRequest, match="chat template"):
         Tokenizer(tmp_path).render(turns([("user", "x")]))
+
+
+THINKING = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content | trim if trims else message.content }}[end]"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% if enable_thinking is defined and not enable_thinking %}"
+    "<think></think>{% endif %}{{ reasoning_effort }}{% endif %}"
+)
+
+
+def with_template(folder: Path, source: object) -> Path:
+    shutil.copy(POCKET / "tokenizer.json", folder)
+    config = json.loads((POCKET / "tokenizer_config.json").read_text()) | {"chat_template": source}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, {"enable_thinking": False}, {"enable_thinking": True, "reasoning_effort": "low"}], ids=str
+)
+@pytest.mark.parametrize("opens_answer", [True, False])
+def test_variables_of_a_template_are_set_as_transformers_sets_them(
+    tmp_path: Path, variables: dict, opens_answer: bool
+) -> None:
+    folder, messages = with_template(tmp_path, THINKING), turns([("user", "Hi")])
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer, **variables)
+    assert Tokenizer(folder).render(messages, (), Setting(variables, opens_answer)) == text
+    assert ("<think>" in text) == (opens_answer and variables.get("enable_thinking") is False)
+
+
+@pytest.mark.parametrize(
+    "last", ["The sky is", "The sky is \n", "  ", "", "[end]", "<|where the last message ends|> x"]
+)
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("source", [THINKING, LLAMA3], ids=["plain", "llama3"])
+def test_a_message_is_gone_on_with_as_transformers_does(tmp_path: Path, source: str, trims: bool, last: str) -> None:
+    folder, messages = with_template(tmp_path, source), turns([("user", "The sky is"), ("assistant", last)])
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True, trims=trims)
+    setting = Setting({"trims": trims}, opens_answer=False, continues=True)
+    assert Tokenizer(folder).render(messages, (), setting) == text
+    assert messages[-1]["content"] == last
+
+
+def test_a_template_that_leaves_the_last_message_out(tmp_path: Path) -> None:
+    for source in ("{{ messages[0].content }}", "{{ messages[-1].content | upper }}", "{{ messages[-1].content[3:] }}"):
+        tokenizer = Tokenizer(with_template(tmp_path, source))
+        with pytest.raises(InvalidRequest, match=r"^prompt\.chat\.continue_final_message: the model's chat template"):
+            tokenizer.render(turns([("user", "x"), ("assistant", "sky")]), (), Setting(continues=True))
+
+
+def test_no_variable_stands_for_what_a_template_is_given_anyhow(tmp_path: Path) -> None:
+    source = "{{ messages | length }}{{ tools }}{{ bos_token }}{{ add_generation_prompt }}{{ self_ }}"
+    others = {"messages": [], "tools": [1], "bos_token": "x", "add_generation_prompt": 0, "self_": "!"}
+    text = Tokenizer(with_template(tmp_path, source)).render(turns([("user", "x")]), (), Setting(others))
+    assert text == "1None<|begin|>True!"
+
+
+def test_a_variable_reaches_nothing_but_the_sandbox(tmp_path: Path) -> None:
+    """A template that is careless with one is still in it: no attribute with underscores, no way to change a list."""
+    for source in ("{{ x.__class__.__mro__ }}", "{{ x.append(1) }}"):
+        tokenizer = Tokenizer(with_template(tmp_path, source))
+        with pytest.raises(InvalidRequest, match="chat template"):
+            tokenizer.render(turns([("user", "x")]), (), Setting({"x": [1]}))
 
 
 TOOL = {

@@ -9,6 +9,7 @@ import pytest
 
 from batonpb import inference_pb2
 from router.errors import InvalidRequest
+from router.tokenizer import PLAIN, Setting
 from router.validate_chat import check_chat
 
 Message, Tool, ToolCall = inference_pb2.ChatMessage, inference_pb2.Tool, inference_pb2.ToolCall
@@ -55,6 +56,31 @@ BAD = [
     ("tools.name", chat(tools=[Tool(name="f"), Tool(name="f")]), "'f' is there twice"),
     ("tools.parameters", chat(tools=[Tool(name="f", parameters="true")]), "must be a JSON object"),
     ("tools.parameters", chat(tools=[Tool(name="f", parameters='{"a":' * 300)]), "1000 bytes at most, got 1502"),
+    ("chat_template_kwargs", chat(chat_template_kwargs="[]"), "must be a JSON object"),
+    ("chat_template_kwargs", chat(chat_template_kwargs='{"a":' * 9000), "16384 bytes"),
+    ("chat_template_kwargs", chat(chat_template_kwargs='{"a": 1e999, "b": NaN}'), "must be a JSON object"),
+    *(
+        ("chat_template_kwargs", chat(chat_template_kwargs=json.dumps({name: 1})), f"may not set '{name}'")
+        for name in (
+            *("messages", "tools", "documents", "bos_token", "eos_token", "pad_token", "add_generation_prompt"),
+            *("continue_final_message", "raise_exception", "strftime_now", "namespace"),
+        )
+    ),
+    *(
+        ("chat_template_kwargs", chat(chat_template_kwargs=json.dumps({name: 1})), "those of variables")
+        for name in ("", "_x", "__class__", "a b", "a-b", "n" * 65)
+    ),
+    ("reasoning_effort", chat(reasoning_effort="huge"), "none, minimal, low, medium, high, xhigh, max, got 'huge'"),
+    (
+        "reasoning_effort",
+        chat(reasoning_effort="low", chat_template_kwargs='{"reasoning_effort": "high"}'),
+        "and that in chat_template_kwargs differ",
+    ),
+    (
+        "continue_final_message",
+        chat(continue_final_message=True, add_generation_prompt=True),
+        "and add_generation_prompt cannot both be true",
+    ),
     ("tool_choice", chat(tools=[Tool(name="f")], tool_choice=7), "7"),
     ("tool_choice", chat(tool_choice=REQUIRED), "needs tools"),
     ("tool_name", chat(tools=[Tool(name="f")], tool_name="f"), "REQUIRED only"),
@@ -106,6 +132,18 @@ def test_the_shapes_are_those_of_templates() -> None:
     ]
     assert all(tool["type"] == "function" for tool in checked.tools)
     assert not checked.is_required
+
+
+def test_how_a_chat_is_set() -> None:
+    assert check_chat(chat(), LIMIT_BYTES).setting is PLAIN
+    variables = '{"enable_thinking": false, "date_string": "today", "a": [1, {"b": null}]}'
+    prompt = chat(chat_template_kwargs=variables, reasoning_effort="none", add_generation_prompt=False)
+    setting = check_chat(prompt, LIMIT_BYTES).setting
+    assert setting == Setting(json.loads(variables) | {"reasoning_effort": "none"}, opens_answer=False)
+    assert check_chat(chat(add_generation_prompt=True), LIMIT_BYTES).setting == PLAIN
+    for fields in ({}, {"add_generation_prompt": False}):
+        going_on = check_chat(chat(continue_final_message=True, **fields), LIMIT_BYTES).setting
+        assert going_on == Setting(opens_answer=False, continues=True)
 
 
 def test_tools_that_are_not_to_be_called_are_not_shown() -> None:

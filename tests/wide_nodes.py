@@ -27,6 +27,11 @@ class WideNode:
 
     name: str
     ranks: list[ServerProcess] = field(default_factory=list)  # the leader first
+    token: str = ""
+
+    @property
+    def metadata(self) -> list[tuple[str, str]] | None:
+        return [("authorization", f"Bearer {self.token}")] if self.token else None
 
     def connect(self) -> None:
         self.channel = grpc.aio.insecure_channel(self.ranks[0].record["address"])
@@ -35,12 +40,14 @@ class WideNode:
         self.control = node_pb2_grpc.NodeControlStub(self.channel)
 
     async def prefill(self, request: node_pb2.NodeRequest) -> node_pb2.PrefillResponse:
-        return await self.prefill_stub.Prefill(node_pb2.PrefillRequest(request=request), timeout=60)
+        return await self.prefill_stub.Prefill(
+            node_pb2.PrefillRequest(request=request), timeout=60, metadata=self.metadata
+        )
 
     async def decode(
         self, request: node_pb2.NodeRequest, tokens: Sequence[int] = (), coming_blocks: int = 0
     ) -> Decoded:
-        call = self.decode_stub.Decode(timeout=60)
+        call = self.decode_stub.Decode(timeout=60, metadata=self.metadata)
         await call.write(node_pb2.DecodeRequest(admit=node_pb2.Admit(request=request)))
         assert (await call.read()).WhichOneof("message") == "admitted"
         await start(call, tokens, coming_blocks)
@@ -48,7 +55,7 @@ class WideNode:
 
     async def is_clean(self) -> bool:
         """Whether nothing of any request is left: the ranks that follow know of none, their leader has all pins."""
-        load = await self.control.GetLoad(node_pb2.GetLoadRequest())
+        load = await self.control.GetLoad(node_pb2.GetLoadRequest(), metadata=self.metadata)
         return load.free_blocks == load.total_blocks and load.num_running == load.num_waiting == 0
 
 
@@ -61,6 +68,7 @@ class WideCluster:
         self.layout = kv_layout(ModelConfig.from_pretrained(model_dir), EngineConfig(**self.engine))
         self.nodes: dict[str, WideNode] = {}
         self.stores: dict[str, StoreServer] = {}
+        self.token = ""  # of nodes that are started from now on
 
     async def open_store(self, host: str) -> StoreServer:
         slots = {"slot_bytes": self.layout.block_bytes, "memory_bytes": 4096 * self.layout.block_bytes}
@@ -78,12 +86,24 @@ class WideCluster:
 
     async def start_node(self, name: str, tp: int = 1, pp: int = 1, **fields: Any) -> WideNode:
         kinds = ["node"] + ["rank"] * (tp * pp - 1)
+        secrets = {"BATON_CLUSTER_TOKEN": self.token}
         starts = [
-            ServerProcess.start(kind, self.config(name, rank, tp, pp, **fields)) for rank, kind in enumerate(kinds)
+            ServerProcess.start(kind, self.config(name, rank, tp, pp, **fields), extra=secrets)
+            for rank, kind in enumerate(kinds)
         ]
-        node = self.nodes[name] = WideNode(name, list(await asyncio.gather(*starts)))
+        node = self.nodes[name] = WideNode(name, list(await asyncio.gather(*starts)), self.token)
         node.connect()
         return node
+
+    async def prefill_and_publish(
+        self, name: str, request: node_pb2.NodeRequest, num_blocks: int
+    ) -> node_pb2.PrefillResponse:
+        """The answer, once all ranks have brought their pieces of so many blocks, which are new to the store."""
+        arena = self.stores["here"].arena
+        wanted = len(arena.blocks()) + num_blocks * self.layout.num_pieces
+        answer = await self.nodes[name].prefill(request)
+        await eventually(lambda: len(arena.blocks()) >= wanted, what="all pieces are in the store")
+        return answer
 
     async def close(self) -> None:
         for node in self.nodes.values():

@@ -16,6 +16,7 @@
 #endif
 
 enum { STRIPE = 64, LANES = 8, SECRET = 192, STRIPES_PER_BLOCK = (SECRET - STRIPE) / 8 };
+enum { AHEAD = 8192 };  // bytes from what is read to what is asked for; the processor itself looks no further than a page
 
 static const uint64_t PRIME32_1 = 0x9E3779B1u, PRIME32_2 = 0x85EBCA77u, PRIME32_3 = 0xC2B2AE3Du;
 static const uint64_t PRIME64_1 = 0x9E3779B185EBCA87u, PRIME64_2 = 0xC2B2AE3D27D4EB4Fu, PRIME64_3 = 0x165667B19E3779F9u;
@@ -101,6 +102,36 @@ __attribute__((target("avx512f"))) static void stripes_avx512(
     _mm512_storeu_si512(sums, sum);
 }
 
+// Whole blocks of the hash: keys and sums stay in registers from one to the next.
+__attribute__((target("avx512f"))) static void blocks_avx512(
+    uint8_t *to, const uint8_t *from, uint64_t *sums, size_t count) {
+    const __m512i last = _mm512_loadu_si512(secret + SECRET - STRIPE), prime = _mm512_set1_epi64(0x9E3779B1u);
+    __m512i sum = _mm512_loadu_si512(sums), keys[STRIPES_PER_BLOCK];
+    for (int s = 0; s < STRIPES_PER_BLOCK; ++s) keys[s] = _mm512_loadu_si512(secret + 8 * s);
+    for (; count; --count) {
+#pragma GCC unroll 16
+        for (int s = 0; s < STRIPES_PER_BLOCK; ++s, from += STRIPE, to += STRIPE) {
+            _mm_prefetch((const char *)from + AHEAD, _MM_HINT_T0);
+            const __m512i data = _mm512_loadu_si512(from), mixed = _mm512_xor_si512(data, keys[s]);
+            const __m512i product = _mm512_mul_epu32(mixed, _mm512_srli_epi64(mixed, 32));
+            sum = _mm512_add_epi64(sum, _mm512_add_epi64(product, _mm512_shuffle_epi32(data, (_MM_PERM_ENUM)0x4E)));
+            _mm512_stream_si512((__m512i *)to, data);
+        }
+        // `scramble`; a product of 64 and 32 bits is two of 32.
+        const __m512i mixed = _mm512_xor_si512(_mm512_xor_si512(sum, _mm512_srli_epi64(sum, 47)), last);
+        const __m512i high = _mm512_mul_epu32(_mm512_srli_epi64(mixed, 32), prime);
+        sum = _mm512_add_epi64(_mm512_mul_epu32(mixed, prime), _mm512_slli_epi64(high, 32));
+    }
+    _mm512_storeu_si512(sums, sum);
+}
+
+// `length` is whole stripes here.
+__attribute__((target("avx512f"))) static void stream_avx512(uint8_t *to, const uint8_t *from, size_t length) {
+#pragma GCC unroll 4
+    for (size_t at = 0; at < length; at += STRIPE) _mm512_stream_si512((__m512i *)(to + at), _mm512_loadu_si512(from + at));
+    _mm_sfence();
+}
+
 static void stream(uint8_t *to, const uint8_t *from, size_t length) {
     for (size_t at = 0; at < length; at += STRIPE)
         for (int i = 0; i < 4; ++i)
@@ -123,7 +154,10 @@ static int is_aligned(const uint8_t *to) { return (uintptr_t)to % STRIPE == 0; }
 void baton_copy(uint8_t *to, const uint8_t *from, size_t length) {
     size_t whole = 0;
 #if HAS_X86
-    if (is_aligned(to)) stream(to, from, whole = length - length % STRIPE);
+    if (is_aligned(to)) {
+        whole = length - length % STRIPE;
+        (__builtin_cpu_supports("avx512f") ? stream_avx512 : stream)(to, from, whole);
+    }
 #endif
     memcpy(to + whole, from + whole, length - whole);
 }
@@ -133,7 +167,13 @@ uint64_t baton_copy_and_sum(uint8_t *to, const uint8_t *from, size_t length) {
     uint64_t sums[LANES] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
     const Stripes add = is_aligned(to) ? stripes() : stripes_portable;
     const size_t block = STRIPE * STRIPES_PER_BLOCK, blocks = (length - 1) / block;
-    for (size_t b = 0; b < blocks; ++b) {
+#if HAS_X86
+    if (add == stripes_avx512) blocks_avx512(to, from, sums, blocks);
+    const size_t first = add == stripes_avx512 ? blocks : 0;
+#else
+    const size_t first = 0;
+#endif
+    for (size_t b = first; b < blocks; ++b) {
         add(to + b * block, from + b * block, secret, sums, STRIPES_PER_BLOCK);
         scramble(sums, secret + SECRET - STRIPE);
     }

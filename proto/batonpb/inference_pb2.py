@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from batonpb import common_pb2 as batonpb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61tonpb/inference.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61tonpb/common.proto\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"x\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12&\n\ntool_calls\x18\x03 \x03(\x0b\x32\x12.baton.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\xac\x01\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.baton.v1.ChatMessage\x12\x1d\n\x05tools\x18\x02 \x03(\x0b\x32\x0e.baton.v1.Tool\x12)\n\x0btool_choice\x18\x03 \x01(\x0e\x32\x14.baton.v1.ToolChoice\x12\x11\n\ttool_name\x18\x04 \x01(\t\x12\x18\n\x10single_tool_call\x18\x05 \x01(\x08\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xc8\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.baton.v1.TokenPromptH\x00\x12$\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x14.baton.v1.ChatPromptH\x00\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x18\n\x0bttft_slo_ms\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btpot_slo_ms\x18\x08 \x01(\rH\x02\x88\x01\x01\x12\x10\n\x08priority\x18\t \x01(\x11\x12\t\n\x01n\x18\n \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x0b \x01(\x08\x42\x08\n\x06promptB\x0e\n\x0c_ttft_slo_msB\x0e\n\x0c_tpot_slo_ms\"\x80\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x18\n\x10local_hit_tokens\x18\x04 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x05 \x01(\r\"\xe7\x02\n\x08Timeline\x12\x11\n\tplanned_s\x18\x01 \x01(\x01\x12\x12\n\nadmitted_s\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_start_s\x18\x03 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x04 \x01(\x01\x12\x12\n\nfinished_s\x18\x05 \x01(\x01\x12\x14\n\x0cprefill_node\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x63ode_node\x18\x07 \x01(\t\x12\x12\n\nmigrations\x18\x08 \x01(\r\x12\x18\n\x10predicted_ttft_s\x18\t \x01(\x01\x12\x0e\n\x06tpot_s\x18\n \x01(\x01\x12\x1f\n\x17\x64\x65\x63ode_store_hit_tokens\x18\x0b \x01(\r\x12\x18\n\x10predicted_tpot_s\x18\x0c \x01(\x01\x12\x0f\n\x07queue_s\x18\r \x01(\x01\x12\x0f\n\x07\x66\x65tch_s\x18\x0e \x01(\x01\x12\x12\n\ntransfer_s\x18\x0f \x01(\x01\x12\x16\n\x0esecond_token_s\x18\x10 \x01(\x01\"\x98\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1f\n\x06tokens\x18\x03 \x03(\x0b\x32\x0f.baton.v1.Token\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.baton.v1.Usage\x12$\n\x08timeline\x18\x06 \x01(\x0b\x32\x12.baton.v1.Timeline\x12\r\n\x05index\x18\x07 \x01(\r\x12&\n\ntool_calls\x18\x08 \x03(\x0b\x32\x12.baton.v1.ToolCall\x12\x15\n\rprompt_tokens\x18\t \x01(\r\"Q\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x14.baton.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"{\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"X\n\x0f\x45xplainResponse\x12%\n\tdecisions\x18\x01 \x03(\x0b\x32\x12.baton.v1.Decision\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x03 \x01(\x01\"\xc4\x02\n\x08\x44\x65\x63ision\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x14\n\x0cprefill_node\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65\x63ode_node\x18\x05 \x01(\t\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\x12\x16\n\x0enum_hit_blocks\x18\x07 \x01(\r\x12\x11\n\tnum_nodes\x18\x08 \x01(\r\x12\x11\n\thandoff_s\x18\t \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\n \x01(\x01\x12\x18\n\x10predicted_tpot_s\x18\x0b \x01(\x01\x12+\n\x07prefill\x18\x0c \x03(\x0b\x32\x1a.baton.v1.PrefillCandidate\x12)\n\x06\x64\x65\x63ode\x18\r \x03(\x0b\x32\x19.baton.v1.DecodeCandidate\"\xa1\x01\n\x10PrefillCandidate\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x0e\n\x06room_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x66\x65tch_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\x0f\n\x07stall_s\x18\x06 \x01(\x01\x12\x0e\n\x06\x63ost_s\x18\x07 \x01(\x01\x12\x16\n\x0enum_hit_blocks\x18\x08 \x01(\r\"g\n\x0f\x44\x65\x63odeCandidate\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0e\n\x06step_s\x18\x02 \x01(\x01\x12\x0f\n\x07steps_s\x18\x03 \x01(\x01\x12\x12\n\npressure_s\x18\x04 \x01(\x01\x12\x0e\n\x06\x63ost_s\x18\x05 \x01(\x01*R\n\nToolChoice\x12\x14\n\x10TOOL_CHOICE_AUTO\x10\x00\x12\x14\n\x10TOOL_CHOICE_NONE\x10\x01\x12\x18\n\x14TOOL_CHOICE_REQUIRED\x10\x02\x32\xdf\x02\n\tInference\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12\x41\n\x08GetModel\x12\x19.baton.v1.GetModelRequest\x1a\x1a.baton.v1.GetModelResponse\x12\x41\n\x08Tokenize\x12\x19.baton.v1.TokenizeRequest\x1a\x1a.baton.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.baton.v1.DetokenizeRequest\x1a\x1c.baton.v1.DetokenizeResponse\x12>\n\x07\x45xplain\x12\x18.baton.v1.ExplainRequest\x1a\x19.baton.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61tonpb/inference.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61tonpb/common.proto\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"x\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12&\n\ntool_calls\x18\x03 \x03(\x0b\x32\x12.baton.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"\xc2\x02\n\nChatPrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.baton.v1.ChatMessage\x12\x1d\n\x05tools\x18\x02 \x03(\x0b\x32\x0e.baton.v1.Tool\x12)\n\x0btool_choice\x18\x03 \x01(\x0e\x32\x14.baton.v1.ToolChoice\x12\x11\n\ttool_name\x18\x04 \x01(\t\x12\x18\n\x10single_tool_call\x18\x05 \x01(\x08\x12\x1c\n\x14\x63hat_template_kwargs\x18\x06 \x01(\t\x12\x18\n\x10reasoning_effort\x18\x07 \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x08 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\t \x01(\x08\x42\x18\n\x16_add_generation_prompt\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xfa\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.baton.v1.TokenPromptH\x00\x12$\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x14.baton.v1.ChatPromptH\x00\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x18\n\x0bttft_slo_ms\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btpot_slo_ms\x18\x08 \x01(\rH\x02\x88\x01\x01\x12\x10\n\x08priority\x18\t \x01(\x11\x12\t\n\x01n\x18\n \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x0b \x01(\x08\x12\x1c\n\x0fprompt_logprobs\x18\x0c \x01(\rH\x03\x88\x01\x01\x42\x08\n\x06promptB\x0e\n\x0c_ttft_slo_msB\x0e\n\x0c_tpot_slo_msB\x12\n\x10_prompt_logprobs\"\x80\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x18\n\x10local_hit_tokens\x18\x04 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x05 \x01(\r\"\xe7\x02\n\x08Timeline\x12\x11\n\tplanned_s\x18\x01 \x01(\x01\x12\x12\n\nadmitted_s\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_start_s\x18\x03 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x04 \x01(\x01\x12\x12\n\nfinished_s\x18\x05 \x01(\x01\x12\x14\n\x0cprefill_node\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65\x63ode_node\x18\x07 \x01(\t\x12\x12\n\nmigrations\x18\x08 \x01(\r\x12\x18\n\x10predicted_ttft_s\x18\t \x01(\x01\x12\x0e\n\x06tpot_s\x18\n \x01(\x01\x12\x1f\n\x17\x64\x65\x63ode_store_hit_tokens\x18\x0b \x01(\r\x12\x18\n\x10predicted_tpot_s\x18\x0c \x01(\x01\x12\x0f\n\x07queue_s\x18\r \x01(\x01\x12\x0f\n\x07\x66\x65tch_s\x18\x0e \x01(\x01\x12\x12\n\ntransfer_s\x18\x0f \x01(\x01\x12\x16\n\x0esecond_token_s\x18\x10 \x01(\x01\"\xcb\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1f\n\x06tokens\x18\x03 \x03(\x0b\x32\x0f.baton.v1.Token\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x05 \x01(\x0b\x32\x0f.baton.v1.Usage\x12$\n\x08timeline\x18\x06 \x01(\x0b\x32\x12.baton.v1.Timeline\x12\r\n\x05index\x18\x07 \x01(\r\x12&\n\ntool_calls\x18\x08 \x03(\x0b\x32\x12.baton.v1.ToolCall\x12\x15\n\rprompt_tokens\x18\t \x01(\r\x12\x31\n\x0fprompt_logprobs\x18\n \x01(\x0b\x32\x18.baton.v1.PromptLogprobs\"Q\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12$\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x14.baton.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"{\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"X\n\x0f\x45xplainResponse\x12%\n\tdecisions\x18\x01 \x03(\x0b\x32\x12.baton.v1.Decision\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x03 \x01(\x01\"\xc4\x02\n\x08\x44\x65\x63ision\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x14\n\x0cprefill_node\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65\x63ode_node\x18\x05 \x01(\t\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\x12\x16\n\x0enum_hit_blocks\x18\x07 \x01(\r\x12\x11\n\tnum_nodes\x18\x08 \x01(\r\x12\x11\n\thandoff_s\x18\t \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\n \x01(\x01\x12\x18\n\x10predicted_tpot_s\x18\x0b \x01(\x01\x12+\n\x07prefill\x18\x0c \x03(\x0b\x32\x1a.baton.v1.PrefillCandidate\x12)\n\x06\x64\x65\x63ode\x18\r \x03(\x0b\x32\x19.baton.v1.DecodeCandidate\"\xa1\x01\n\x10PrefillCandidate\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x0e\n\x06room_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x66\x65tch_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\x0f\n\x07stall_s\x18\x06 \x01(\x01\x12\x0e\n\x06\x63ost_s\x18\x07 \x01(\x01\x12\x16\n\x0enum_hit_blocks\x18\x08 \x01(\r\"g\n\x0f\x44\x65\x63odeCandidate\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0e\n\x06step_s\x18\x02 \x01(\x01\x12\x0f\n\x07steps_s\x18\x03 \x01(\x01\x12\x12\n\npressure_s\x18\x04 \x01(\x01\x12\x0e\n\x06\x63ost_s\x18\x05 \x01(\x01*R\n\nToolChoice\x12\x14\n\x10TOOL_CHOICE_AUTO\x10\x00\x12\x14\n\x10TOOL_CHOICE_NONE\x10\x01\x12\x18\n\x14TOOL_CHOICE_REQUIRED\x10\x02\x32\xdf\x02\n\tInference\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12\x41\n\x08GetModel\x12\x19.baton.v1.GetModelRequest\x1a\x1a.baton.v1.GetModelResponse\x12\x41\n\x08Tokenize\x12\x19.baton.v1.TokenizeRequest\x1a\x1a.baton.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.baton.v1.DetokenizeRequest\x1a\x1c.baton.v1.DetokenizeResponse\x12>\n\x07\x45xplain\x12\x18.baton.v1.ExplainRequest\x1a\x19.baton.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'batonpb.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TOOLCHOICE']._serialized_start=2706
-  _globals['_TOOLCHOICE']._serialized_end=2788
+  _globals['_TOOLCHOICE']._serialized_start=2957
+  _globals['_TOOLCHOICE']._serialized_end=3039
   _globals['_TOOLCALL']._serialized_start=59
   _globals['_TOOLCALL']._serialized_end=114
   _globals['_CHATMESSAGE']._serialized_start=116
@@ -41,39 +41,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOL']._serialized_start=238
   _globals['_TOOL']._serialized_end=299
   _globals['_CHATPROMPT']._serialized_start=302
-  _globals['_CHATPROMPT']._serialized_end=474
-  _globals['_TOKENPROMPT']._serialized_start=476
-  _globals['_TOKENPROMPT']._serialized_end=508
-  _globals['_GENERATEREQUEST']._serialized_start=511
-  _globals['_GENERATEREQUEST']._serialized_end=839
-  _globals['_USAGE']._serialized_start=842
-  _globals['_USAGE']._serialized_end=970
-  _globals['_TIMELINE']._serialized_start=973
-  _globals['_TIMELINE']._serialized_end=1332
-  _globals['_GENERATERESPONSE']._serialized_start=1335
-  _globals['_GENERATERESPONSE']._serialized_end=1615
-  _globals['_TOKENIZEREQUEST']._serialized_start=1617
-  _globals['_TOKENIZEREQUEST']._serialized_end=1698
-  _globals['_TOKENIZERESPONSE']._serialized_start=1700
-  _globals['_TOKENIZERESPONSE']._serialized_end=1760
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1762
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1800
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1802
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1836
-  _globals['_GETMODELREQUEST']._serialized_start=1838
-  _globals['_GETMODELREQUEST']._serialized_end=1855
-  _globals['_GETMODELRESPONSE']._serialized_start=1857
-  _globals['_GETMODELRESPONSE']._serialized_end=1980
-  _globals['_EXPLAINREQUEST']._serialized_start=1982
-  _globals['_EXPLAINREQUEST']._serialized_end=2018
-  _globals['_EXPLAINRESPONSE']._serialized_start=2020
-  _globals['_EXPLAINRESPONSE']._serialized_end=2108
-  _globals['_DECISION']._serialized_start=2111
-  _globals['_DECISION']._serialized_end=2435
-  _globals['_PREFILLCANDIDATE']._serialized_start=2438
-  _globals['_PREFILLCANDIDATE']._serialized_end=2599
-  _globals['_DECODECANDIDATE']._serialized_start=2601
-  _globals['_DECODECANDIDATE']._serialized_end=2704
-  _globals['_INFERENCE']._serialized_start=2791
-  _globals['_INFERENCE']._serialized_end=3142
+  _globals['_CHATPROMPT']._serialized_end=624
+  _globals['_TOKENPROMPT']._serialized_start=626
+  _globals['_TOKENPROMPT']._serialized_end=658
+  _globals['_GENERATEREQUEST']._serialized_start=661
+  _globals['_GENERATEREQUEST']._serialized_end=1039
+  _globals['_USAGE']._serialized_start=1042
+  _globals['_USAGE']._serialized_end=1170
+  _globals['_TIMELINE']._serialized_start=1173
+  _globals['_TIMELINE']._serialized_end=1532
+  _globals['_GENERATERESPONSE']._serialized_start=1535
+  _globals['_GENERATERESPONSE']._serialized_end=1866
+  _globals['_TOKENIZEREQUEST']._serialized_start=1868
+  _globals['_TOKENIZEREQUEST']._serialized_end=1949
+  _globals['_TOKENIZERESPONSE']._serialized_start=1951
+  _globals['_TOKENIZERESPONSE']._serialized_end=2011
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2013
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2051
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2053
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2087
+  _globals['_GETMODELREQUEST']._serialized_start=2089
+  _globals['_GETMODELREQUEST']._serialized_end=2106
+  _globals['_GETMODELRESPONSE']._serialized_start=2108
+  _globals['_GETMODELRESPONSE']._serialized_end=2231
+  _globals['_EXPLAINREQUEST']._serialized_start=2233
+  _globals['_EXPLAINREQUEST']._serialized_end=2269
+  _globals['_EXPLAINRESPONSE']._serialized_start=2271
+  _globals['_EXPLAINRESPONSE']._serialized_end=2359
+  _globals['_DECISION']._serialized_start=2362
+  _globals['_DECISION']._serialized_end=2686
+  _globals['_PREFILLCANDIDATE']._serialized_start=2689
+  _globals['_PREFILLCANDIDATE']._serialized_end=2850
+  _globals['_DECODECANDIDATE']._serialized_start=2852
+  _globals['_DECODECANDIDATE']._serialized_end=2955
+  _globals['_INFERENCE']._serialized_start=3042
+  _globals['_INFERENCE']._serialized_end=3393
 # @@protoc_insertion_point(module_scope)

@@ -67,7 +67,7 @@ class InferenceServicer:
     """
 
     def Generate(self, request, context):
-        """Streams text as it is made. The last message carries finish_reason, usage and timeline.
+        """Streams text as it is made. The last message of each answer carries finish_reason, usage and timeline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from batonpb import common_pb2 as batonpb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x62\x61tonpb/node.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61tonpb/common.proto\"\xb3\x01\n\x0bNodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04salt\x18\x05 \x01(\x0c\x12\x16\n\x0ekv_quota_bytes\x18\x06 \x01(\x04\x12\x10\n\x08priority\x18\x07 \x01(\x11\"8\n\x0ePrefillRequest\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.baton.v1.NodeRequest\"\xe0\x01\n\x0fPrefillResponse\x12\x1e\n\x05token\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Token\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x18\n\x10local_hit_tokens\x18\x03 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x04 \x01(\r\x12\x0f\n\x07queue_s\x18\x05 \x01(\x01\x12\x11\n\tcompute_s\x18\x06 \x01(\x01\x12\x15\n\rcoming_blocks\x18\x07 \x01(\r\x12\x0f\n\x07\x66\x65tch_s\x18\x08 \x01(\x01\"C\n\x05\x41\x64mit\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.baton.v1.NodeRequest\x12\x12\n\nruns_alone\x18\x02 \x01(\x08\"?\n\x05Start\x12\x1f\n\x06tokens\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Token\x12\x15\n\rcoming_blocks\x18\x02 \x01(\r\"^\n\rDecodeRequest\x12 \n\x05\x61\x64mit\x18\x01 \x01(\x0b\x32\x0f.baton.v1.AdmitH\x00\x12 \n\x05start\x18\x02 \x01(\x0b\x32\x0f.baton.v1.StartH\x00\x42\t\n\x07message\"\x1f\n\x08\x41\x64mitted\x12\x13\n\x0b\x66ree_blocks\x18\x01 \x01(\r\"\x92\x01\n\x06Tokens\x12\x1f\n\x06tokens\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Token\x12\x18\n\x10local_hit_tokens\x18\x02 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x03 \x01(\r\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\x12\x0f\n\x07queue_s\x18\x05 \x01(\x01\x12\x0f\n\x07\x66\x65tch_s\x18\x06 \x01(\x01\"9\n\x08\x46inished\x12-\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\"\x8f\x01\n\x0e\x44\x65\x63odeResponse\x12&\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x12.baton.v1.AdmittedH\x00\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x10.baton.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x12.baton.v1.FinishedH\x00\x42\t\n\x07message\"\x10\n\x0eGetLoadRequest\"\x89\x02\n\x04Load\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x06 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x07 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12#\n\x05steps\x18\n \x01(\x0b\x32\x14.baton.v1.StepTiming\x12\"\n\x07\x66\x65tches\x18\x0b \x01(\x0b\x32\x11.baton.v1.Fetches\"\xdb\x01\n\x07\x46\x65tches\x12 \n\x05local\x18\x01 \x01(\x0b\x32\x11.baton.v1.Traffic\x12!\n\x06remote\x18\x02 \x01(\x0b\x32\x11.baton.v1.Traffic\x12\x1b\n\x13\x63hosen_fetch_blocks\x18\x03 \x01(\x04\x12\x1d\n\x15\x63hosen_compute_blocks\x18\x04 \x01(\x04\x12\x17\n\x0fnum_predictions\x18\x05 \x01(\x04\x12\x19\n\x11predicted_fetch_s\x18\x06 \x01(\x01\x12\x1b\n\x13predicted_compute_s\x18\x07 \x01(\x01\"A\n\x07Traffic\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"\xe7\x01\n\nStepTiming\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x12\n\nschedule_s\x18\x02 \x01(\x01\x12\x0f\n\x07\x62uild_s\x18\x03 \x01(\x01\x12\x11\n\tforward_s\x18\x04 \x01(\x01\x12\x10\n\x08sample_s\x18\x05 \x01(\x01\x12\x1a\n\x12num_prefill_tokens\x18\x06 \x01(\x04\x12\"\n\x1anum_prefill_context_tokens\x18\x07 \x01(\x04\x12\x19\n\x11num_decode_tokens\x18\x08 \x01(\x04\x12!\n\x19num_decode_context_tokens\x18\t \x01(\x04\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04undo\x18\x01 \x01(\x08\x32I\n\x07Prefill\x12>\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse2I\n\x06\x44\x65\x63ode\x12?\n\x06\x44\x65\x63ode\x12\x17.baton.v1.DecodeRequest\x1a\x18.baton.v1.DecodeResponse(\x01\x30\x01\x32s\n\x0bNodeControl\x12\x33\n\x07GetLoad\x12\x18.baton.v1.GetLoadRequest\x1a\x0e.baton.v1.Load\x12/\n\x05\x44rain\x12\x16.baton.v1.DrainRequest\x1a\x0e.baton.v1.Loadb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x62\x61tonpb/node.proto\x12\x08\x62\x61ton.v1\x1a\x14\x62\x61tonpb/common.proto\"\xe5\x01\n\x0bNodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04salt\x18\x05 \x01(\x0c\x12\x16\n\x0ekv_quota_bytes\x18\x06 \x01(\x04\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x1c\n\x0fprompt_logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x12\n\x10_prompt_logprobs\"8\n\x0ePrefillRequest\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.baton.v1.NodeRequest\"\x93\x02\n\x0fPrefillResponse\x12\x1e\n\x05token\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Token\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x18\n\x10local_hit_tokens\x18\x03 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x04 \x01(\r\x12\x0f\n\x07queue_s\x18\x05 \x01(\x01\x12\x11\n\tcompute_s\x18\x06 \x01(\x01\x12\x15\n\rcoming_blocks\x18\x07 \x01(\r\x12\x0f\n\x07\x66\x65tch_s\x18\x08 \x01(\x01\x12\x31\n\x0fprompt_logprobs\x18\t \x01(\x0b\x32\x18.baton.v1.PromptLogprobs\"C\n\x05\x41\x64mit\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.baton.v1.NodeRequest\x12\x12\n\nruns_alone\x18\x02 \x01(\x08\"?\n\x05Start\x12\x1f\n\x06tokens\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Token\x12\x15\n\rcoming_blocks\x18\x02 \x01(\r\"^\n\rDecodeRequest\x12 \n\x05\x61\x64mit\x18\x01 \x01(\x0b\x32\x0f.baton.v1.AdmitH\x00\x12 \n\x05start\x18\x02 \x01(\x0b\x32\x0f.baton.v1.StartH\x00\x42\t\n\x07message\"\x1f\n\x08\x41\x64mitted\x12\x13\n\x0b\x66ree_blocks\x18\x01 \x01(\r\"\xf4\x01\n\x06Tokens\x12\x1f\n\x06tokens\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Token\x12\x18\n\x10local_hit_tokens\x18\x02 \x01(\r\x12\x18\n\x10store_hit_tokens\x18\x03 \x01(\r\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\x12\x0f\n\x07queue_s\x18\x05 \x01(\x01\x12\x0f\n\x07\x66\x65tch_s\x18\x06 \x01(\x01\x12\x31\n\x0fprompt_logprobs\x18\x07 \x01(\x0b\x32\x18.baton.v1.PromptLogprobs\x12-\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x16.baton.v1.FinishReason\"9\n\x08\x46inished\x12-\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x16.baton.v1.FinishReason\"\x8f\x01\n\x0e\x44\x65\x63odeResponse\x12&\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x12.baton.v1.AdmittedH\x00\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x10.baton.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x12.baton.v1.FinishedH\x00\x42\t\n\x07message\"\x10\n\x0eGetLoadRequest\"\x89\x02\n\x04Load\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x13\n\x0bnum_running\x18\x04 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x06 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x07 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x08 \x01(\r\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12#\n\x05steps\x18\n \x01(\x0b\x32\x14.baton.v1.StepTiming\x12\"\n\x07\x66\x65tches\x18\x0b \x01(\x0b\x32\x11.baton.v1.Fetches\"\xdb\x01\n\x07\x46\x65tches\x12 \n\x05local\x18\x01 \x01(\x0b\x32\x11.baton.v1.Traffic\x12!\n\x06remote\x18\x02 \x01(\x0b\x32\x11.baton.v1.Traffic\x12\x1b\n\x13\x63hosen_fetch_blocks\x18\x03 \x01(\x04\x12\x1d\n\x15\x63hosen_compute_blocks\x18\x04 \x01(\x04\x12\x17\n\x0fnum_predictions\x18\x05 \x01(\x04\x12\x19\n\x11predicted_fetch_s\x18\x06 \x01(\x01\x12\x1b\n\x13predicted_compute_s\x18\x07 \x01(\x01\"A\n\x07Traffic\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"\xe7\x01\n\nStepTiming\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x12\n\nschedule_s\x18\x02 \x01(\x01\x12\x0f\n\x07\x62uild_s\x18\x03 \x01(\x01\x12\x11\n\tforward_s\x18\x04 \x01(\x01\x12\x10\n\x08sample_s\x18\x05 \x01(\x01\x12\x1a\n\x12num_prefill_tokens\x18\x06 \x01(\x04\x12\"\n\x1anum_prefill_context_tokens\x18\x07 \x01(\x04\x12\x19\n\x11num_decode_tokens\x18\x08 \x01(\x04\x12!\n\x19num_decode_context_tokens\x18\t \x01(\x04\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04undo\x18\x01 \x01(\x08\x32I\n\x07Prefill\x12>\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse2I\n\x06\x44\x65\x63ode\x12?\n\x06\x44\x65\x63ode\x12\x17.baton.v1.DecodeRequest\x1a\x18.baton.v1.DecodeResponse(\x01\x30\x01\x32s\n\x0bNodeControl\x12\x33\n\x07GetLoad\x12\x18.baton.v1.GetLoadRequest\x1a\x0e.baton.v1.Load\x12/\n\x05\x44rain\x12\x16.baton.v1.DrainRequest\x1a\x0e.baton.v1.Loadb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,41 +33,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'batonpb.node_pb2', _globals
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODEREQUEST']._serialized_start=55
-  _globals['_NODEREQUEST']._serialized_end=234
-  _globals['_PREFILLREQUEST']._serialized_start=236
-  _globals['_PREFILLREQUEST']._serialized_end=292
-  _globals['_PREFILLRESPONSE']._serialized_start=295
-  _globals['_PREFILLRESPONSE']._serialized_end=519
-  _globals['_ADMIT']._serialized_start=521
-  _globals['_ADMIT']._serialized_end=588
-  _globals['_START']._serialized_start=590
-  _globals['_START']._serialized_end=653
-  _globals['_DECODEREQUEST']._serialized_start=655
-  _globals['_DECODEREQUEST']._serialized_end=749
-  _globals['_ADMITTED']._serialized_start=751
-  _globals['_ADMITTED']._serialized_end=782
-  _globals['_TOKENS']._serialized_start=785
-  _globals['_TOKENS']._serialized_end=931
-  _globals['_FINISHED']._serialized_start=933
-  _globals['_FINISHED']._serialized_end=990
-  _globals['_DECODERESPONSE']._serialized_start=993
-  _globals['_DECODERESPONSE']._serialized_end=1136
-  _globals['_GETLOADREQUEST']._serialized_start=1138
-  _globals['_GETLOADREQUEST']._serialized_end=1154
-  _globals['_LOAD']._serialized_start=1157
-  _globals['_LOAD']._serialized_end=1422
-  _globals['_FETCHES']._serialized_start=1425
-  _globals['_FETCHES']._serialized_end=1644
-  _globals['_TRAFFIC']._serialized_start=1646
-  _globals['_TRAFFIC']._serialized_end=1711
-  _globals['_STEPTIMING']._serialized_start=1714
-  _globals['_STEPTIMING']._serialized_end=1945
-  _globals['_DRAINREQUEST']._serialized_start=1947
-  _globals['_DRAINREQUEST']._serialized_end=1975
-  _globals['_PREFILL']._serialized_start=1977
-  _globals['_PREFILL']._serialized_end=2050
-  _globals['_DECODE']._serialized_start=2052
-  _globals['_DECODE']._serialized_end=2125
-  _globals['_NODECONTROL']._serialized_start=2127
-  _globals['_NODECONTROL']._serialized_end=2242
+  _globals['_NODEREQUEST']._serialized_end=284
+  _globals['_PREFILLREQUEST']._serialized_start=286
+  _globals['_PREFILLREQUEST']._serialized_end=342
+  _globals['_PREFILLRESPONSE']._serialized_start=345
+  _globals['_PREFILLRESPONSE']._serialized_end=620
+  _globals['_ADMIT']._serialized_start=622
+  _globals['_ADMIT']._serialized_end=689
+  _globals['_START']._serialized_start=691
+  _globals['_START']._serialized_end=754
+  _globals['_DECODEREQUEST']._serialized_start=756
+  _globals['_DECODEREQUEST']._serialized_end=850
+  _globals['_ADMITTED']._serialized_start=852
+  _globals['_ADMITTED']._serialized_end=883
+  _globals['_TOKENS']._serialized_start=886
+  _globals['_TOKENS']._serialized_end=1130
+  _globals['_FINISHED']._serialized_start=1132
+  _globals['_FINISHED']._serialized_end=1189
+  _globals['_DECODERESPONSE']._serialized_start=1192
+  _globals['_DECODERESPONSE']._serialized_end=1335
+  _globals['_GETLOADREQUEST']._serialized_start=1337
+  _globals['_GETLOADREQUEST']._serialized_end=1353
+  _globals['_LOAD']._serialized_start=1356
+  _globals['_LOAD']._serialized_end=1621
+  _globals['_FETCHES']._serialized_start=1624
+  _globals['_FETCHES']._serialized_end=1843
+  _globals['_TRAFFIC']._serialized_start=1845
+  _globals['_TRAFFIC']._serialized_end=1910
+  _globals['_STEPTIMING']._serialized_start=1913
+  _globals['_STEPTIMING']._serialized_end=2144
+  _globals['_DRAINREQUEST']._serialized_start=2146
+  _globals['_DRAINREQUEST']._serialized_end=2174
+  _globals['_PREFILL']._serialized_start=2176
+  _globals['_PREFILL']._serialized_end=2249
+  _globals['_DECODE']._serialized_start=2251
+  _globals['_DECODE']._serialized_end=2324
+  _globals['_NODECONTROL']._serialized_start=2326
+  _globals['_NODECONTROL']._serialized_end=2441
 # @@protoc_insertion_point(module_scope)

@@ -120,7 +120,9 @@ class DecodeServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Decode(self, request_iterator, context):
-        """Admit reserves room and starts to fetch; Start names the first token; then tokens stream until Finished.
+        """Admit reserves room and starts to fetch; Start names the first token; then tokens stream, the last ones with a
+        reason to finish; where none are left to say it, Finished follows. Behind that the call may go on with the Admit of
+        another request, as often as its caller likes; a node ends a call that has waited a minute for one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x62\x61tonpb/rank.proto\x12\x08\x62\x61ton.v1\"|\n\x06\x42locks\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\x12\x11\n\tblock_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x61\x66ter_steps\x18\x03 \x01(\x04\x12\x0e\n\x06tenant\x18\x04 \x01(\x0c\x12\x19\n\x0cquota_pieces\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x0f\n\r_quota_pieces\"2\n\x0ePublishRequest\x12 \n\x06\x62locks\x18\x01 \x01(\x0b\x32\x10.baton.v1.Blocks\"+\n\x0fPublishResponse\x12\x18\n\x10\x63ommitted_pieces\x18\x01 \x01(\r\"A\n\x0c\x46\x65tchRequest\x12 \n\x06\x62locks\x18\x01 \x01(\x0b\x32\x10.baton.v1.Blocks\x12\x0f\n\x07limit_s\x18\x02 \x01(\x01\"$\n\rFetchResponse\x12\x13\n\x0bgood_blocks\x18\x01 \x01(\r2\x80\x01\n\x04Rank\x12>\n\x07Publish\x12\x18.baton.v1.PublishRequest\x1a\x19.baton.v1.PublishResponse\x12\x38\n\x05\x46\x65tch\x12\x16.baton.v1.FetchRequest\x1a\x17.baton.v1.FetchResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x62\x61tonpb/rank.proto\x12\x08\x62\x61ton.v1\"|\n\x06\x42locks\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\x12\x11\n\tblock_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x61\x66ter_steps\x18\x03 \x01(\x04\x12\x0e\n\x06tenant\x18\x04 \x01(\x0c\x12\x19\n\x0cquota_pieces\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x0f\n\r_quota_pieces\"2\n\x0ePublishRequest\x12 \n\x06\x62locks\x18\x01 \x01(\x0b\x32\x10.baton.v1.Blocks\"+\n\x0fPublishResponse\x12\x18\n\x10\x63ommitted_pieces\x18\x01 \x01(\r\"A\n\x0c\x46\x65tchRequest\x12 \n\x06\x62locks\x18\x01 \x01(\x0b\x32\x10.baton.v1.Blocks\x12\x0f\n\x07limit_s\x18\x02 \x01(\x01\"$\n\rFetchResponse\x12\x13\n\x0bgood_blocks\x18\x01 \x01(\r\"\x10\n\x0eGetWorkRequest\"\xc7\x01\n\x04Work\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x11\n\tnum_steps\x18\x02 \x01(\x04\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x63ollective_s\x18\x04 \x01(\x01\x12\x12\n\npipeline_s\x18\x05 \x01(\x01\x12\x18\n\x10\x63ollective_bytes\x18\x06 \x01(\x04\x12\x16\n\x0epipeline_bytes\x18\x07 \x01(\x04\x12\x15\n\rfetched_bytes\x18\x08 \x01(\x04\x12\x17\n\x0fpublished_bytes\x18\t \x01(\x04\x32\xb5\x01\n\x04Rank\x12>\n\x07Publish\x12\x18.baton.v1.PublishRequest\x1a\x19.baton.v1.PublishResponse\x12\x38\n\x05\x46\x65tch\x12\x16.baton.v1.FetchRequest\x1a\x17.baton.v1.FetchResponse\x12\x33\n\x07GetWork\x12\x18.baton.v1.GetWorkRequest\x1a\x0e.baton.v1.Workb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,6 +41,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHREQUEST']._serialized_end=320
   _globals['_FETCHRESPONSE']._serialized_start=322
   _globals['_FETCHRESPONSE']._serialized_end=358
-  _globals['_RANK']._serialized_start=361
-  _globals['_RANK']._serialized_end=489
+  _globals['_GETWORKREQUEST']._serialized_start=360
+  _globals['_GETWORKREQUEST']._serialized_end=376
+  _globals['_WORK']._serialized_start=379
+  _globals['_WORK']._serialized_end=578
+  _globals['_RANK']._serialized_start=581
+  _globals['_RANK']._serialized_end=762
 # @@protoc_insertion_point(module_scope)

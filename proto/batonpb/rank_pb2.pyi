@@ -45,3 +45,29 @@ class FetchResponse(_message.Message):
     GOOD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     good_blocks: int
     def __init__(self, good_blocks: _Optional[int] = ...) -> None: ...
+
+class GetWorkRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Work(_message.Message):
+    __slots__ = ("stage", "num_steps", "compute_s", "collective_s", "pipeline_s", "collective_bytes", "pipeline_bytes", "fetched_bytes", "published_bytes")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_S_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_S_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    num_steps: int
+    compute_s: float
+    collective_s: float
+    pipeline_s: float
+    collective_bytes: int
+    pipeline_bytes: int
+    fetched_bytes: int
+    published_bytes: int
+    def __init__(self, stage: _Optional[int] = ..., num_steps: _Optional[int] = ..., compute_s: _Optional[float] = ..., collective_s: _Optional[float] = ..., pipeline_s: _Optional[float] = ..., collective_bytes: _Optional[int] = ..., pipeline_bytes: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., published_bytes: _Optional[int] = ...) -> None: ...

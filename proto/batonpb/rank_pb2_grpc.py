@@ -44,6 +44,11 @@ class RankStub:
                 request_serializer=batonpb_dot_rank__pb2.FetchRequest.SerializeToString,
                 response_deserializer=batonpb_dot_rank__pb2.FetchResponse.FromString,
                 _registered_method=True)
+        self.GetWork = channel.unary_unary(
+                '/baton.v1.Rank/GetWork',
+                request_serializer=batonpb_dot_rank__pb2.GetWorkRequest.SerializeToString,
+                response_deserializer=batonpb_dot_rank__pb2.Work.FromString,
+                _registered_method=True)
 
 
 class RankServicer:
@@ -63,6 +68,13 @@ class RankServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetWork(self, request, context):
+        """Asked each second: whether it lives, and what it did.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RankServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_RankServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=batonpb_dot_rank__pb2.FetchRequest.FromString,
                     response_serializer=batonpb_dot_rank__pb2.FetchResponse.SerializeToString,
+            ),
+            'GetWork': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetWork,
+                    request_deserializer=batonpb_dot_rank__pb2.GetWorkRequest.FromString,
+                    response_serializer=batonpb_dot_rank__pb2.Work.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Rank:
             '/baton.v1.Rank/Fetch',
             batonpb_dot_rank__pb2.FetchRequest.SerializeToString,
             batonpb_dot_rank__pb2.FetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetWork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Rank/GetWork',
+            batonpb_dot_rank__pb2.GetWorkRequest.SerializeToString,
+            batonpb_dot_rank__pb2.Work.FromString,
             options,
             channel_credentials,
             insecure,
