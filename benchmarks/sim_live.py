@@ -44,7 +44,8 @@ MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket"
 BLOCKS = 2  # of the engine that a trace's block is sent as: prompts long enough to outweigh what calls take
 BLOCK = BLOCKS * EngineConfig().block_size  # in tokens
 SCALE = BLOCK_TOKENS // BLOCK
-GROUP = 8  # measurements whose mean is one for the fit: of single ones the lowest would count the most
+GROUP = 8  # prompts whose mean is one measurement for the fit: of single ones the lowest would count the most
+GAPS = 64  # likewise of gaps between tokens, of which many are next to nothing: several tokens come in one message
 WARM_UP = 8
 NUM_BLOCKS, STORE_BYTES = 5120, 1 << 30  # room for all that a burst admits
 
@@ -94,8 +95,8 @@ def machine_data(served: Sequence[Served], cluster: LiveCluster) -> dict[str, An
     step_s = statistics.fmean(seconds for _, _, seconds in gaps)
     first_gaps = [one.times_s[1] - one.times_s[0] for one in legs if len(one.times_s) > 1]
     return {
-        "prefill": grouped(prefill),
-        "step": grouped([(count, SCALE * cached, seconds) for count, cached, seconds in gaps], by=1),
+        "prefill": grouped(prefill, GROUP),
+        "step": grouped([(count, SCALE * cached, seconds) for count, cached, seconds in gaps], GAPS, by=1),
         "token_bytes": max(1, BLOCKS * cluster.block_bytes // BLOCK_TOKENS),
         "wire_bytes_per_s": Rates().memory_bytes_per_s,
         "kv_blocks": cluster.num_blocks // BLOCKS,
@@ -118,10 +119,10 @@ def step_gaps(served: Sequence[Served]) -> list[tuple[float, float, float]]:
     return gaps
 
 
-def grouped(rows: Sequence[tuple[float, float, float]], by: int = 0) -> list[list[float]]:
-    """Means of `GROUP` measurements that are alike, by one of their columns; the last group may be smaller."""
+def grouped(rows: Sequence[tuple[float, float, float]], size: int, by: int = 0) -> list[list[float]]:
+    """Means of `size` measurements that are alike, by one of their columns; the last group may be smaller."""
     ranked = sorted(rows, key=lambda row: row[by])
-    groups = [ranked[start : start + GROUP] for start in range(0, len(ranked), GROUP)]
+    groups = [ranked[start : start + size] for start in range(0, len(ranked), size)]
     means = [[statistics.fmean(column) for column in zip(*group, strict=True)] for group in groups]
     return [row for row in means if row[2] > 0.0]
 

@@ -117,16 +117,21 @@ def _start_own(folder: Path, cluster_id: str) -> None:
     # A token of one's own keeps Ray from writing one into the home folder. It stays for the life of this process,
     # because Ray reads it only once.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    options: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": 0,  # actors ask for none, and Ray starts no workers ahead
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+        "_node_ip_address": LOOPBACK,  # on other addresses its servers listen to the network
+        "logging_level": logging.ERROR,
+        "_temp_dir": str(folder),
+    }
     with environment(RAY_SETTINGS | {CLUSTER_VARIABLE: cluster_id}):
-        ray.init(
-            address="local",
-            num_cpus=0,  # actors ask for none, and Ray starts no workers ahead
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            _node_ip_address=LOOPBACK,  # on other addresses its servers listen to the network
-            logging_level=logging.ERROR,
-            _temp_dir=str(folder),
-        )
+        try:
+            ray.init(**options)
+        except Exception:  # it gives itself 30 s, and where two start at once one may get the other's port
+            ray.shutdown()
+            ray.init(**options)
 
 
 def is_joined() -> bool:

@@ -67,7 +67,7 @@ def page(results: Sequence[Named]) -> str:
     body = [f"<h1>baton bench</h1><p class=note>{escape(_summary(results))}</p>"]
     if runs:
         body += [_legend(runs), _distributions(runs), _figures(runs)]
-        body += [_timeline(name, result) for name, result in runs if result.get("requests")]
+        body += [_timeline(name, rows) for name, result in runs if (rows := _rows(result))]
     if sweeps:
         body.append(_sweeps(sweeps))
     return (
@@ -98,6 +98,11 @@ def _legend(results: Sequence[Named]) -> str:
 def _number(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
+
+
+def _rows(result: dict[str, Any]) -> list[Any]:
+    rows = result.get("requests")
+    return rows if isinstance(rows, list) else []
 
 
 def _numbers(values: Any) -> list[float]:
@@ -139,13 +144,13 @@ def _figures(runs: Sequence[Named]) -> str:
     return f'<h2>Figures</h2><div class="scroll">{table}</div>'
 
 
-def _timeline(name: str, result: dict[str, Any]) -> str:
-    requests = [bar for row in result["requests"] if isinstance(row, dict) and (bar := _bar(row)) is not None]
+def _timeline(name: str, rows: Sequence[Any]) -> str:
+    requests = [bar for row in rows if isinstance(row, dict) and (bar := _bar(row)) is not None]
     shown = requests[:: max(1, -(-len(requests) // _MAX_BARS))]
     names = ((5, "to the first token"), (0, "tokens"), (6, "failed"))
     key = "".join(f'<span class="key" style="background:{colour(i)}"></span>{words}' for i, words in names)
     note = f"<p class=note>{key}; {len(shown)} of {len(requests)} requests are drawn</p>"
-    flow = lines([Series("output tokens/s", _tokens_per_s(result["requests"]))], Axes("time (s)", "output tokens/s"))
+    flow = lines([Series("output tokens/s", _tokens_per_s(rows))], Axes("time (s)", "output tokens/s"))
     in_flight = lines([Series("in flight", _in_flight(requests))], Axes("time (s)", "in flight"))
     cards = _card("Requests", bars(shown, "time (s)") + note) + _card("Output", flow) + _card("In flight", in_flight)
     return f'<h2>{escape(name)} over time</h2><div class="grid2">{cards}</div>'

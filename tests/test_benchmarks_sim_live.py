@@ -48,7 +48,7 @@ def test_steps_are_counted_with_those_beside_them() -> None:
 
 def test_groups_are_means_of_measurements_that_are_alike() -> None:
     rows = [(float(n), 2.0 * n, 1.0) for n in reversed(range(16))]
-    assert grouped(rows) == [[3.5, 7.0, 1.0], [11.5, 23.0, 1.0]]
+    assert grouped(rows, 8) == [[3.5, 7.0, 1.0], [11.5, 23.0, 1.0]]
 
 
 def test_a_cluster_that_is_the_simulator_has_no_errors() -> None:

@@ -24,7 +24,7 @@ from conftest import REPOSITORY, eventually
 from scraping import http
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
-from deploy import oracle
+from deploy import on_ray, oracle
 from deploy.config import ClusterConfig, ConfigError
 from deploy.launch import Cluster, Interrupted, StartFailed
 from deploy.processes import CLUSTER_VARIABLE, is_running, processes_of
@@ -122,7 +122,7 @@ def test_what_a_failed_growth_started_is_gone(tiny_model_dir: Path, monkeypatch:
     cluster._specs = cast(Any, SimpleNamespace(stores=lambda machines: [], nodes=lambda placements: []))
     monkeypatch.setattr(cluster, "_add", lambda placed: added)
     monkeypatch.setattr(cluster, "_wait_until_started", fail)
-    monkeypatch.setattr(cluster, "_call", lambda method, members: done.append((method, kinds(members))))
+    monkeypatch.setattr(on_ray, "call", lambda method, members, _timeout_s: done.append((method, kinds(members))))
     monkeypatch.setattr(cluster, "_remove", lambda members: done.append(("remove", kinds(members))))
     with pytest.raises(StartFailed, match="not up"):
         cluster._grow([])

@@ -45,7 +45,7 @@ def test_a_stage_computes_a_chunk_while_the_other_is_in_the_one_before(
     assert num_parts == 10
     work = {"prompts": [PROMPT], "params": [ONE_TOKEN], "meets": str(tmp_path), "num_parts": num_parts}
     ranks.send(folders["llama"], 1, 2, **work)
-    assert json.loads(ranks.hear()) == [alone]
+    assert json.loads(ranks.hear())[0] == [alone]
     begun = {file.name for file in tmp_path.iterdir()}
     assert begun == {f"{stage}-{part}" for stage in (0, 1) for part in range(num_parts)}
 
@@ -68,7 +68,7 @@ def test_a_stage_that_is_held_up_holds_up_the_others(
         assert num_parts(log) == 2 * MAX_PARTS_A_STAGE < 2 * NUM_STEPS
     finally:
         follower.send_signal(signal.SIGCONT)
-    assert json.loads(ranks.hear()) == [alone]
+    assert json.loads(ranks.hear())[0] == [alone]
     assert num_parts(log) == 2 * NUM_STEPS
 
 

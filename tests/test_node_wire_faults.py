@@ -126,6 +126,7 @@ async def test_blocks_of_a_leg_that_is_cancelled_are_not_written_for_the_next_on
         decoded = await decode(second, node_request(prompt))
         assert decoded.token_ids == here.expected(prompt)
         assert second.server.intake.store.links.remote.num_blocks - before <= NUM_FULL // BLOCK_SIZE
+        await eventually(second.is_clean)  # what decoding filled is pinned until it is published
         prompt = prompt_of(NUM_TOKENS, seed=10 + seed)
 
 
