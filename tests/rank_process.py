@@ -1,7 +1,7 @@
 """One rank of models on several: `python tests/rank_process.py RANK`. Each line of its input is a job, as JSON.
 
-A job names a folder, how it is cut, where its ranks meet, and prompts; rank 0 answers with a line, all tokens and the
-last prompt's logprobs, the others follow it. One process does many jobs, for most of the time of each would go into
+A job names a folder, how it is cut, where its ranks meet, and prompts; rank 0 answers with a line, all tokens and, with
+`scores`, the last prompt's logprobs, the others follow it. One process does many jobs, for most of the time of each would go into
 importing torch.
 
 With `meets`, a folder, two stages keep each other waiting: see `Meeting`. With `log`, a file, rank 0 notes each part of
@@ -105,7 +105,7 @@ def main() -> None:
         if job.get("waits"):
             sys.stdin.readline()
         answers = [engine.generate(job["prompts"], SamplingParams(**params)) for params in job["params"]]
-        scores = logprobs_of(engine, job["prompts"][-1])
+        scores = logprobs_of(engine, job["prompts"][-1]) if job.get("scores") else []
         engine.check_integrity()
         engine.close()
         print(json.dumps([answers, scores]), flush=True)

@@ -130,7 +130,7 @@ def alone(folders: dict[str, Path]) -> dict[Path, Found]:
 @pytest.mark.parametrize("width", sorted(WIDTHS))
 def test_tokens_are_those_of_one_rank(ranks: Ranks, alone: dict[Path, Found], folder: Path, width: str) -> None:
     """And so are the logprobs of a prompt, in chunks and stages."""
-    ranks.send(folder, *WIDTHS[width])
+    ranks.send(folder, *WIDTHS[width], scores=True)
     tokens, logprobs = json.loads(ranks.hear())
     expected_tokens, expected_logprobs = alone[folder]
     assert tokens == expected_tokens
