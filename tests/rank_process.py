@@ -1,8 +1,8 @@
 """One rank of models on several: `python tests/rank_process.py RANK`. Each line of its input is a job, as JSON.
 
 A job names a folder, how it is cut, where its ranks meet, and prompts; rank 0 answers with a line, all tokens and, with
-`scores`, the last prompt's logprobs; the others follow it. One process does many jobs, for most of the time of each would
-go into importing torch.
+`scores`, the last prompt's logprobs; the others follow it. One process does many jobs, for most of each would go
+into importing torch.
 
 With `meets`, a folder, two stages keep each other waiting: see `Meeting`. With `log`, a file, rank 0 notes each part of
 a step that it has computed.
