@@ -110,6 +110,9 @@ async def test_decode_node_killed_mid_stream(cluster: ProcessCluster, expected: 
 
 
 async def test_prefill_node_killed_while_it_computes(cluster: ProcessCluster, expected: list[list[int]]) -> None:
+    # Prompts that begin alike may all go to the other node, so there are some that have nothing in common.
+    others = [[n, *(random.Random(n).choices(range(256), k=1000))] for n in range(6)]
+    fillers = [asyncio.create_task(cluster.generate(prompt, max_tokens=4, ignore_eos=True)) for prompt in others]
     tasks = asyncio.create_task(ask_all(cluster))
 
     async def busy() -> bool:
@@ -119,6 +122,7 @@ async def test_prefill_node_killed_while_it_computes(cluster: ProcessCluster, ex
     await eventually(busy, 20, "prefill-0 has work")
     cluster.kill("prefill-0")
     assert [answer.token_ids for answer in await tasks] == expected
+    assert all(len(answer.token_ids) == 4 for answer in await asyncio.gather(*fillers))
     await cluster.assert_quiet()
 
 
