@@ -129,7 +129,7 @@ def _start_own(folder: Path, cluster_id: str) -> None:
     with environment(RAY_SETTINGS | {CLUSTER_VARIABLE: cluster_id}):
         try:
             ray.init(**options)
-        except Exception:  # it gives itself 30 s, and where two start at once one may get the other's port
+        except Exception:  # it gives itself 30 s, which was seen to be too little on a busy machine
             ray.shutdown()
             ray.init(**options)
 

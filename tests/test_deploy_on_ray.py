@@ -20,6 +20,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, eventually
 
+from deploy import on_ray
 from deploy.processes import end_all, processes_of
 
 pytestmark = pytest.mark.ray
@@ -129,3 +130,23 @@ def test_config_file_and_custom_resources(folder: Path, environment: dict[str, s
             process.wait(30)
         assert serve.stdout is not None
         serve.stdout.close()
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_an_own_ray_is_tried_twice(num_failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")  # `join` would leave one
+    done: list[str] = []
+
+    def init(**_options: object) -> None:
+        done.append("init")
+        if done.count("init") <= num_failures:
+            raise RuntimeError("timed out during startup")
+
+    monkeypatch.setattr(on_ray.ray, "init", init)
+    monkeypatch.setattr(on_ray.ray, "shutdown", lambda: done.append("shutdown"))
+    if num_failures == 1:
+        on_ray.join("", tmp_path, "some")
+    else:
+        with pytest.raises(on_ray.StartFailed, match="no Ray here: timed out"):
+            on_ray.join("", tmp_path, "some")
+    assert done == ["init", "shutdown", "init"]
