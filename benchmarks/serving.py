@@ -13,7 +13,7 @@ SmolLM-135M's shape with random bf16 weights. Set-ups, each with two computing c
   vllm-2replicas      two of them with a thread each; the client sends to one and the other in turns
   vllm-sglang-router  the same two behind sglang-router (cache_aware)
   vllm-pd-mooncake    vLLM's prefill and decode over Mooncake Store (1 GiB more for each one's segment)
-  vllm-pd-nixl        likewise over NIXL
+  vllm-pd-nixl        likewise over NIXL; frozen while others have their turn, for these servers spin while they wait
 vLLM runs with its defaults (prefix caching, chunked prefill; `--vllm-options` adds some) and with the libraries that
 its authors advise to preload. Routers, stores and the client itself go on the same two cores, wherever there is room.
 

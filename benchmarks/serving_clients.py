@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -101,14 +101,18 @@ class PrefillThenDecode(_Several):
 
     With `asks` (NIXL) the prefill's answer says where its blocks are; else both look into one store. TTFT has both
     calls in it. What was cached is what the first one had, as the second finds all that the first has made.
+    `while_open` is entered with the client.
     """
 
-    def __init__(self, addresses: Sequence[str], asks: bool) -> None:
+    def __init__(
+        self, addresses: Sequence[str], asks: bool, while_open: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         super().__init__(addresses)
-        self._asks = asks
+        self._asks, self._while_open = asks, while_open
 
     async def __aenter__(self) -> PrefillThenDecode:
         await super().__aenter__()
+        self._stack.enter_context(self._while_open())
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         self._session = await self._stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
         return self

@@ -15,8 +15,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,12 @@ class Service:
 
     def __init__(self, name: str, command: Sequence[str], extra: Mapping[str, str]) -> None:
         self.name = name
+        self.address = ""  # of its HTTP door, where it has one
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             command, stdout=self._log, stderr=self._log, cwd=REPOSITORY, env=os.environ | extra, start_new_session=True
         )
+        self.pid = self._process.pid
 
     def wait_for_line(self, start: str) -> str:
         """The rest of the first line of its output that begins so."""
@@ -100,18 +102,40 @@ class Service:
     def _text(self) -> str:
         return os.pread(self._log.fileno(), 1 << 24, 0).decode(errors="replace")
 
+    def freeze(self) -> None:
+        """Takes the cores from the whole group, which keeps all else, until `thaw`."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """Asks first, then ends all that is left of the group. Idempotent."""
         if self._log.closed:
             return
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
+        self.thaw()  # who is frozen hears no question
+        self._signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(20)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.wait()
         self._log.close()
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+
+@contextmanager
+def awake(services: Sequence[Service]) -> Iterator[None]:
+    """Thaws them for a while: servers that spin while they wait would take the cores of those whose turn it is."""
+    for service in services:
+        service.thaw()
+    try:
+        yield
+    finally:
+        for service in services:
+            service.freeze()
 
 
 class Fleet:
@@ -120,7 +144,7 @@ class Fleet:
     def __init__(self, model: Path, cache: Path, peers: Path | None, vllm_options: Sequence[str] = ()) -> None:
         """`peers` is the folder that install_peers.sh filled; `cache` keeps what vLLM compiles."""
         self._model, self._cache, self._peers, self._vllm_options = model, cache, peers, vllm_options
-        self._replicas: list[str] = []
+        self._replicas: list[str] = []  # addresses
 
     def __enter__(self) -> Fleet:
         self._stack = ExitStack()
@@ -138,19 +162,21 @@ class Fleet:
             address = self._baton(name, BATON[name])
             return lambda: OneServer(address)
         if name in ("vllm-2replicas", "vllm-sglang-router"):
-            self._replicas = self._replicas or self._vllm([0], [1])
+            self._replicas = self._replicas or [service.address for service in self._vllm([0], [1])]
             if name == "vllm-2replicas":
                 return lambda: RoundRobin(self._replicas)
             router = self._sglang_router(self._replicas)
             return lambda: OneServer(router, as_text=True)
         if name == "vllm-2cores":
-            [address] = self._vllm([0, 1])
-            return lambda: OneServer(address)
+            [service] = self._vllm([0, 1])
+            return lambda: OneServer(service.address)
         if name == "vllm-pd-nixl":
             pair = self._vllm([0], [1], connectors=CONNECTORS["nixl"], extra=_nixl_variables())
-            return lambda: PrefillThenDecode(pair, asks=True)
+            for service in pair:
+                service.freeze()
+            return lambda: PrefillThenDecode([x.address for x in pair], asks=True, while_open=lambda: awake(pair))
         pair = self._vllm([0], [1], connectors=CONNECTORS["mooncake"], extra=[self._mooncake()] * 2)
-        return lambda: PrefillThenDecode(pair, asks=False)
+        return lambda: PrefillThenDecode([x.address for x in pair], asks=False)
 
     # --- Baton ---
 
@@ -200,11 +226,11 @@ class Fleet:
 
     def _vllm(
         self, *cores: Sequence[int], connectors: Sequence[dict[str, str]] = (), extra: Sequence[Mapping[str, str]] = ()
-    ) -> list[str]:
-        """One server for each list of cores that its threads are bound to. The HTTP addresses."""
+    ) -> list[Service]:
+        """One server for each list of cores that its threads are bound to."""
         assert self._peers is not None
         python = self._peers / "vllm" / "bin" / "python"
-        addresses, services = [], []
+        services = []
         for index, own in enumerate(cores):
             port = free_port()
             variables = vllm_variables(self._peers, self._cache, own) | dict(extra[index] if extra else {})
@@ -215,15 +241,15 @@ class Fleet:
             if connectors:
                 command += ["--kv-transfer-config", json.dumps(connectors[index])]
             services.append(self._service("vllm", command, variables))
-            addresses.append(f"{HOST}:{port}")
+            services[-1].address = f"{HOST}:{port}"
         try:
-            for service, address in zip(services, addresses, strict=True):
-                service.wait_for_url(f"http://{address}/health")
+            for service in services:
+                service.wait_for_url(f"http://{service.address}/health")
         except NotStarted:
             for service in services:  # they would only be in the way of the other set-ups
                 service.stop()
             raise
-        return addresses
+        return services
 
     def _sglang_router(self, addresses: Sequence[str]) -> str:
         assert self._peers is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from benchmarks.serving import arguments, results
 from benchmarks.serving_aims import aims
 from benchmarks.serving_clients import OneServer, PrefillThenDecode, RoundRobin, prefill_body
 from benchmarks.serving_model import text_of, tokens_of
-from benchmarks.serving_setups import vllm_variables
+from benchmarks.serving_setups import Service, awake, vllm_variables
 from benchmarks.serving_workloads import (
     INTERFERENCE,
     LONE,
@@ -243,3 +245,28 @@ def test_a_quick_look_at_baton_alone() -> None:
     args = arguments(["--peer", "none", "--quick"])
     assert args.setups == ["baton-1p1d", "baton-2both"] and args.turns == 1 and args.workloads == list("abcde")
     assert arguments(["--peer", "none", "--rates", "c=9"]).rates == args.rates | {"c": 9.0}
+
+
+def test_frozen_servers_run_in_their_turn_alone_and_end_all_the_same() -> None:
+    sleeper = "print('READY now', flush=True); import time; time.sleep(600)"
+    service = Service("sleeper", [sys.executable, "-c", sleeper], {})
+
+    def state() -> str:
+        return Path(f"/proc/{service.pid}/stat").read_text().rpartition(") ")[2][0]
+
+    def becomes(wanted: str) -> bool:
+        """Signals arrive when the system gets to it."""
+        for _ in range(500):
+            if (state() in "RS") == (wanted == "awake"):
+                return True
+            time.sleep(0.01)
+        return False
+
+    service.wait_for_line("READY ")
+    service.freeze()
+    assert becomes("frozen")
+    with awake([service]):
+        assert becomes("awake")
+    assert becomes("frozen")
+    service.stop()
+    assert not Path(f"/proc/{service.pid}").exists()
