@@ -1,6 +1,6 @@
 """Keeps the directory in step with one arena: heartbeats, changes in order, and everything again after a loss.
 
-All that is written goes through one task, so an announcement can never overtake the retraction that came before it.
+All writes go through one task, so an announcement can never overtake the retraction before it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Announcer:
         self._flushes: list[asyncio.Future[None]] = []
 
     def changed(self, added: Iterable[tuple[BlockHash, int]], gone: Iterable[BlockHash] = ()) -> None:
-        """Notes changes of what the arena's store holds; blocks that went make room for those that came."""
+        """Notes changes of what the arena's store holds; `gone` made room for `added`."""
         self._changes.update(dict.fromkeys(gone))
         came = dict(added)
         self._changes.update(came)
@@ -61,7 +61,7 @@ class Announcer:
         self._wake.set()
 
     async def flushed(self) -> None:
-        """Returns when all changes so far are announced, or when the directory is away."""
+        """Returns when all changes so far are announced, or when the directory is unavailable."""
         if self._is_away:
             return
         waiting = asyncio.get_running_loop().create_future()
@@ -85,7 +85,7 @@ class Announcer:
                 pass
 
     async def round(self) -> None:
-        """One heartbeat, if it is due, and all changes. Never raises for a directory that is away."""
+        """One heartbeat, if it is due, and all changes. Never raises because the directory is unavailable."""
         self._wake.clear()
         self._stop_alarm()
         flushes, self._flushes = self._flushes, []

@@ -1,4 +1,4 @@
-"""Copies of blocks into slots, on threads beside the event loop; a few blocks are copied where they are wanted."""
+"""Copies of blocks into slots, on threads beside the event loop; a few blocks are copied on the calling thread."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Copier:
         self._threads = ThreadPoolExecutor(max_workers=_NUM_COPIERS, thread_name_prefix="kv-copy")
 
     async def fill(self, local: LocalArena, todo: Todo, write: Write) -> list[Written]:
-        """Fills slots. Returns when nothing is being copied any more, also when it fails."""
+        """Fills slots. Returns, or raises, only when nothing is being copied any more."""
         step = self._part_blocks
         parts = deque((at, todo[at : at + step]) for at in range(0, len(todo), step))
         filled: dict[int, list[Written]] = {}
@@ -45,7 +45,7 @@ class Copier:
 
 
 def fill_here(local: LocalArena, todo: Todo, write: Write) -> list[Written]:
-    """Fills slots on the thread that calls."""
+    """Fills slots on the calling thread."""
     return local.copy(partial(_fill, local, todo, write)) if todo else []
 
 

@@ -1,7 +1,7 @@
-"""Which block goes when room is needed, and which of those that go are worth a place on disk. Pure: no I/O, no clock.
+"""Which block to evict when room is needed, and which evicted blocks go to disk. Pure: no I/O, no clock.
 
-A policy keeps the names of all blocks that may go; whoever owns the bytes asks it for a victim. Every call takes
-constant time, amortised: a sweep passes over blocks that were touched since the last one, and each touch pays for it.
+A policy keeps the names of all blocks that may be evicted; the owner of the bytes asks it for a victim. Every call
+takes amortised constant time: a sweep passes over blocks touched since the last one, and each touch pays for it.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ def _never(_: object) -> bool:
 
 
 class Eviction(Protocol[K]):
-    """What the owner of the bytes tells a policy, and asks of it. A key is inserted at most once at a time."""
+    """What the owner of the bytes tells a policy and asks of it. A key must not be inserted twice."""
 
     def insert(self, key: K) -> None:
-        """The block is there and may go."""
+        """The block is present and may be evicted."""
         ...
 
     def touch(self, key: K) -> None:
-        """The block, which is there, was used."""
+        """A present block was used."""
         ...
 
     def lend(self, key: K) -> None:
-        """Another arena takes a copy of the block, which is there: unless this one is used again, it goes first.
+        """Another arena copies a present block: unless this copy is used again, it is evicted first.
 
-        A block that was used a moment ago stays as it is: that is a hand-off within a request, and its next turn may
-        well come here. Of a chain the tail is to be lent last: it goes before the others.
+        A block that was used a moment ago keeps its place: that is a hand-off within a request, and the next turn may
+        well come here. Lend the tail of a chain last: it is evicted before the others.
         """
         ...
 
     def remove(self, key: K) -> None:
-        """The block, which is there, is gone for a reason of its owner's."""
+        """The owner dropped a present block for a reason of its own."""
         ...
 
     def victim(self, kept: Collection[K] = (), was_read: Callable[[K], bool] = _never) -> K | None:
-        """Removes and returns the block that goes; None when there is none, or all are in `kept`.
+        """Removes and returns the block to evict; None when there is none, or all are in `kept`.
 
-        `was_read` tells once of each use that nobody called `touch` for. Ends however often it says so.
+        `was_read` reports, once each, uses for which `touch` was not called. Terminates however often it is true.
         """
         ...
 

@@ -1,7 +1,7 @@
-"""Cuts off whoever sends a store a message that never ends.
+"""Disconnects peers that send a store a message that never ends.
 
-ZeroMQ hands out whole messages and bounds each of their frames, but not how many there are; until the last one it keeps
-them all. The kernel counts what came over each connection, so what is more than was handed out can be told.
+ZeroMQ delivers whole messages and bounds the size of each frame, but not their number; it keeps them all until the last
+one. The kernel counts the bytes of each connection, so the excess over what was delivered can be determined.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FloodGuard:
     """Watches all connections of a listening socket. Holds a descriptor for each while it is open."""
 
     def __init__(self, context: zmq.asyncio.Context, listener: zmq.Socket[Any]) -> None:
-        """To be made before the socket is bound."""
+        """To be created before the socket is bound."""
         address = f"inproc://flood-{id(self)}"
         listener.monitor(address, _EVENTS)
         self._listener = listener
@@ -44,7 +44,7 @@ class FloodGuard:
         self._taken_bytes: dict[int, int] = {}
 
     def took(self, frames: Sequence[zmq.Frame]) -> None:
-        """A message was handed out."""
+        """ZeroMQ delivered a message."""
         try:
             descriptor = int(frames[-1].get(zmq.SRCFD))
         except zmq.ZMQError:  # ZeroMQ does not know any more

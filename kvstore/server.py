@@ -1,7 +1,7 @@
-"""The store: one process on each machine that owns an arena in shared memory and the two sockets in front of it.
+"""The store: one process per machine that owns an arena in shared memory and the sockets in front of it.
 
-Writers of this machine reserve and commit over a unix stream (`kvstore/control.py`); readers of other machines get
-blocks over ZeroMQ or plain TCP, sent from the slots without a copy. It knows nothing of what the bytes mean, and no
+Writers on this machine reserve and commit over a Unix stream (`kvstore/control.py`); readers on other machines get
+blocks over ZeroMQ or plain TCP, sent from the slots without a copy. It does not know what the bytes mean, and no
 message can make it fail.
 """
 
@@ -70,7 +70,7 @@ _HANDSHAKE_MS = 5_000  # who connects and does not say who he is holds a descrip
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """How to run a store. `dir` is its own, short (a unix socket lives in it), and best under /dev/shm."""
+    """How to run a store. `dir` is its own folder, with a short path (it holds a Unix socket), best under /dev/shm."""
 
     dir: str
     redis_url: str = field(repr=False)  # may have a password in it
@@ -95,7 +95,7 @@ class StoreConfig:
 
 
 class StoreServer:
-    """A store process's one object. Everything happens on the event loop that `start` is called on."""
+    """A store process. Everything happens on the event loop that `start` is called on."""
 
     def __init__(self, config: StoreConfig) -> None:
         self.config = config
@@ -117,11 +117,11 @@ class StoreServer:
         self._curve = Curve(config.wire_key) if config.wire_key else None
 
     async def start(self) -> ArenaRecord:
-        """Makes the arena, opens the sockets, announces itself; works without Redis, and announces when it comes.
+        """Creates the arena, opens the sockets, announces itself; if Redis is down, announces once it comes up.
 
-        ValueError for a config that cannot work, OSError when there is not enough memory or an address cannot be
-        bound, `ArenaUnavailable` when the directory belongs to another store that is alive, `OtherScheme` when the
-        cluster names blocks in another way.
+        Raises ValueError for a config that cannot work, OSError when there is not enough memory or an address cannot
+        be bound, `ArenaUnavailable` when `dir` belongs to another living store, `OtherScheme` when the cluster names
+        blocks differently.
         """
         self._check()
         predecessor = self._folder.take()
@@ -225,7 +225,7 @@ class StoreServer:
             raise ValueError(f"disk_admission: {self.config.disk_admission!r} is none of {', '.join(ADMISSIONS)}")
 
     async def _forget(self, predecessor: str) -> None:
-        """The arena of a store that was killed is gone now, not only when its time to live ends."""
+        """Removes the arena of a killed store from the directory at once, without waiting for its time to live."""
         try:
             if predecessor:
                 await self._directory.remove_arena(predecessor)
@@ -324,7 +324,7 @@ class StoreServer:
             self._readers.wake()
 
     def _frame(self, slot: int) -> zmq.Frame:
-        """The slot's bytes. Kept, as each frame that is let go of costs a turn of a thread and of Python's lock."""
+        """The slot's bytes. Cached, because releasing a frame costs a switch of threads and of Python's lock."""
         frame = self._frames.get(slot)
         if frame is None:
             frame = zmq.Frame(self._map.view(slot), copy=False, copy_threshold=0)
@@ -364,7 +364,7 @@ class StoreServer:
 
 
 def decode_question(frames: list[bytes]) -> tuple[bytes, Message]:
-    """Sender and message of what a ROUTER received. `BadFrame` unless it is exactly one frame."""
+    """Sender and message of what a ROUTER socket received. Raises `BadFrame` unless it is exactly one frame."""
     if len(frames) != 2:
         raise BadFrame(f"{len(frames)} frames")
     return frames[0], decode_frame(frames[1])

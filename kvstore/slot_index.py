@@ -1,7 +1,7 @@
 """Which slot of a mapped arena holds which block, read from the slots' headers: no call, no directory, no delay.
 
-A hint like the directory's, but fresh: a block is found as soon as it is committed. Looking again costs one pass over
-the generations, by numpy; only slots whose generation has changed since are read.
+A hint like the directory's, but up to date: a block is found as soon as it is committed. A look-up makes one numpy pass
+over the generations; only slots whose generation has changed are read again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Blocks over plain TCP: received where they are to lie, and checked while the next ones come.
+"""Blocks over plain TCP: received into their final place, and verified while the next ones come.
 
-A connection carries one transfer at a time. An arena has two at most, so that one fills the other's gaps; a transfer
-that ends before its answer does costs its connection. Nothing is encrypted: see `kvstore/wires.py` for who may use it.
+A connection carries one transfer at a time. An arena has at most two, so that one fills the other's gaps; a transfer
+that ends before its answer does costs its connection. Nothing is encrypted: see `kvstore/wires.py` for when it is used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Blocks over ZeroMQ: one connection to each arena, and a transfer as many small questions under way at a time.
+"""Blocks over ZeroMQ: one connection to each arena, and a transfer as many small questions in flight at a time.
 
-The blocks of a transfer are asked for in parts. While one part is summed up, ZeroMQ's own thread receives the next
-ones; and as no more than `_AHEAD_BYTES` are asked for ahead, that is what a reader holds unchecked, and what a store
-queues for it. Transfers over one connection take turns: two at a time, so that one fills the other's gaps.
+The blocks of a transfer are requested in parts. While one part is verified, ZeroMQ's own thread receives the next
+ones; at most `_AHEAD_BYTES` are requested ahead, which bounds what a reader holds unverified and what a store queues
+for it. Transfers over one connection take turns: two at a time, so that one fills the other's gaps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _IDLE_S = 60.0  # a connection that nobody used for so long is closed when the n
 
 
 class ZmqWire:
-    """A `Wire`. With a `wire_key` it reads from stores that have the same one, without from those that have none."""
+    """A `Wire`. With a `wire_key` it reads from stores with the same key; without one, from those without a key."""
 
     def __init__(self, slot_bytes: int, wire_key: str = "") -> None:
         self._slot_bytes = slot_bytes
@@ -98,7 +98,7 @@ class ZmqWire:
 
 
 class _Connection:
-    """To one store. A transfer enters, has its turn, and leaves when nothing of it is on its way any more."""
+    """To one store. A transfer enters, has its turn, and leaves when nothing of it is in flight any more."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -121,7 +121,7 @@ class _Connection:
             transfer.finish(State.FAILED, "the connection was given up")
 
     def _next(self) -> None:
-        """Who fails at once leaves at once: then the loop that is running goes on, however many wait."""
+        """A transfer that fails at once also leaves at once; the running loop then continues with the next."""
         if self._is_choosing:
             return
         self._is_choosing = True
@@ -133,7 +133,7 @@ class _Connection:
 
 
 class _Transfer:
-    """One transfer. It has an outcome as soon as there is one, and a connection as long as anything is on its way."""
+    """One transfer. It keeps its connection as long as anything of it is in flight, even after its outcome."""
 
     def __init__(self, hashes: Sequence[BlockHash], slot_bytes: int) -> None:
         step = part_blocks(slot_bytes)
@@ -155,14 +155,14 @@ class _Transfer:
         return Outcome(state, list(self._payloads), reason)
 
     def finish(self, state: State, reason: str = "") -> None:
-        """Asks for nothing more. What was asked for still comes, and is dropped."""
+        """Requests nothing more. What was already requested still comes, and is dropped."""
         self._todo.clear()
         if not self.outcome.done():
             self.outcome.set_result(self.so_far(state, reason))
         self._leave_if_idle()
 
     def advance(self) -> None:
-        """Takes the answers that are there, in order, and asks ahead."""
+        """Takes the answers that have come, in order, and requests more ahead."""
         connection = self._connection
         if connection is None:
             return
@@ -191,7 +191,7 @@ class _Transfer:
             self.finish(State.COMPLETED)
 
     def _expire(self, timeout_s: float) -> None:
-        """A store that owes an answer by now is given up, unless others came meanwhile."""
+        """Gives up a store that owes an answer by now, unless other answers came meanwhile."""
         connection = self._connection
         if connection is None:
             return
@@ -214,7 +214,7 @@ class _Transfer:
 
 
 def check_blocks(answer: Answer, hashes: Sequence[BlockHash], slot_bytes: int) -> list[Payload]:
-    """The leading run of `hashes` that an answer proves to hold. `BadFrame` when it is no answer to them."""
+    """The leading run of `hashes` that an answer verifiably holds. Raises `BadFrame` when it does not answer them."""
     message = answer.message
     if not isinstance(message, Got) or [block.key for block in message.blocks] != list(hashes[: len(message.blocks)]):
         raise BadFrame("the answer does not fit the question")
