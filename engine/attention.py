@@ -1,9 +1,9 @@
-"""Attention over paged KV: writes a step's keys and values to their slots, then lets each sequence attend to its own.
+"""Attention over a paged KV cache: writes a step's keys and values to their slots, then attends, sequence by sequence.
 
-A kernel does it where there is one, and reads blocks where they lie: a compiled one for CPUs, or one for GPUs, which
-comes with the batch (`engine.cuda_attention`). Elsewhere blocks are gathered for SDPA. There and in the compiled
-kernel each sequence is computed by itself, so a row's result does not depend on its neighbours in the batch. Knows
-block tables and positions; knows neither requests nor the model around it.
+If there is a kernel, it reads blocks in place: a compiled one for CPUs, or one for GPUs, which comes with the batch
+(`engine.cuda_attention`). Otherwise blocks are gathered for SDPA. In both SDPA and the compiled kernel each sequence is
+computed by itself, so a row's result does not depend on its neighbours in the batch. Knows block tables and positions;
+knows neither requests nor the model around it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SequenceSpan:
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """One step's input; N tokens of several sequences, one span behind the other. All tensors on the model's device."""
+    """One step's input: N tokens of several sequences, their spans in order. All tensors are on the model's device."""
 
     token_ids: Tensor  # int64 [N]
     positions: Tensor  # int64 [N]
@@ -65,7 +65,7 @@ class _SpanPlan:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What `attend` needs of a batch. The same for all layers of one window, so it is made once a step for each."""
+    """What `attend` needs of a batch. Made once per step and window, as it is the same for all layers of a window."""
 
     write_blocks: Tensor  # int64 [N]
     write_offsets: Tensor  # int64 [N]
@@ -74,7 +74,7 @@ class AttentionPlan:
 
 
 def plan_attention(batch: ForwardBatch, cache: Tensor, sliding_window: int | None) -> AttentionPlan:
-    """`sliding_window` in tokens: a query at p sees the keys in (p - window, p]; None: all up to p.
+    """The plan for layers with this `sliding_window` in tokens: a query at p sees keys in (p - window, p]; None: all.
 
     `cache` is that of all layers, `[num_blocks, num_layers, 2, block_size, Hkv, D]`.
     """

@@ -1,8 +1,8 @@
-"""What a model is (from its Hugging Face folder) and how an engine is to run it. Knows files, but no torch.
+"""The configuration of a model (from its Hugging Face folder) and of an engine. Knows files, but no torch.
 
-Everything that is not supported is refused here, at start, by name and with the list of what is supported, so that
-the model code behind it has no branch that guesses. Both spellings of config.json are read: transformers 5
-(`rope_parameters`, `dtype`) and older ones (`rope_theta` and `rope_scaling`, `torch_dtype`).
+Everything unsupported is refused here, at start, by name and with a list of what is supported, so that the model code
+has no branch that guesses. Both spellings of config.json are read: that of transformers 5 (`rope_parameters`, `dtype`)
+and the older one (`rope_theta` and `rope_scaling`, `torch_dtype`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run a model. Zero means "work it out"."""
+    """How to run a model. Zero means: determine it automatically."""
 
     dtype: str = "auto"  # "auto": float32 on a CPU, the checkpoint's elsewhere
     device: str = "cpu"
@@ -112,7 +112,7 @@ class EngineConfig:
 
 
 def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:
-    """The meaning of the blocks, or of their pieces, with dtype "auto" resolved; `model` is the whole one.
+    """The layout of the blocks, or of their pieces, with dtype "auto" resolved; `model` is the whole model.
 
     Raises `UnsupportedModel` for an unknown dtype.
     """
@@ -141,7 +141,7 @@ def _full_attention(raw: Json, num_layers: int) -> tuple[int | None, ...]:
 
 
 def _mistral_windows(raw: Json, num_layers: int) -> tuple[int | None, ...]:
-    """One window for all layers; a folder that does not name it was saved with transformers' default."""
+    """One window for all layers; a folder without it was saved with transformers' default."""
     window = _window(raw)
     _refuse_layer_types(raw, "full_attention" if window is None else "sliding_attention")
     return (window,) * num_layers
@@ -203,7 +203,7 @@ def _family(raw: Json) -> _Family:
 
 
 def _refuse_options(raw: Json) -> None:
-    """Options that change the result and are not built."""
+    """Refuses options that change the result and are not implemented."""
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
             method = raw[key].get("quant_method", "unnamed method")
@@ -225,7 +225,7 @@ def _positive(raw: Json, key: str, default: int | None = None) -> int:
 
 
 def _eos_token_ids(folder: Path, raw: Json) -> tuple[int, ...]:
-    """generation_config.json, where there is one, knows more ends than config.json: a chat model's end of turn."""
+    """generation_config.json, if present, has more end tokens than config.json, such as a chat model's end of turn."""
     path = folder / "generation_config.json"
     eos = read_json(path).get("eos_token_id") if path.exists() else None
     eos = raw.get("eos_token_id") if eos is None else eos

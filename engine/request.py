@@ -1,7 +1,7 @@
-"""A request from birth to death, and what an engine says of it. Plain data: no torch, no I/O.
+"""A request from birth to death, and an engine's output for it. Plain data: no torch, no I/O.
 
 There are no phases. A request has tokens and a cursor, `num_computed_tokens`; each step lets the cursor catch up. A
-prompt, a chunk of it, a decode step and the tail behind a prefix hit are all "tokens not computed yet".
+prompt, a chunk of it, a decode step and the tail after a prefix hit are all "tokens not computed yet".
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Ranges are checked here, once; `InvalidRequest` names the field and the limit.
+    """How to sample tokens. Ranges are checked here, once; `InvalidRequest` names the field and the limit.
 
     `logprobs` is the number of top alternatives to report (None: no logprobs at all). Stop strings are not here: the
-    engine knows no text, the router looks for them.
+    engine knows no text; the router matches them.
     """
 
     temperature: float = 1.0
@@ -103,9 +103,9 @@ class PromptLogprobs:
 
 @dataclass(eq=False)
 class Request:
-    """`token_ids` is the prompt, then every output token, also those of an earlier node before a failover.
+    """`token_ids` is the prompt, then every output token, including those of an earlier node before a failover.
 
-    `handoff_after` ends this leg after so many new tokens without ending the request (a prefill node passes 1).
+    `handoff_after` ends this leg after that many new tokens without ending the request (a prefill node passes 1).
     """
 
     request_id: str
@@ -154,7 +154,7 @@ class Request:
         return self.status is RequestStatus.FINISHED
 
     def append(self, token_id: int) -> None:
-        """Adds an output token, and the hash of the block that it fills."""
+        """Adds an output token, and the hash of the block that it completes, if any."""
         self.token_ids.append(token_id)
         if len(self.token_ids) % self.block_size == 0:
             self._extend_hashes()
@@ -182,7 +182,7 @@ class FullBlock:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one step did for one request; a chunk in the middle of a prompt has blocks but no token."""
+    """What one step did for one request; a chunk in the middle of a prompt may have blocks, but has no token."""
 
     request_id: str
     tokens: tuple[OutputToken, ...] = ()

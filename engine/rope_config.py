@@ -26,7 +26,7 @@ DEFAULT_THETA = 10_000.0
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding as in transformers' `modeling_rope_utils`. A type leaves other types' fields alone."""
+    """Rotary position embedding as in transformers' `modeling_rope_utils`. Fields of other types are unused."""
 
     rope_type: str = "default"
     theta: float = DEFAULT_THETA
