@@ -1,8 +1,8 @@
 """From a grammar to a matcher: a state machine over the tokens of one model that says which may come next.
 
-The library is llguidance: Rust, derivatives of regular expressions in an Earley parser, computed as they are needed.
-It bounds its own work; `LIMITS` are set so that no client can keep a core busy or fill the memory. Everything here may
-take milliseconds, releases the interpreter's lock meanwhile, and belongs on a thread.
+The library is llguidance: Rust, derivatives of regular expressions in an Earley parser, computed lazily. It bounds its
+own work; `LIMITS` are set so that no client can keep a core busy or fill the memory. Everything here may take
+milliseconds, releases Python's lock meanwhile, and should run on a thread.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LIMITS = LLParserLimits(
 
 
 class Compiler:
-    """Compiles for one model folder's `tokenizer.json`. Safe to share by threads; reads the file when first asked."""
+    """Compiles for one model folder's `tokenizer.json`. Thread-safe; reads the file on first use."""
 
     def __init__(self, folder: Path, eos_token_ids: Sequence[int], vocab_size: int | None = None) -> None:
         """`vocab_size` is the width of the model's logits; None: that of the tokenizer."""
@@ -49,7 +49,7 @@ class Compiler:
         self._compiled = functools.lru_cache(MAX_KEPT)(self._compile)
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
-        """A matcher at the beginning of the text, the caller's own. Raises `InvalidGrammar`, `NoGrammars`."""
+        """A new matcher at the beginning of the text. Raises `InvalidGrammar`, `NoGrammars`."""
         return self._compiled(grammar).deep_copy()
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
@@ -80,7 +80,7 @@ class Compiler:
 
 
 def check(matcher: LLMatcher, grammar: Grammar) -> None:
-    """Raises `InvalidGrammar` for a matcher that has come to an end without one."""
+    """Raises `InvalidGrammar` for a matcher that has stopped without completing a text."""
     if matcher.is_error():
         raise InvalidGrammar(grammar.field, _reason(matcher))
 

@@ -1,6 +1,6 @@
 """Brings the blocks of a held request from the store into its engine: match, fetch, import. Knows no gRPC.
 
-Whatever goes wrong here is a shorter hit: the engine computes what did not come.
+Any failure here just means a shorter hit: the engine computes what did not come.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ NEAR_POLL_S, NEAR_WAIT_S = 0.0001, 0.002
 
 
 class Pace:
-    """When to look again for something that comes in chunks: the longer it took so far, the less a delay matters.
+    """When to poll again for something that comes in chunks: the longer it has taken, the less a delay matters.
 
-    So a chunk is seen late by `share` of its own time at most, and by `max_s`.
+    So a chunk is noticed late by at most `share` of its own time, and at most `max_s`.
     """
 
     def __init__(self, share: float, min_s: float, max_s: float) -> None:
@@ -55,7 +55,7 @@ DIRECTORY_PACE = Pace(1 / 4, 0.002, 0.2)  # a round trip to Redis
 
 
 class Fetcher:
-    """Fetches for one HELD request, whose blocks are `owner`'s."""
+    """Fetches blocks for one held request; they belong to `owner`."""
 
     def __init__(self, loop: EngineLoop, intake: Intake, request: Request, owner: Owner = SHARED) -> None:
         self._loop = loop
@@ -75,9 +75,9 @@ class Fetcher:
 
     @property
     def num_missing_blocks(self) -> int:
-        """Blocks that could still be fetched; the one with the last token never is, so that a token is computed.
+        """Blocks that could still be fetched; never the one with the last token, so that a token is computed.
 
-        None of a prompt that is to be scored: all of it is computed.
+        0 for a request with prompt logprobs, whose whole prompt is computed.
         """
         request = self._request
         if request.is_scoring:
@@ -85,7 +85,7 @@ class Fetcher:
         return (request.num_tokens - 1) // request.block_size - self._num_blocks
 
     async def fetch(self) -> int:
-        """Imports the leading run of missing blocks that the store has now, as far as that is sooner than computing.
+        """Imports the leading run of missing blocks that the store has now, as far as that is faster than computing.
 
         Returns how many came; never raises.
         """
@@ -113,7 +113,8 @@ class Fetcher:
                     await stop.wait()
 
     async def release(self, num_coming_blocks: int) -> None:
-        """Lets the request run, behind what there is now and what is on its way of its first `num_coming_blocks`.
+        """Fetches what is available, waits for those of the first `num_coming_blocks` that are on their way, and then
+        lets the request run.
 
         Raises `UnknownRequest`.
         """
@@ -123,7 +124,7 @@ class Fetcher:
             await self._loop.call(lambda engine: engine.release(self._request.request_id))
 
     async def _fetch_coming(self, num_blocks: int) -> None:
-        """Not longer than computing it would take: whoever publishes it may have died."""
+        """Waits for coming blocks, but no longer than computing them would take: their publisher may have died."""
         if not self._is_near:
             self._ask_directory_s = 0.0
         self._progress_s = time.monotonic()  # what comes now comes soon: the directory is looked into often again
@@ -169,7 +170,7 @@ class Fetcher:
         return num_imported_blocks
 
     async def _land(self, chosen: Match) -> int:
-        """Fetches what is not mapped straight into the request's blocks, where they can be lent."""
+        """Fetches blocks that are not mapped straight into the request's own blocks, if those can be lent."""
         limit_s = self._intake.wire_limit_s(chosen.num_blocks)
         with landing(self._loop, self._request, chosen.num_blocks) as strip:
             payloads = await self._store.fetch(chosen, limit_s, strip.views)
@@ -179,7 +180,7 @@ class Fetcher:
         return num_imported_blocks
 
     async def _fetch_chosen(self, chosen: Match) -> Sequence[Payload]:
-        """The leading run that could be had, by all ranks."""
+        """The leading run that all ranks could fetch."""
         num_blocks, ranks = chosen.num_blocks // self._num_pieces, self._intake.ranks
         limit_s = self._intake.wire_limit_s(num_blocks)
         if ranks is None or num_blocks == 0:
@@ -190,7 +191,7 @@ class Fetcher:
         return payloads[: num_good_blocks * self._num_pieces]
 
     async def _match(self) -> Match:
-        """What this machine's arena holds; where it holds nothing, now and then what the directory knows of."""
+        """What this machine's arena holds; if nothing, periodically what the directory knows of."""
         first, num_blocks = self._num_blocks, min(self.num_missing_blocks, self._max_fetch_blocks)
         hashes = piece_hashes(self._request.block_hashes[first : first + num_blocks], self._intake.pieces)
         here = self._intake.whole(self._store.match_local(hashes))
@@ -201,7 +202,7 @@ class Fetcher:
         return match
 
     async def _import(self, payloads: Sequence[Payload]) -> int:
-        """Copies into the engine, a part at a time; of mapped payloads this is the transfer itself."""
+        """Copies payloads into the engine, part by part; for mapped payloads this is the transfer itself."""
         num_imported_blocks = 0
         starts = range(0, len(payloads) // self._num_pieces * self._num_pieces, self._num_pieces)
         blocks = [payloads[start : start + self._num_pieces] for start in starts]

@@ -1,7 +1,7 @@
-"""Publishes full blocks into this machine's arena, in order, behind the compute. Knows no request and no gRPC.
+"""Publishes full blocks into this machine's arena, in order, in the background. Knows no request and no gRPC.
 
 A block stays pinned in the engine from the step that filled it until its bytes are in the arena. What cannot be
-published is unpinned and forgotten: the next reader misses it, nothing else.
+published is unpinned and forgotten; the only effect is that the next reader has a miss.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Write:
 
 
 class Publisher:
-    """One for each node: a queue of pinned blocks, and the task that empties it."""
+    """One per node: a queue of pinned blocks, and the task that empties it."""
 
     def __init__(self, loop: EngineLoop, store: KVClient, num_blocks: int, ranks: Ranks | None = None) -> None:
         self._loop = loop
@@ -56,7 +56,7 @@ class Publisher:
     def publish(self, blocks: Sequence[FullBlock], owner: Owner = SHARED) -> bool:
         """Takes over the pins of `blocks`, and returns at once. False: they will not be published.
 
-        Of those that are taken, the store refuses what does not fit into the owner's quota.
+        Even accepted blocks are not stored if they do not fit into the owner's quota.
         """
         if not blocks:
             return True
@@ -72,13 +72,13 @@ class Publisher:
         return True
 
     async def flush(self) -> None:
-        """Waits until all that was taken before this call is published or given up, and unpinned."""
+        """Waits until everything accepted before this call is published or given up, and unpinned."""
         taken = self._num_taken_blocks
         async with self._settled:
             await self._settled.wait_for(lambda: self._num_settled_blocks >= taken)
 
     def _is_stalled(self) -> bool:
-        """Whether the store keeps so much from the engine, for so long, that it is better to publish nothing more."""
+        """Whether the store is so slow, and so many blocks are pinned for it, that more should not be published."""
         is_late = self._writer is not None and time.monotonic() - self._write_began_s > STALL_S
         return is_late and self._num_pinned_blocks > self._max_stalled_blocks
 
@@ -93,7 +93,7 @@ class Publisher:
         self._writer = None
 
     def _take_batch(self) -> tuple[list[FullBlock], Owner]:
-        """The next blocks of the queue, as many as are one owner's and go into one write."""
+        """The next blocks of the queue that have one owner and fit into one write."""
         owner = self._queue[0][1]
         batch: list[FullBlock] = []
         while self._queue and self._queue[0][1] == owner and len(batch) < self._max_batch_blocks:

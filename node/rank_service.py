@@ -1,4 +1,4 @@
-"""The Rank service: what a rank that follows does for its leader, with its own pieces of blocks. Knows no request."""
+"""The Rank service: what the other ranks do for their leader, with their own pieces of blocks. Knows no request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_LAG_S = 60.0  # a rank that is so far behind its leader's steps is as good a
 
 
 class RankService(rank_pb2_grpc.RankServicer):
-    """One rank's side of `node.ranks.Ranks`. What the store fails to do is a miss; errors are the node's end."""
+    """One rank's side of `node.ranks.Ranks`. Failures of the store are misses; any other error ends the node."""
 
     def __init__(self, follower: Follower, store: KVClient, intake: Intake) -> None:
         self._follower = follower
@@ -86,7 +86,7 @@ class RankService(rank_pb2_grpc.RankServicer):
             raise TimeoutError(f"step {num_steps} has not ended within {MAX_LAG_S:.0f} s")
 
     def _checked(self, blocks: rank_pb2.Blocks) -> tuple[list[BlockHash], list[int], Owner]:
-        """Raises `InvalidRequest` for what no leader would ask."""
+        """Hashes, block ids and owner, checked. Raises `InvalidRequest` for what no leader would ask."""
         num_blocks, max_steps = self._follower.num_blocks, self._follower.max_told_steps
         if len(blocks.hashes) != len(blocks.block_ids) or any(len(name) != HASH_BYTES for name in blocks.hashes):
             raise InvalidRequest("blocks", f"need a name of {HASH_BYTES} bytes each")
