@@ -16,7 +16,7 @@ PAGES = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """One router. Seconds in `_s`; what they are for stands at `Patience` and `Persistence`."""
+    """One router's options. Times in seconds (`_s`) are explained at `Patience` and `Persistence`."""
 
     model_dir: str  # for its tokenizer
     redis_url: str = field(repr=False)  # may have a password in it
@@ -55,12 +55,12 @@ class RouterConfig:
 
     @property
     def is_local(self) -> bool:
-        """Whether clients of this machine alone reach the doors."""
+        """Whether only clients on this machine can reach its ports."""
         return is_loopback(self.host)
 
     @property
     def shows_page(self) -> bool:
-        """Whether the HTTP door has the live page, which asks nobody for a key."""
+        """Whether the HTTP port serves the live page, which requires no key."""
         return self.status_page == "on" or (self.status_page == "auto" and not self.tenants_file)
 
     @property
@@ -83,12 +83,12 @@ class RouterConfig:
 
     @classmethod
     def from_json(cls, text: str) -> RouterConfig:
-        """Raises `TypeError` for a name that is no option, `ValueError` for text that is no JSON."""
+        """Raises `TypeError` for an unknown option, `ValueError` for invalid JSON."""
         return cls(**json.loads(text))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine can reach `host`. A name other than localhost may mean anything."""
+    """Whether only this machine can reach `host`. False for names other than localhost, which may mean anything."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

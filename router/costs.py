@@ -21,7 +21,7 @@ from router.ways import Held, ways
 
 @dataclass(frozen=True)
 class PrefillCosts:
-    """First legs: one entry a row of the cluster. Rows where nobody is hold anything."""
+    """Costs of first legs, one entry per row of the cluster. Entries of unused rows are meaningless."""
 
     queue_s: Column
     room_s: Column
@@ -46,7 +46,7 @@ class PrefillCosts:
 
 @dataclass(frozen=True)
 class DecodeCosts:
-    """Second legs, likewise."""
+    """Costs of second legs, likewise."""
 
     step_s: Column
     steps_s: Column
@@ -63,9 +63,9 @@ class DecodeCosts:
 def prefill_costs(
     request: RequestView, cluster: Cluster, now_s: float, rates: Rates, may_fetch: bool = True
 ) -> PrefillCosts:
-    """Each node with the blocks of its own arena, or, where that is sooner, with the longest run of all.
+    """Each node with the blocks of its own arena, or, if that is faster, with the longest run of all arenas.
 
-    What lies on a disk that is slower than computing is left there. Without `may_fetch` nobody fetches from others.
+    Blocks on a disk that is slower than computing are not used. Without `may_fetch`, nodes use only their own arena.
     """
     queue_s = np.maximum(cluster.free_at_s - now_s, 0.0) + cluster.num_requests * rates.request_s
     room_s = np.where(_is_full(request, cluster), rates.no_room_s, 0.0)
@@ -99,7 +99,7 @@ def decode_costs(request: RequestView, cluster: Cluster, rates: Rates) -> Decode
 
 @dataclass(frozen=True)
 class Survey:
-    """All that one decision rests on: the request, the cluster now, and each leg's seconds on each row."""
+    """The basis of one decision: the request, the cluster now, and each leg's seconds on each row."""
 
     request: RequestView
     cluster: Cluster
@@ -113,7 +113,7 @@ class Survey:
     _second_terms: dict[int, DecodeTerms] = field(default_factory=dict)
 
     def plan(self, source: int, target: int) -> Plan:
-        """The plan for a pair of rows: first leg, second leg; the same row twice runs both."""
+        """The plan for a pair of rows: first leg, second leg; the same row twice means that it runs both."""
         is_one = source == target
         blocks = int(self.first.fetch_blocks[source])
         return Plan(
@@ -131,10 +131,10 @@ class Survey:
         )
 
     def handoff_s(self, source: int, target: int) -> float:
-        """What the way from a first leg on `source` to a second on `target` adds between first and second token.
+        """What the hand-off from a first leg on `source` to a second on `target` adds between first and second token.
 
-        Blocks travel from when they are there: those that arenas hold at once, the others while they are computed.
-        Only what takes longer than that counts.
+        Blocks travel as soon as they exist: those that arenas hold at once, the others while prefill goes on. Only the
+        time beyond that counts.
         """
         request, cluster, rates = self.request, self.cluster, self.rates
         num_blocks = request.num_tokens // cluster.block_size
@@ -171,7 +171,7 @@ class Survey:
 def survey(
     request: RequestView, cluster: Cluster, now_s: float, rates: Rates, may_fetch: bool = True
 ) -> Survey | Reject:
-    """Looks at all nodes at once; a rejection where nobody could take the request."""
+    """Evaluates all nodes at once; a rejection if none could take the request."""
     living = cluster.is_there & (cluster.max_model_len > request.num_tokens)
     _clear(living, request.failed, cluster)
     if not living.any():
@@ -184,9 +184,9 @@ def survey(
 
 
 def candidates(request: RequestView, cluster: Cluster, living: Mask) -> tuple[Mask, Mask, Mask]:
-    """Rows that may run a first leg, a second one, and both because that is their role.
+    """Rows that may run a first leg, rows that may run a second one, and rows whose role is both.
 
-    A role that nobody is left to play is played by everybody.
+    If no node of a role is left, all nodes may play it.
     """
     fits = living & ((cluster.total_blocks == 0) | (cluster.total_blocks >= blocks_needed(request, cluster)))
     living = fits if fits.any() else living  # where none can hold it, for a node to say so by name and limit
@@ -200,12 +200,12 @@ def candidates(request: RequestView, cluster: Cluster, living: Mask) -> tuple[Ma
 
 
 def blocks_needed(request: RequestView, cluster: Cluster) -> int:
-    """What a leg reserves: all its tokens, and one more."""
+    """The blocks that a leg reserves: for all its tokens, and one more."""
     return request.num_tokens // cluster.block_size + 1
 
 
 def _order_s(cluster: Cluster, now_s: float, rates: Rates, compute_s: Column) -> Column:
-    """What each queue's order adds to the wait behind all its work."""
+    """What each queue's order adds to, or takes from, the wait for all of its work."""
     overtaken_s = np.zeros(len(compute_s))
     for row, line in cluster.lines.items():
         overtaken_s[row] = line.overtaken_s(key(float(compute_s[row]), now_s))

@@ -1,7 +1,7 @@
-"""One leg in flight: its call, what it holds on its node, and how its end is told apart.
+"""One leg in flight: its call, what it holds on its node, and how it ended.
 
 A leg ends well, is refused, fails, or is broken off from outside when its node hangs. Foreign errors are mapped here,
-once; what follows from them is the dispatcher's.
+once; the dispatcher decides what follows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Callee:
 
 @dataclass(frozen=True)
 class Burden:
-    """What a leg lays on its node, as far as a router can tell."""
+    """The load that a leg puts on its node, as far as a router can tell."""
 
     compute_s: float = 0.0  # of prefill, predicted
     blocks: int = 0  # that it holds
@@ -43,7 +43,7 @@ class Burden:
 
 @dataclass(frozen=True)
 class Work:
-    """What a first leg has computed, by the node's own word."""
+    """What a first leg has computed, as reported by the node."""
 
     uncached_tokens: int
     cached_tokens: int
@@ -122,7 +122,7 @@ class PrefillLeg(Leg):
     kind = "prefill"
 
     def __init__(self, callee: Callee, burden: Burden, clock: Callable[[], float], method: Any) -> None:
-        """`method` is that of the node's stub."""
+        """`method` is the node stub's Prefill."""
         super().__init__(callee, burden, clock)
         self._method = method
 
@@ -143,7 +143,7 @@ class DecodeLeg(Leg):
     kind = "decode"
 
     def __init__(self, callee: Callee, burden: Burden, clock: Callable[[], float], calls: DecodeCalls) -> None:
-        """`calls` are those to the node."""
+        """`calls` has the node's reusable calls."""
         super().__init__(callee, burden, clock)
         self._calls = calls
         self._starting: asyncio.Task[None] | None = None
@@ -152,7 +152,7 @@ class DecodeLeg(Leg):
         self._is_over = False
 
     async def admit(self, message: node_pb2.DecodeRequest, timeout_s: float | None, metadata: Metadata = None) -> None:
-        """Waits until the node holds room. `message` is the Admit; a leg that runs alone needs no `start`.
+        """Waits until the node has reserved room. `message` is the Admit; a leg that runs alone needs no `start`.
 
         Raises `InvalidRequest`, `LegRefused`, `LegFailed`.
         """
@@ -171,7 +171,7 @@ class DecodeLeg(Leg):
             raise self._failed("did not answer Admit with Admitted")
 
     def start(self, tokens: Sequence[common_pb2.Token], coming_blocks: int = 0) -> None:
-        """Sends Start on its way without waiting for it: the client's first token goes out meanwhile."""
+        """Sends Start without waiting for it: the client's first token goes out meanwhile."""
         message = node_pb2.DecodeRequest(start=node_pb2.Start(tokens=tokens, coming_blocks=coming_blocks))
         self._starting = asyncio.get_running_loop().create_task(self._write(message))
 
