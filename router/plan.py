@@ -1,4 +1,4 @@
-"""What a policy is asked, and what it answers: a request, a plan with its terms in seconds, a rejection. Pure data."""
+"""A policy's input and output: a request, a plan with its terms in seconds, a rejection. Pure data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rates:
-    """What predictions assume where nothing is measured, and where they stop to tell choices apart."""
+    """What predictions assume where nothing was measured, and the margins within which choices count as equal."""
 
     memory_bytes_per_s: float = 4e9  # from an arena of the same machine
     wire_bytes_per_s: float = 1e9  # from another machine's
@@ -41,7 +41,7 @@ class Rates:
 class RequestView:
     """What the choice depends on. `hits`: arena id -> the leading run of blocks that it holds.
 
-    `warming`: node id -> the leading run that it was just sent to compute: whoever queues there finds it computed.
+    `warming`: node id -> the leading run that it was just sent to compute, and will have when its queue gets there.
     """
 
     num_tokens: int  # the prompt, and what was put out before a failover
@@ -57,7 +57,7 @@ class RequestView:
 
 @dataclass(frozen=True)
 class PrefillTerms:
-    """Predicted seconds of a first leg. `stall_s` is what the node's own streams lose, not the request itself."""
+    """Predicted seconds of a first leg. `stall_s` is what the node's running streams lose, not the request itself."""
 
     queue_s: float
     room_s: float
@@ -72,7 +72,7 @@ class PrefillTerms:
 
     @property
     def cost_s(self) -> float:
-        """As if nobody overtook anybody: those whom it overtakes wait as much longer as it gains."""
+        """The cost without any overtaking: what the request gains by it, the overtaken lose."""
         return max(self.queue_s + self.room_s, self.fetch_s) + self.compute_s + self.stall_s
 
 
@@ -106,7 +106,7 @@ class Plan:
     seen: Survey | None = field(default=None, compare=False, repr=False)  # what it was chosen from
 
     def bare(self) -> Plan:
-        """Without what it was chosen from, which is as large as the cluster."""
+        """The plan without its alternatives, which are as large as the cluster."""
         return replace(self, seen=None)
 
     @property
@@ -119,7 +119,7 @@ class Plan:
 
     @property
     def predicted_tpot_s(self) -> float:
-        """A step, and its share of the hand-off, which lies between the first token and the second."""
+        """A step, plus its share of the hand-off, which falls between the first token and the second."""
         num_steps = self.decode.steps_s / self.decode.step_s if self.decode.step_s else 1.0
         return self.decode.step_s + self.handoff_s / max(1.0, num_steps - 1.0)
 
@@ -144,7 +144,7 @@ class Reason(enum.Enum):
 
 @dataclass(frozen=True)
 class Reject:
-    """Nobody takes the request. `best` is the choice that came closest, where limits were broken."""
+    """No node takes the request. `best` is the choice that came closest, if limits were the reason."""
 
     reason: Reason
     best: Plan | None = None
@@ -152,7 +152,7 @@ class Reject:
     seen: Survey | None = field(default=None, compare=False, repr=False)
 
     def bare(self) -> Reject:
-        """Without what it was made from, which is as large as the cluster."""
+        """The rejection without its basis, which is as large as the cluster."""
         return replace(self, best=self.best.bare() if self.best else None, seen=None)
 
     def __str__(self) -> str:
@@ -163,7 +163,7 @@ class Reject:
 
 
 class Policy(Protocol):
-    """Decides for one request. What it remembers from one call to the next is its own."""
+    """Decides for one request. It may keep state from one call to the next."""
 
     def __call__(
         self, request: RequestView, cluster: Cluster, now_s: float, rng: random.Random, rates: Rates

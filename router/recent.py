@@ -1,6 +1,6 @@
-"""What one router did lately: its last answers, and how it went over the last minutes. Plain state, of bounded size.
+"""A router's recent past: its last answers, and figures of the last minutes. Plain state of bounded size.
 
-No text of a prompt or an answer comes here.
+It never contains text of a prompt or an answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Ended:
 
 @dataclass(slots=True)
 class Bin:
-    """The answers that ended in one stretch of time."""
+    """The answers that ended in one interval."""
 
     index: int  # of the stretch
     count: int = 0
@@ -51,7 +51,7 @@ class Bin:
 
 
 class Recent:
-    """`note` each answer that ended."""
+    """Call `note` for each answer that has ended."""
 
     def __init__(self) -> None:
         self.answers: deque[Ended] = deque(maxlen=MAX_ANSWERS)
@@ -66,13 +66,13 @@ class Recent:
             self.bins[-1].add(ended.usage, ended.timeline)
 
     def since(self, now_s: float) -> list[Bin]:
-        """The bins that are not too old by now, oldest first; where nothing ended there is none."""
+        """The bins that are recent enough, oldest first; intervals in which nothing ended have none."""
         oldest = int(now_s // BIN_S) - NUM_BINS
         return [one for one in self.bins if one.index > oldest]
 
 
 def quantile(values: Sequence[float], part: float) -> float | None:
-    """None where there is nothing to take it of."""
+    """The quantile of `values`; None if there are none."""
     ranked = sorted(values)
     return ranked[min(len(ranked) - 1, int(part * len(ranked)))] if ranked else None
 

@@ -1,4 +1,4 @@
-"""What a failed call says beside its code and its text: details that programs can read, in gRPC's metadata."""
+"""Machine-readable details of a failed call, in gRPC's trailing metadata, in addition to its code and message."""
 
 from __future__ import annotations
 
