@@ -102,13 +102,13 @@ class EngineConfig:
     block_size: int = 16  # tokens
     num_blocks: int = 0  # 0: as many as fit into kv_cache_bytes
     kv_cache_bytes: int = 256 * 1024 * 1024
-    max_model_len: int = 0  # tokens; 0: the model's, capped to what the pool can hold
-    max_num_batched_tokens: int = 512
-    max_num_requests: int = 64
+    max_model_len: int = 0  # tokens of prompt and output; 0: the model's, capped to what the pool can hold
+    max_num_batched_tokens: int = 512  # token budget of one step
+    max_num_requests: int = 64  # at a time
     enable_prefix_caching: bool = True
     num_threads: int = 0  # 0: torch's default
-    kv_layer_pieces: int = 1  # that blocks travel in: as many as the most stages of any node
-    kv_head_pieces: int = 1  # likewise: as many as the most ranks of any stage, but no more than key heads
+    kv_layer_pieces: int = 1  # a block is cut into so many pieces by layers, to suit the stages of all nodes
+    kv_head_pieces: int = 1  # and into so many by heads, no more than KV heads, to suit their tensor-parallel ranks
 
 
 def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:

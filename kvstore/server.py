@@ -75,20 +75,20 @@ class StoreConfig:
     dir: str
     redis_url: str = field(repr=False)  # may have a password in it
     slot_bytes: int  # block_bytes of the model
-    memory_bytes: int  # of the arena, taken whole at the start
+    memory_bytes: int  # of the arena, allocated in full at the start
     eviction: str = "s3fifo"  # or "lru"
     disk_bytes: int = 0  # for blocks that the arena has no room for; 0: none
     disk_dir: str = ""  # kept from one start to the next; no two stores may share it
-    disk_admission: str = "all"  # or "second-touch": which of the blocks that are evicted it gets
-    disk_root: str = ""  # hex of KVLayout.root(): blocks of other models that lie there are not taken over
+    disk_admission: str = "all"  # which evicted blocks go to disk: "all" or "second-touch"
+    disk_root: str = ""  # hex of KVLayout.root(): blocks of other models found there are not used
     cluster: str = "default"
     advertise_host: str = "127.0.0.1"  # where other machines find it
     bind_host: str = ""  # "": advertise_host
     host: str = ""  # label of the machine; "": its host name
-    wire_key: str = field(default="", repr=False)  # see kvstore/curve.py; "": readers are not asked who they are
+    wire_key: str = field(default="", repr=False)  # see kvstore/curve.py; "": readers are not authenticated
     trusts_network: bool = False  # without a wire_key, only this allows an address that other machines reach
     tcp: bool = True  # without a wire_key, blocks can also be read over plain TCP, which is faster
-    metrics: bool = True  # for Prometheus, over HTTP, at a port of their own where blocks are read from
+    metrics: bool = True  # for Prometheus, over HTTP, at a port of their own on the data socket's address
     metrics_port: int = 0  # 0: the kernel chooses
     heartbeat_s: float = 1.0
     ttl_s: float = 5.0

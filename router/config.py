@@ -20,26 +20,26 @@ class RouterConfig:
 
     model_dir: str  # for its tokenizer
     redis_url: str = field(repr=False)  # may have a password in it
-    model: str = ""  # the served name; "" takes the nodes' word for it
+    model: str = ""  # the served name; "": as the nodes say
     cluster: str = "default"
     host: str = "127.0.0.1"  # to listen on
     port: int = 0  # 0: the kernel chooses
-    http: bool = True  # OpenAI's API, beside gRPC's
+    http: bool = True  # OpenAI's API, in addition to gRPC
     http_port: int = 0  # 0: the kernel chooses
     advertise_host: str = ""  # "" is `host`
     policy: str = DEFAULT  # a name of router.policy.POLICIES
     metrics: bool = False  # for Prometheus, over HTTP, at a port of its own
     metrics_port: int = 0  # 0: the kernel chooses
-    tenants_file: str = ""  # and read again when it changes; "": whoever reaches the port may use it, with one cache
-    tls_cert: str = ""  # PEM files, read again when they change; "": no TLS
+    tenants_file: str = ""  # reloaded when it changes; "": whoever reaches the port may use it, sharing one cache
+    tls_cert: str = ""  # PEM files, reloaded when they change; "": no TLS
     tls_key: str = ""
     tls_client_ca: str = ""  # "": clients need no certificate
-    cluster_token: str = field(default="", repr=False)  # that nodes ask for
-    admin_port: int = -1  # of the operator's door; -1: closed, 0: the kernel chooses
+    cluster_token: str = field(default="", repr=False)  # that nodes require
+    admin_port: int = -1  # -1: closed, 0: the kernel chooses
     admin_host: str = "127.0.0.1"
-    admin_key_file: str = ""  # needed where admin_host is no loopback address
-    max_concurrent_requests: int = 1024  # over all doors and tenants; 0: no bound
-    status_page: str = "auto"  # the live page at / of the HTTP door: "on", "off", or "auto": where there are no tenants
+    admin_key_file: str = ""  # required unless admin_host is a loopback address
+    max_concurrent_requests: int = 1024  # over both APIs and all tenants; 0: no bound
+    status_page: str = "auto"  # the live page at / over HTTP: "on", "off", or "auto" (on if there are no tenants)
     otlp_endpoint: str = ""  # "http://host:port" of an OTLP receiver for traces; "": as OpenTelemetry's variables say
     max_message_bytes: int = 16 * 2**20
     max_prompt_bytes: int = 4 * 2**20

@@ -23,18 +23,18 @@ class Rates:
     wire_bytes_per_s: float = 1e9  # from another machine's
     disk_bytes_per_s: float = 5e8  # what comes from an arena's disk first
     request_s: float = 0.002  # what each request ahead costs besides its tokens
-    handoff_s: float = 0.01  # what a second leg costs besides its bytes, until it is measured: calls, publishing
+    handoff_s: float = 0.01  # what a second leg costs besides its bytes (calls, publishing), until it is measured
     no_room_s: float = 1.0  # waiting until a full node has room for a prefill
-    pressure_s: float = 0.15  # times k / (1 - k) where k of the decode node's blocks are in use
-    max_stall_s: float = 0.02  # a decode node's own streams may be held up so long by a prompt that skips the first leg
-    work_ratio: float = 0.1  # what each second that a prefill node computes costs those who come later
-    horizon_tokens: int = 32  # output tokens that a decode node's speed is weighed over
-    ttft_slack_s: float = 0.0  # first tokens come so much later than predicted, now and then: kept free under a limit
+    pressure_s: float = 0.15  # times k / (1 - k), where k is the fraction of the decode node's blocks in use
+    max_stall_s: float = 0.02  # how long a prompt that skips the first leg may stall a decode node's running streams
+    work_ratio: float = 0.1  # what each second that a prefill node computes costs later requests
+    horizon_tokens: int = 32  # output tokens over which a decode node's speed is weighed
+    ttft_slack_s: float = 0.0  # margin kept below a TTFT limit: how late first tokens are, at the 90th percentile
     tie_s: float = 0.002
     tie_ratio: float = 0.01
-    shares: tuple[float, ...] = ()  # of nodes' time that shorter prompts take, by class (router/line.py)
-    calls_s: float = 0.0  # what calls add to each first token, wherever it is made
-    overtaking_share: float = 1.0  # of the wait for overtakers: what a request under a TTFT limit leaves time for
+    shares: tuple[float, ...] = ()  # of the nodes' time that shorter prompts take, by class (router/line.py)
+    calls_s: float = 0.0  # what calls add to each first token, wherever it is computed
+    overtaking_share: float = 1.0  # of the expected wait for overtakers that a request with a TTFT limit allows for
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ class Patience:
     poll_s: float = 0.25
     ttl_s: float = 3.0  # without a record
     cool_down_s: float = 2.0  # before a node that did not answer is tried again
-    stall_s: float = 5.0  # an answer that takes longer makes the registry ask after its node's health
-    probe_s: float = 5.0  # for the answer to that
+    stall_s: float = 5.0  # after this long without an answer, the node's health is checked
+    probe_s: float = 5.0  # time-out of that check
     progress_s: float = 300.0  # an answer may take no longer, however healthy its node
 
 
