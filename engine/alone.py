@@ -13,9 +13,9 @@ from kvstore.blocks import BlockHash, salted
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-WARM_UP_TOKENS = 64  # enough to give each thread of a kernel something to do, and soon done on any machine
+WARM_UP_TOKENS = 64  # enough work for each thread of a kernel, and fast on any machine
 WARM_UP_PARAMS = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=2, ignore_eos=True)  # one decode step
-MEASURE_S = 0.1  # a prefill step that takes so long says how fast long prompts are
+MEASURE_S = 0.1  # a prefill step of at least this duration measures the speed of long prompts
 
 
 def run_alone(

@@ -50,7 +50,7 @@ class ForwardBatch:
     slot_mapping: Tensor  # int64 [N], block_id * block_size + offset in the block
     spans: tuple[SequenceSpan, ...]
     logits_indices: Tensor  # int64 [R], the rows whose logits are wanted
-    kernels: Mapping[int | None, Kernel] = field(default_factory=dict)  # of each window, for all spans; may be empty
+    kernels: Mapping[int | None, Kernel] = field(default_factory=dict)  # by window, each for all spans; may be empty
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _SpanPlan:
     start: int
     end: int
     blocks: Tensor | None  # int64, the blocks to gather; None: all keys are among the span's own rows
-    keys: slice  # of the gathered tokens, those that any query sees
+    keys: slice  # the gathered tokens that some query sees
     mask: Tensor | None  # bool [query_len, keys], True where a query sees a key; None: each sees all, or causal
     is_causal: bool
 
@@ -70,7 +70,7 @@ class AttentionPlan:
     write_blocks: Tensor  # int64 [N]
     write_offsets: Tensor  # int64 [N]
     kernel: Kernel | None
-    spans: tuple[_SpanPlan, ...]  # for torch, where there is no kernel
+    spans: tuple[_SpanPlan, ...]  # for plain torch, if there is no kernel
 
 
 def plan_attention(batch: ForwardBatch, cache: Tensor, sliding_window: int | None) -> AttentionPlan:
@@ -122,7 +122,7 @@ def _plan_compiled(spans: Sequence[SequenceSpan], window: int | None) -> Attenti
 def _plan_span(span: SequenceSpan, block_size: int, window: int | None) -> _SpanPlan:
     length, context = span.query_len, span.context_len
     prior = context - length
-    # Keys before this one are out of every query's sight, so they are not even gathered.
+    # No query sees keys before this one, so they are not even gathered.
     first_key = 0 if window is None else max(0, prior - window + 1)
     first_block, last_block = first_key // block_size, -(-context // block_size)
     is_windowed = window is not None and context - first_key > window
@@ -150,7 +150,7 @@ def _attend_one(q: Tensor, keys: Tensor, values: Tensor, span: _SpanPlan) -> Ten
     """One sequence: q `[T, H, D]`, keys and values `[S, Hkv, D]` -> `[T, H, D]`. Scores are scaled by 1/sqrt(D)."""
     heads_first = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
     if q.shape[0] == 1:
-        # A single query sees every key: the heads that share a KV head go as its queries, which spares SDPA a pass
+        # A single query sees every key, so the heads that share a KV head become its queries, which saves SDPA a pass
         # over the keys for each of them.
         grouped = q.view(1, keys.shape[1], -1, q.shape[2])
         return functional.scaled_dot_product_attention(grouped, *heads_first).reshape(q.shape)

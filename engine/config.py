@@ -47,7 +47,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]  # tokens, one for each layer; None: full attention
     eos_token_ids: tuple[int, ...]
     dtype: str  # of the checkpoint
-    digest: str  # names config and weights; the same on every machine that has the same files
+    digest: str  # identifies config and weights; the same on every machine that has the same files
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> ModelConfig:
@@ -118,8 +118,8 @@ def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:
     """
     dtype = engine.dtype
     if dtype == "auto":
-        # In half precision the last bit of a logit hangs on how a prompt was cut into chunks, and one token in a few
-        # hundred hangs on that bit. Few CPUs are faster in it, so they rather give the same text on every path.
+        # In half precision the last bit of a logit depends on how a prompt was cut into chunks, and one token in a few
+        # hundred depends on that bit. Few CPUs are faster in it, so the same text on every path is worth more there.
         dtype = "float32" if engine.device == "cpu" else model.dtype
     return KVLayout(
         model=model.digest,
@@ -132,7 +132,7 @@ def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:
     )
 
 
-# --- what the families differ in ---
+# --- how the families differ ---
 
 
 def _full_attention(raw: Json, num_layers: int) -> tuple[int | None, ...]:
@@ -181,7 +181,7 @@ class _Family:
     qk_norm: bool = False
     reads_attention_bias: bool = False
     reads_mlp_bias: bool = False
-    default_head_dim: int = 0  # where config.json names none; 0: hidden_size / num_attention_heads
+    default_head_dim: int = 0  # if config.json has none; 0: hidden_size / num_attention_heads
 
 
 FAMILIES: Mapping[str, _Family] = {

@@ -77,7 +77,7 @@ class PaddedKernel:
 
     def attend(self, q: Tensor, cache: Tensor, out: Tensor) -> None:
         keys, values = (self._gather(cache[:, part]) for part in (0, 1))  # [S, Hkv, width * block_size, D]
-        grouped = q.view(q.shape[0], keys.shape[1], -1, q.shape[2])  # the heads of one KV head go as its queries
+        grouped = q.view(q.shape[0], keys.shape[1], -1, q.shape[2])  # the heads that share a KV head become its queries
         attended = scaled_dot_product_attention(grouped, keys, values, attn_mask=self._is_seen[:, None, None])
         out.copy_(attended.reshape(q.shape))
 
@@ -244,4 +244,4 @@ def probe(backend: Backend, config: ModelConfig, cache: Tensor) -> float:
         actual = torch.empty_like(expected)
         kernel.attend(q, small[:, 0], actual)
         errors.append(((actual - expected).abs() / expected.abs().clamp(min=1.0)).max().float().cpu())
-    return float(torch.stack(errors).max())  # which, unlike Python's, lets nothing that is not a number pass
+    return float(torch.stack(errors).max())  # which, unlike Python's, propagates NaN

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvstore.copies import copy_and_sum
 
-STAGED_BLOCKS = 8  # on their way at once, in each direction
+STAGED_BLOCKS = 8  # in flight at once, in each direction
 
 
 class BlockCopies:
@@ -37,7 +37,7 @@ class BlockCopies:
         """Returns when the payload has been copied to pinned memory; the copy to the device continues in background."""
         staging, slot = self._incoming, self._next_slot
         self._next_slot = (slot + 1) % STAGED_BLOCKS
-        staging.events[slot].synchronize()  # what was in this slot has left it
+        staging.events[slot].synchronize()  # the last copy from this slot is done
         np.copyto(staging.host[slot], payload)
         with self._runtime.stream(staging.stream):
             self._piece(piece_id).copy_(staging.shaped[slot], non_blocking=True)

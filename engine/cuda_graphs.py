@@ -37,11 +37,11 @@ class GraphRecorder:
     """Captures what a function launches; calling the result replays it and returns the same tensor, filled anew."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()  # one for all graphs, for they never run at once
+        self._pool = torch.cuda.graph_pool_handle()  # shared by all graphs, as they never run at the same time
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        # Libraries allocate and choose when first called, which a capture does not allow.
+        # Libraries allocate and select kernels on their first call, which a capture does not allow.
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -49,7 +49,7 @@ class GraphRecorder:
                 compute()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on exporting blocks meanwhile.
+        # Other threads keep exporting blocks meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             output = compute()
 
@@ -85,7 +85,7 @@ class GraphedModel:
         logits = self._replay(self._graphs[shape], batch)
         if len(batch.logits_indices) == len(batch.spans):
             return logits[: len(batch.spans)]
-        return logits[batch.logits_indices.to(logits.device)]  # one token of a prompt wants no logits
+        return logits[batch.logits_indices.to(logits.device)]  # a single prompt token that needs no logits
 
     def captures(self, max_sequences: int, max_context_len: int) -> list[Callable[[], object]]:
         """Functions that capture the graphs of all decode steps that an engine can run, one graph each.
@@ -117,13 +117,13 @@ class GraphedModel:
         padded = pad_decode(batch, graph.shape.num_sequences, self._spare_block, self._block_size)
         self._fill(graph.packed, graph.shape, padded, graph.planned)
         if graph.replay is None:
-            # Captured with this step as its input: to compute a step once more changes nothing.
+            # Captured with this step as its input: computing a step twice changes nothing.
             graph.replay = self._record(lambda: self._compute(graph.packed, graph.shape, (), graph.planned))
         return graph.replay()
 
     def _fill(self, packed: Tensor, shape: BatchShape, batch: ForwardBatch, planned: Planned) -> None:
         source = pack(batch, shape, self._block_size)
-        # The allocator of pinned memory does not give it away again before the copy is done.
+        # The allocator of pinned memory does not reuse it before the copy is done.
         packed.copy_(source.pin_memory() if packed.is_cuda else source, non_blocking=True)
         for kernel in planned.values():
             kernel.plan(batch.spans)

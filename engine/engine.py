@@ -68,7 +68,7 @@ class Engine:
         self._pins: Counter[int] = Counter()
         self._loans = Loans(self._pin, self.unpin)
         self.measure_anew()
-        self.timing = StepTiming()  # of all steps so far, added up; a new value for each step, so any thread may look
+        self.timing = StepTiming()  # sum over all steps so far; a new object for each step, so any thread may read it
 
     @classmethod
     def from_pretrained(cls, folder: Path, engine_config: EngineConfig, group: RankGroup | None = None) -> Engine:

@@ -49,13 +49,13 @@ class KVCache:
         else:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.spare_block = num_blocks
-        # As words without a type, which numpy has, too: [block, row, column, layer, k/v, token, values of the heads].
-        # A view, and rows and columns are not to be merged: with several of both that would be a copy.
+        # As untyped words, which numpy supports too: [block, row, column, layer, k/v, token, values of the heads].
+        # A view: rows and columns are not merged, because with several of both that would copy.
         words = self.tensor.view(WORDS[self.tensor.element_size()])
         split = words.view(num_blocks + 1, rows, layout.num_layers, 2, size, columns, -1)
         self._columns = columns
         self._pieces = split.permute(0, 1, 5, 2, 3, 4, 6) if self.num_pieces > 1 else words[:, None, None]
-        # On the CPU the same memory as numpy sees it: its copies are plain, and they let other threads run.
+        # On the CPU, the same memory as a numpy array: its copies are plain, and release Python's lock.
         self._host = self._pieces.numpy() if device.type == "cpu" else None
         self._copies = None if device.type == "cpu" else BlockCopies(self._pieces)
 
@@ -86,7 +86,7 @@ class KVCache:
     def write_block(self, block_id: int, payloads: Sequence[Payload]) -> bool:
         """Writes one payload for each piece of a block. False: one of them is invalid; others may have been copied."""
         for piece, payload in enumerate(payloads):
-            # The copy comes first, the question after it: the payload's slot may be given to another at any time.
+            # Copy first, then check: the payload's slot may be reused at any time.
             if not self.write(block_id * self.num_pieces + piece, payload.view) or not payload.is_valid():
                 return False
         return True
@@ -137,4 +137,4 @@ def _host_memory(num_bytes: int) -> torch.Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE)  # before the first touch: pages that are there already stay small
     except (OSError, AttributeError) as error:
         logger.info("event=no_huge_pages error=%r", error)
-    return torch.frombuffer(memory, dtype=torch.uint8).zero_()  # keeps the mapping as long as it lives itself
+    return torch.frombuffer(memory, dtype=torch.uint8).zero_()  # keeps the mapping alive

@@ -34,7 +34,7 @@ class EngineStopped(EngineError):
 @dataclass(frozen=True)
 class _Command:
     fn: Callable[[Engine], Any]
-    reply: asyncio.Future[Any] | None  # None: nobody waits, and an error is the engine's end
+    reply: asyncio.Future[Any] | None  # None: nobody waits, and an error ends the engine
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class OutputStream:
             if item.finish_reason is not None:
                 self.close()
             return item
-        self._items.put_nowait(item)  # the end stays the end, for all who wait and for who asks again
+        self._items.put_nowait(item)  # the end stays in the queue, for all waiters and later calls
         if item is None:
             raise StopAsyncIteration
         raise item
@@ -98,7 +98,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None]) -> None:
         """`on_failure` is called on the engine's thread when a step raises; the engine is unusable after that."""
-        self.engine = engine  # from outside its thread only what is immutable, and what its module names
+        self.engine = engine  # other threads use only what is immutable, or listed in its module
         self.last_progress_s = time.monotonic()
         self._on_failure = on_failure
         self._is_busy = False
@@ -227,7 +227,7 @@ class EngineLoop:
         """Runs the queued commands; with `wait`, at least one. False: it was told to stop."""
         replies: list[_Reply] = []
         try:
-            for _ in range(max(int(wait), self._commands.qsize())):  # what comes meanwhile must not hold up the step
+            for _ in range(max(int(wait), self._commands.qsize())):  # later commands must not delay the step
                 command = self._next()
                 if command is None:
                     return False

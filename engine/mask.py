@@ -56,7 +56,7 @@ class Masks:
         if device.type == "cpu":  # numpy's is several times as fast
             bits = np.unpackbits(packed, axis=-1, count=self._vocab_size, bitorder="little")
             return torch.from_numpy(bits.view(np.bool_))
-        shifts = torch.arange(8, dtype=torch.uint8, device=device)  # the bits travel, and become bytes there
+        shifts = torch.arange(8, dtype=torch.uint8, device=device)  # the bits are moved, and unpacked there
         spread = torch.from_numpy(packed).to(device)[:, :, None] >> shifts & 1
         return spread.flatten(1)[:, : self._vocab_size].bool()
 
@@ -81,7 +81,7 @@ def fill_masks(requests: Sequence[Request], vocab_size: int) -> Masks | None:
 def _fill(request: Request, words: Words, vocab_size: int) -> None:
     assert request.mask is not None
     request.mask.fill(request.token_ids[request.num_prompt_tokens :], words)
-    if vocab_size % WORD_BITS:  # bits behind the vocabulary stand for no token
+    if vocab_size % WORD_BITS:  # bits beyond the vocabulary belong to no token
         words[-1] &= (1 << vocab_size % WORD_BITS) - 1
     if not words.any():
         raise InvalidRequest("sampling.grammar", "no token may come behind those that are there")

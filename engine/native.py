@@ -27,7 +27,7 @@ MAX_INT64 = 2**63 - 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISA_NAMES = ("portable code", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 AMX = ISA_NAMES.index("AMX")
-ROWS_BEHIND = 31  # that matrix registers may read behind the last row of a linear layer's input
+ROWS_BEHIND = 31  # that AMX may read after the last row of a linear layer's input
 
 
 class Linear(ctypes.Structure):

@@ -64,7 +64,7 @@ def can_run(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bo
 def fastest(model: Transformer) -> Model:
     """The fastest form of the model on this machine; `model` itself is unusable afterwards unless it is returned."""
     if model.parallel.shard.num_ranks > 1 or model.norm is None:
-        return model  # a compiled step has no point at which ranks could add up
+        return model  # a compiled step has no point at which ranks could all-reduce
     weight = model.norm.weight
     return NativeTransformer(model) if can_run(model.config, weight.dtype, weight.device) else model
 

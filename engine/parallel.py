@@ -24,10 +24,10 @@ from kvstore.blocks import KVLayout
 
 logger = logging.getLogger(__name__)
 
-PING_S = 1.0  # how soon an idle leader finds out that a rank is gone
-TIMEOUT_S = 60.0  # a rank that says nothing for so long is as good as gone
-JOIN_S = 300.0  # for all ranks to come
-FORM_S = 60.0  # for those that have come to find each other
+PING_S = 1.0  # how soon an idle leader notices that a rank is lost
+TIMEOUT_S = 60.0  # a rank that is silent for this long counts as lost
+JOIN_S = 300.0  # for all ranks to arrive
+FORM_S = 60.0  # for ranks that have arrived to connect to each other
 
 
 class Parallel(Protocol):
@@ -92,8 +92,8 @@ class RankGroup:
         self._meeting = meeting
         self._timeout = timedelta(seconds=timeout_s)
         self._outgoing: list[tuple[dist.Work, Tensor]] = []
-        self._under_way: deque[dist.Work] = deque()  # parts of steps whose end the last stage has yet to tell
-        self._word = threading.Lock()  # a message is a head and a body, with nothing in between
+        self._under_way: deque[dist.Work] = deque()  # parts of steps that the last stage has not acknowledged
+        self._word = threading.Lock()  # a message is a head and a body, which must not be separated
         self._has_heard = False
         self._closing = threading.Event()
         dist.init_process_group(
@@ -112,8 +112,8 @@ class RankGroup:
         stages = [[rank for rank in everyone if rank // shard.tp_size == stage] for stage in range(shard.pp_size)]
         groups = [dist.new_group(stage, self._timeout, backend) for stage in stages]
         self._stage = groups[shard.pp_rank]
-        # NCCL keeps to one order for all that two ranks send each other, both ways: on their way back, logits that the
-        # leader takes last would hold up activations that it sends first.
+        # NCCL orders everything that two ranks send each other, in both directions: logits on their way back, which the
+        # leader receives last, would block activations that it sends first.
         self._back = dist.new_group([0, self._teller], self._timeout, backend) if shard.pp_size > 1 else self._data
         logger.info("event=rank_joined rank=%d of=%d backend=%s", shard.rank, shard.num_ranks, backend)
 

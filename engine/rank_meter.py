@@ -15,10 +15,10 @@ class RankWork:
 
     num_steps: int = 0  # parts of steps, where there are stages
     compute_s: float = 0.0
-    collective_s: float = 0.0  # in sums and gathers within its stage
-    pipeline_s: float = 0.0  # for another stage: its activations, its logits, or that it catches up
-    collective_bytes: int = 0  # put into sums and gathers
-    pipeline_bytes: int = 0  # activations and logits handed on
+    collective_s: float = 0.0  # in all-reduces and gathers within its stage
+    pipeline_s: float = 0.0  # waiting for another stage: for activations, logits, or acknowledgements
+    collective_bytes: int = 0  # put into all-reduces and gathers
+    pipeline_bytes: int = 0  # activations and logits sent on
 
 
 class Watch:
@@ -40,7 +40,7 @@ class RankMeter:
     """One rank's meter. The computing thread writes; any thread may read `work`."""
 
     def __init__(self) -> None:
-        self.work = RankWork()  # a new value at the end of each step, so that its sums fit each other
+        self.work = RankWork()  # a new object at the end of each step, so that its sums are consistent
         self.collective, self.pipeline = Watch(), Watch()
         self.collective_bytes = self.pipeline_bytes = 0
         self._seconds = 0.0

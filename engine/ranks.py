@@ -24,8 +24,8 @@ from engine.rank_meter import RankWork
 
 logger = logging.getLogger(__name__)
 
-STEP, PING, STOP = 0, 1, 2  # what the leader's word begins with; behind it, for STEP, a `BatchShape`
-MAX_PARTS_A_STAGE = 2  # under way: the one that a stage computes, and the next
+STEP, PING, STOP = 0, 1, 2  # how the leader's message begins; for STEP, a `BatchShape` follows
+MAX_PARTS_A_STAGE = 2  # in flight: the one that a stage computes, and the next
 HEAD_NUMBERS = 5
 
 
@@ -42,7 +42,7 @@ class LedModel:
         parts = split(batch, pp_size)
         logits = []
         for part in parts:
-            if pp_size > 1:  # parts that want no logits are not waited for, so a stage could fall far behind
+            if pp_size > 1:  # parts without logits are not waited for, so a stage could fall far behind
                 self._group.begin_part(MAX_PARTS_A_STAGE * pp_size)
             self._tell(part, cache.shape[3])
             logits.append(self._model(part, cache))

@@ -31,7 +31,7 @@ class RequestStatus(enum.Enum):
 class FinishReason(enum.Enum):
     STOP = "stop"
     LENGTH = "length"
-    HANDOFF = "handoff"  # this leg is over, the request goes on elsewhere
+    HANDOFF = "handoff"  # this leg is over; the request continues elsewhere
     ABORT = "abort"
     FAILED = "failed"  # its mask allows no token; the output's `error` says why
 
@@ -90,7 +90,7 @@ class PromptLogprobs:
 
     num_top: int  # alternatives of each
     logprobs: list[float] = field(default_factory=list)
-    ranks: list[int] = field(default_factory=list)  # 1: there was no likelier token
+    ranks: list[int] = field(default_factory=list)  # 1: the most likely token
     top_ids: list[int] = field(default_factory=list)  # `num_top` for each token, most likely first
     top_logprobs: list[float] = field(default_factory=list)
 
@@ -115,22 +115,22 @@ class Request:
     root: BlockHash
     block_size: int
     handoff_after: int | None = None
-    priority: int = 0  # the smaller one is computed first; changes no token
-    mask: TokenMask | None = None  # which tokens may come; None: all
-    prompt_logprobs: PromptLogprobs | None = None  # None: not asked for
+    priority: int = 0  # smaller values are computed first; has no effect on tokens
+    mask: TokenMask | None = None  # which tokens are allowed; None: all
+    prompt_logprobs: PromptLogprobs | None = None  # None: not requested
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     block_table: list[int] = field(default_factory=list)
-    block_hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks of token_ids
+    block_hashes: list[BlockHash] = field(default_factory=list)  # hashes of the full blocks of token_ids
     num_computed_tokens: int = 0
     num_local_hit_tokens: int = 0
     num_store_hit_tokens: int = 0
-    num_late_hit_tokens: int = 0  # computed here by others while this one waited
+    num_late_hit_tokens: int = 0  # computed here for other requests while this one waited
     num_new_tokens: int = 0  # sampled by this engine
     num_published_blocks: int = 0  # leading full blocks already reported in an output
-    arrived_s: float = 0.0  # time.perf_counter() of when an engine took it in
-    started_s: float | None = None  # time.perf_counter() of the first step that it was in; None: it still waits
+    arrived_s: float = 0.0  # time.perf_counter() when an engine accepted it
+    started_s: float | None = None  # time.perf_counter() of its first step; None: it still waits
 
     def __post_init__(self) -> None:
         self._extend_hashes()
@@ -168,7 +168,7 @@ class Request:
 @dataclass(frozen=True)
 class OutputToken:
     token_id: int
-    logprob: float | None = None  # None where not asked for
+    logprob: float | None = None  # None if not requested
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
 
 

@@ -43,7 +43,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
     """Divides low frequencies by `factor`, keeps high ones, and interpolates smoothly in between."""
-    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)  # over the first training's context
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)  # over the original context length
     smooth = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     return (1 - smooth) * frequencies / rope.factor + smooth * frequencies
 

@@ -54,7 +54,7 @@ class Runner:
         requests = [chunk.request for chunk in chunks if chunk.samples]
         masks = fill_masks(requests, logits.shape[-1])  # while a device computes
         if self._cache.is_cuda:
-            # A step ends when it is computed, whether or not a token is wanted of it: only then may its blocks leave.
+            # A step ends when it is computed, whether or not it samples: only then may its blocks be exported.
             torch.cuda.current_stream(self._cache.device).synchronize()
         computed = time.perf_counter()
         scores: Mapping[int, PromptLogprobs] = {}

@@ -22,7 +22,7 @@ from engine.request import OutputToken, Request, SamplingParams
 
 MASK_64 = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-NUCLEUS_START = 1024  # tokens sorted at first; a nucleus is rarely larger
+NUCLEUS_START = 1024  # tokens sorted first; a nucleus is rarely larger
 
 
 def sample_all(
@@ -121,7 +121,7 @@ def sample(  # noqa: PLR0913
         scores = _penalised(scores, prompt_ids, output_ids, params)
     allowed_ids = None
     if allowed is not None:
-        # What is not allowed is left out, so that not even rounding can find it.
+        # Forbidden tokens are removed, so that not even rounding can select them.
         allowed_ids = _without_ends(allowed, len(output_ids), params, eos_token_ids).nonzero()[:, 0]
         scores = scores[allowed_ids]
     elif len(output_ids) < params.min_tokens:
@@ -205,9 +205,9 @@ def _draw(scores: Tensor, params: SamplingParams, u: float) -> int:
     if params.min_p > 0.0:
         scores = _cut(scores, math.log(params.min_p))
     cumulative = scores.exp().cumsum(0)
-    # The first token whose sum is beyond u. A token of probability 0 adds nothing and so is never the first.
+    # The first token whose cumulative sum exceeds u. A token of probability 0 adds nothing and so is never the first.
     index = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
-    return min(int(index), scores.shape[0] - 1)  # logits that are not numbers have no such token
+    return min(int(index), scores.shape[0] - 1)  # with NaN logits there is no such token
 
 
 def _cut(scores: Tensor, bound: Tensor | float) -> Tensor:

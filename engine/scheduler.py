@@ -27,7 +27,7 @@ from engine.request import FinishReason, FullBlock, Request, RequestStatus
 
 logger = logging.getLogger(__name__)
 
-MAX_SCORED_TOKENS = 256  # of a step: bounds what their logits take, a whole vocabulary for each
+MAX_SCORED_TOKENS = 256  # per step: bounds the memory of their logits, a whole vocabulary for each
 NOTHING = range(0)
 
 
@@ -152,12 +152,12 @@ class Scheduler:
                 is_ready = is_ready and self._take_blocks(request, request.num_tokens)
                 is_blocked = is_blocked or not is_ready
             else:
-                is_ready = False  # somebody was preempted: what room there is is not for newcomers
+                is_ready = False  # a request was preempted, so the remaining room is not for new ones
             if is_ready:
                 chunks.append(self._start(request, min(budget, scorable) if is_scoring else budget))
                 budget -= chunks[-1].num_tokens
                 scorable -= chunks[-1].num_tokens if is_scoring else 0
-        # A request that was preempted for an older one after its turn is out again; its share of the budget is lost.
+        # A request scheduled and then preempted for an older one is dropped again; its share of the budget is lost.
         chunks = [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
         return chunks or self._unblock(waiting)
 
@@ -213,7 +213,7 @@ class Scheduler:
     def _adopt(self, request: Request, num_blocks: int) -> None:
         request.num_computed_tokens = num_blocks * self._block_size
         if request.num_published_blocks == 0 and request.num_store_hit_tokens == 0:
-            # otherwise it was preempted, and finds again what it had before
+            # otherwise it was preempted, and finds its earlier blocks again
             request.num_local_hit_tokens = request.num_computed_tokens
 
     def _adopt_late(self, request: Request) -> None:

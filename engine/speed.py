@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from engine.scheduler import Chunk
 
 PREFILL_HALF_LIFE_TOKENS = 4096
-DECODE_WEIGHT = 0.1  # of the newest step in the moving average
-LONG_TOKENS = 64  # a step of fewer takes about as long as one of a single token: it says nothing about long prompts
+DECODE_WEIGHT = 0.1  # weight of the newest step in the moving average
+LONG_TOKENS = 64  # a step of fewer takes about as long as one of a single token, so it says nothing about long prompts
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class StepTiming:
     num_steps: int = 0
     schedule_s: float = 0.0
     build_s: float = 0.0
-    forward_s: float = 0.0  # up to the logits, the wait for the device included
+    forward_s: float = 0.0  # up to the logits, including the wait for the device
     sample_s: float = 0.0
     num_prefill_tokens: int = 0
     num_prefill_context_tokens: int = 0

@@ -21,9 +21,9 @@ from engine.model import Transformer
 from engine.parallel import Alone, Parallel
 from engine.shard import Shard
 
-# A parameter of ours that holds several of the checkpoint's, one below the other.
+# Our parameters that stack several of the checkpoint's tensors.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-DERIVED = ".rotary_emb.inv_freq"  # old checkpoints hold what follows from config.json
+DERIVED = ".rotary_emb.inv_freq"  # old checkpoints contain what can be derived from config.json
 NAMES_SHOWN = 5
 
 
@@ -88,7 +88,7 @@ class Cuts:
             columns: Tensor = tensor[:, self._columns[owner].start : self._columns[owner].stop]
             return columns
         whole: Tensor = tensor[:]
-        # The bias of a sum over the ranks is added once.
+        # The bias of an all-reduced sum is added only once.
         return whole if owner not in self._columns or self._tp_rank == 0 else torch.zeros_like(whole)
 
 
