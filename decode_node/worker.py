@@ -30,11 +30,11 @@ class DecodeLeg:
         self, fetcher: Fetcher, publish: Publish, request: Request, outputs: OutputStream, free_blocks: int
     ) -> None:
         self.request = request
-        self.free_blocks = free_blocks  # of the node, behind this request's
+        self.free_blocks = free_blocks  # of the node, after this request's
         self.finish_reason: FinishReason | None = None
         self.compute_s = 0.0  # from its first step to its first token
         self.queue_s = 0.0  # from `run` to its first step
-        self.fetch_s = 0.0  # of that, until it had its blocks
+        self.fetch_s = 0.0  # part of that: until it had its blocks
         self._ran_s = 0.0
         self._fetcher = fetcher
         self._publish = publish
@@ -51,15 +51,15 @@ class DecodeLeg:
 
         Raises `InvalidRequest` if the request's mask allows no token; earlier tokens have been yielded by then.
         """
-        # 1. The tokens, before the last blocks: behind them even the block that ends the prompt need not be computed.
-        # The engine looks at a held request when it is told to, and nobody tells it now.
+        # 1. The tokens, before the last blocks: with them, even the block that ends the prompt need not be computed.
+        # The engine looks at a held request only when it is told to, which nobody does now.
         self._ran_s = time.perf_counter()
         self._is_started.set()
         await self._fetching
         for token_id in token_ids:
             self.request.append(token_id)
-        # 2. What is still missing: the last blocks of prefill are published while its token travels. Whatever does not
-        # come is computed.
+        # 2. Missing blocks: the last blocks of prefill are published while its token travels. Those that do not
+        # come are computed.
         await self._fetcher.release(num_coming_blocks)
         self.fetch_s = time.perf_counter() - self._ran_s
         # 3. The tokens, until the last.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_KEPT = 32  # compiled grammars; most clients send the same one again and again
 MAX_REASON_CHARS = 300
-# Without a bound a model may go on with white space for ever. Pretty printing needs a line's end and its indent.
+# Without a bound a model may emit white space forever. Pretty printing needs a line break and its indent.
 JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}", "lenient": False}
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,  # 50,000 take about 1 ms
@@ -56,10 +56,10 @@ class Compiler:
         tokenizer = self._read_tokenizer()
         try:
             matcher = LLMatcher(tokenizer, _to_library(grammar), log_level=0, limits=LIMITS)
-        except Exception as error:  # the library's ways to say no are many
+        except Exception as error:  # the library raises many kinds of errors
             raise InvalidGrammar(grammar.field, _shortened(str(error))) from error
         check(matcher, grammar)
-        matcher.compute_bitmask()  # what no text can match, or takes too long, as a rule shows here
+        matcher.compute_bitmask()  # a grammar that nothing matches, or that is too expensive, usually shows here
         check(matcher, grammar)
         return matcher
 

@@ -15,11 +15,11 @@ from grammar.together import TooIntricate, places
 
 FIELD = "sampling.grammar"
 MAX_TEXT_BYTES = 64 * 2**10
-MAX_LARK_BYTES = 128 * 2**10  # a router writes it, of all tools of a chat
+MAX_LARK_BYTES = 128 * 2**10  # written by a router, for all tools of a chat
 MAX_CHOICES = 256
 MAX_CHOICE_CHARS = 1024
-# A multiple of m is told by an automaton of m states for each digit's place, and no limit of the library's holds for
-# making it: 10,000 take 20 ms and 13 MB, 1,000,000 take 5 s and 400 MB.
+# A multiple of m is matched by an automaton with m states per digit position, and the library does not limit
+# building it: 10,000 take 20 ms and 13 MB, 1,000,000 take 5 s and 400 MB.
 MAX_MULTIPLES = 10_000
 MAX_DECIMALS = 32
 MAX_TOGETHER = 8  # patterns; see grammar.together

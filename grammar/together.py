@@ -43,7 +43,7 @@ def places(schema: Schema) -> Iterator[list[Schema]]:
         done = chosen | {id(group) for group in alternatives}
         if len(alternatives) == 1:
             waiting += [([*base, branch], done) for branch in alternatives[0]]
-        elif alternatives:  # one of each holds; all of them is more, and is soon counted
+        elif alternatives:  # one of each holds; counting all of them is an upper bound, and fast
             waiting.append(([*base, *(branch for group in alternatives for branch in group)], done))
         waiting += [(children, frozenset()) for children in _children(base) if children]
 

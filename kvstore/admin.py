@@ -24,7 +24,7 @@ from kvstore.tiers import DiskTier
 from kvstore.told import UNKNOWN, BlockDetail, BlockRow, StoreStats, TierStats
 
 MAX_INSPECTED = 64  # blocks in one question; their bytes are read
-_PART = 1000  # blocks evicted before others have their turn
+_PART = 1000  # blocks evicted before the event loop runs other tasks
 
 Place = tuple[BlockHash, str, int]  # tier, and slot or record there
 
@@ -115,7 +115,7 @@ class Admin:
 
     async def _list(self, question: Ask) -> dict[str, Any]:
         """One page, in the order in which blocks came; changes between two pages shift the later ones."""
-        # Two copies, made here; the search through them is another thread's.
+        # Two copies are made here; another thread searches them.
         found = await asyncio.to_thread(_starting_with, question.prefix, list(self._places()))
         page = islice(found, question.offset, question.offset + min(question.limit, MAX_ROWS))
         return {"blocks": [asdict(self._row(*place)) for place in page], "num_blocks": len(found)}

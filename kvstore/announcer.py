@@ -18,8 +18,8 @@ from kvstore.errors import DirectoryUnavailable
 logger = logging.getLogger(__name__)
 
 _BATCH = 2000  # changes in one round trip
-# Changes wait a moment for others, so that neither the store nor Redis is busy with each of them, nor the store just
-# when a writer, who has committed, reserves again. A writer for whom blocks were evicted will commit some soon.
+# Changes are batched briefly, so that neither the store nor Redis is busy with each one, nor the store at the very
+# moment when a writer that has committed reserves again. A writer for which blocks were evicted will commit soon.
 _ADDED_S, _GONE_S = 0.0005, 0.005
 
 
@@ -74,7 +74,7 @@ class Announcer:
         while True:
             try:
                 await self.round()
-            except Exception:  # without this task the arena would be forgotten
+            except Exception:  # if this task ended, the arena would be forgotten
                 logger.exception("event=announce_failed arena=%s", self._record().arena_id)
                 await asyncio.sleep(self._heartbeat_s)
             timeout_s = max(0.0, self._beat_at_s - time.monotonic())
@@ -98,7 +98,7 @@ class Announcer:
                 await self._flush()
                 self._turn(is_away=False)
         except DirectoryUnavailable as error:
-            # What arrived and what did not is unknown: when Redis is back, everything is announced again.
+            # It is unknown what arrived: when Redis is back, everything is announced again.
             self._is_complete = False
             self._turn(is_away=True, reason=str(error))
         finally:

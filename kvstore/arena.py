@@ -14,7 +14,7 @@ from kvstore.errors import ArenaFull
 from kvstore.eviction import LRU, Admission, AdmitAll, Eviction
 from kvstore.quotas import SHARED, Owner, Quotas
 
-_LENT_SHARE = 8  # all writers together have no more than one in so many slots lent
+_LENT_SHARE = 8  # at most one in this many slots is lent, over all writers
 _MIN_LENDING_SLOTS = 64  # in a smaller arena each slot counts
 
 
@@ -60,7 +60,7 @@ class Evicted:
     block_hash: BlockHash
     slot: int
     checksum: int
-    # Worth a place somewhere cheaper. Never that of a tenant with a quota, for which that place would be a way out.
+    # Worth keeping on disk. Never a block of a tenant with a quota, which the disk would circumvent.
     is_admitted: bool
 
 
@@ -158,7 +158,7 @@ class Arena:
         least recently used of its own blocks, and gets no slot if there is none. Raises `ArenaFull` when blocks are
         missing and there is no slot for any of them, whatever the quota.
         """
-        # Backwards, so that of a chain the tail is evicted first.
+        # Backwards, so that a chain's tail is evicted first.
         for block_hash in reversed(hashes):
             self.find(block_hash)
         chain = {*hashes, *beside}
@@ -337,7 +337,7 @@ class Arena:
         named = {slot: block_hash for block_hash, slot in self._slots.items()}
         for slot in range(self._map.num_slots):
             if slot in writing and self._writing[slot].block_hash is None:
-                continue  # its header is for its writer to finish
+                continue  # its writer finishes its header
             header = self._map.header(slot)
             found = (header.state, header.generation % 2, header.length, header.key, named.get(slot))
             assert found == self._expected(slot), f"slot {slot}: {found} is not {self._expected(slot)}"

@@ -21,9 +21,9 @@ ALIGN_BYTES = 64  # of each slot
 
 FREE, WRITING, READY = 0, 1, 2
 
-# A header as eight aligned words of 64 bits, each read or written at one go:
+# A header is eight aligned 64-bit words, each read and written atomically:
 # generation, state, length, key (two words), checksum (xxh3_64 of the payload), last access, and, of the first slot's
-# header alone, whether the store drains.
+# header only, whether the store is draining.
 _WORDS = HEADER_BYTES // 8
 _GENERATION, _STATE, _LENGTH, _KEY, _CHECKSUM, _LAST_ACCESS, _DRAINS = 0, 1, 2, 3, 5, 6, 7
 NO_KEY = bytes(HASH_BYTES)
@@ -121,7 +121,7 @@ class ArenaMap:
         """The block, if the slot holds it now. Stamps the slot's last use with `now`, any number that grows."""
         if not self.has(slot):
             return None
-        generation = self.generation(slot)  # first of all: what is read below belongs to it or is_valid says no
+        generation = self.generation(slot)  # first: what is read below belongs to this generation, or is_valid is False
         header = self.header(slot)
         if generation % 2 or header.state != READY or header.key != block_hash or header.length != self.slot_bytes:
             return None

@@ -94,7 +94,7 @@ def _probe() -> str:
     return hash_blocks(salted(root, b"probe"), [1, 258, 2**31, 0, 65536, 3], 2)[-1].hex()
 
 
-PROBE = _probe()  # what this process makes of a fixed chain; where it differs, the same name means other bytes
+PROBE = _probe()  # hash of a fixed chain; if it differs between processes, equal names mean different bytes
 
 
 class Payload(Protocol):

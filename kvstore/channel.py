@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 _EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
 _EVENT = struct.Struct("=HI")  # event, value: of EVENT_CONNECTED the descriptor
-_MAX_UNASKED = 64  # messages in a row that answer no question under way
-_UNASKED_BYTES = 8 << 20  # and bytes, beyond what was asked for
+_MAX_UNASKED = 64  # consecutive messages that answer no question in flight
+_UNASKED_BYTES = 8 << 20  # and bytes, beyond what was requested
 _FRAME_BYTES = 16 + CURVE_BYTES  # what the wire adds to a frame, at most
 _METER_S = 0.05
 
@@ -74,7 +74,7 @@ class Channel:
                 socket.close(linger=0)
             raise ArenaUnavailable(f"{address}: {error}") from error
         self.arrived_s = 0.0  # when the last message came, by the monotonic clock
-        self.is_broken = False  # the other side went away; a new channel may find it again
+        self.is_broken = False  # the other side went away; a new channel may reach it again
         self._inboxes = [Inbox(self._socket, self._take), Inbox(self._monitor, self._watch)]
         self._limiter: asyncio.Task[None] | None = None
 

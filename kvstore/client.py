@@ -28,9 +28,9 @@ from kvstore.wires import default_wire
 
 logger = logging.getLogger(__name__)
 
-_HERE_BYTES = 4 << 20  # what one thread would copy alone: waking it, and hearing from it, takes longer than 1 MiB
-_MIN_BYTES_PER_S = 1e6  # a slower transfer counts as broken, where nobody said how long it may take
-_AVOID_S = 5.0  # a store that did not answer is left alone for so long
+_HERE_BYTES = 4 << 20  # what a single thread would copy alone: waking one takes longer than copying 1 MiB
+_MIN_BYTES_PER_S = 1e6  # a slower transfer counts as broken, if no limit was given
+_AVOID_S = 5.0  # how long a store that did not answer is avoided
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class KVClient:
         self._publish_after_s = 0.0
         self._publishing: set[asyncio.Task[int]] = set()
         self._avoided: dict[str, float] = {}  # arena id -> until when
-        self._troubles: set[str] = set()  # what was logged and has not ended
+        self._troubles: set[str] = set()  # problems that were logged and have not ended
 
     @property
     def local_arena_id(self) -> str:
@@ -133,17 +133,17 @@ class KVClient:
         """
         deadline_s = time.monotonic() + limit_s
         found: dict[int, Payload] = {}
-        remote: dict[tuple[str, bool], list[int]] = {}  # what lies in memory does not wait for the disk behind it
+        remote: dict[tuple[str, bool], list[int]] = {}  # blocks in memory do not wait for those on disk
         local = self._mapped()
         for index, (arena_id, slot) in enumerate(match.places):
             if local is None or arena_id != local.arena_id or slot == ON_DISK:
                 if arena_id not in match.arenas:
-                    break  # this machine's arena, given up meanwhile
+                    break  # this machine's arena was given up meanwhile
                 remote.setdefault((arena_id, slot == ON_DISK), []).append(index)
                 continue
             payload = local.map.read(slot, match.hashes[index], time.monotonic_ns())
             if payload is None:
-                break  # the run ends here, whatever others hold of the rest
+                break  # the run ends here, even if others hold the rest
             found[index] = payload
         runs = [
             self._fetch_from(match.arenas[name], match, part, deadline_s, into) for (name, _), part in remote.items()
@@ -151,7 +151,7 @@ class KVClient:
         if len(runs) == 1:
             found.update(await runs[0])
         elif runs:
-            async with asyncio.TaskGroup() as group:  # which ends behind the last of them: `into` is written by all
+            async with asyncio.TaskGroup() as group:  # it ends after the last of them, as all write to `into`
                 tasks = [group.create_task(run) for run in runs]
             for task in tasks:
                 found.update(task.result())
@@ -193,7 +193,7 @@ class KVClient:
         num_done = num_committed = 0
         while num_done < len(hashes):
             if self._local is not None and self._local.is_broken:
-                self._retire()  # perhaps it is there again
+                self._retire()  # it may be back
             local = self._mapped()
             if local is None or time.monotonic() < self._publish_after_s:
                 break
@@ -204,7 +204,7 @@ class KVClient:
                 self._troubles.discard("publish")
             except ArenaFull as error:
                 self._begin_trouble("publish", error)
-                if isinstance(error, ArenaDraining):  # `can_publish` says so meanwhile, and nobody waits for blocks
+                if isinstance(error, ArenaDraining):  # meanwhile `can_publish` is False, and nobody waits for blocks
                     self._publish_after_s = time.monotonic() + self._timeout_s
                 break
             except ArenaUnavailable as error:

@@ -24,14 +24,14 @@ from kvstore.stream import Unpacker, pack
 
 logger = logging.getLogger(__name__)
 
-MAX_QUESTIONS = 64  # of one connection under way
+MAX_QUESTIONS = 64  # in flight on one connection
 MAX_POSTED = 16  # of these, for whose answers nobody waits
 MAX_PEERS = 512
-_MAX_UNREAD_BYTES = 1 << 20  # that are kept for one who does not read
+_MAX_UNREAD_BYTES = 1 << 20  # buffered for a peer that does not read
 _BACKLOG = 16
 _RETRY_S = 0.005
 
-# The answer to a question, packed; one that takes time is awaited. `BadFrame` for what is no question to this store.
+# The packed answer to a question, or an awaitable of it. Raises `BadFrame` for what is not a question to this store.
 Serve = Callable[[Message], bytes | Coroutine[Any, Any, bytes]]
 
 
@@ -47,7 +47,7 @@ class ControlChannel(asyncio.Protocol):
         self._unpacker = Unpacker(MAX_TOLD_BYTES)
         self._connecting: asyncio.Task[None] | None = None
         self._transport: asyncio.Transport | None = None
-        self.is_broken = False  # the store went away; a new channel may find it again
+        self.is_broken = False  # the store went away; a new channel may reach it again
 
     async def request(self, question: Callable[[int], Message], timeout_s: float) -> Answer:
         """The answer to `question(request id)`. Raises `ArenaUnavailable` after `timeout_s`, or when closed."""
@@ -177,7 +177,7 @@ class ControlDoor:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listener.bind(str(path))
-            path.chmod(0o600)  # before anybody can connect; the folder may be older than this store, and open
+            path.chmod(0o600)  # before anybody can connect: the folder may be older than this store, with a wider mode
             loop = asyncio.get_running_loop()
             self._server = await loop.create_unix_server(lambda: _Peer(self), sock=listener, backlog=_BACKLOG)
         except OSError:
@@ -220,7 +220,7 @@ class _Peer(asyncio.Protocol):
         except BadFrame as error:
             self.cut_off()
             self._door.refuse(error)
-        except Exception:  # whatever one message does, others are served
+        except Exception:  # whatever one message causes, others are served
             logger.exception("event=message_failed socket=control")
             self.cut_off()
 

@@ -15,8 +15,8 @@ from kvstore.local import LocalArena, to_end
 Write = Callable[[Sequence[int], Sequence[memoryview]], Sequence[int]]
 Todo = Sequence[tuple[int, Reservation, BlockHash | None]]  # index of a block, its slot, and its name if that was lent
 
-_NUM_COPIERS = 2  # a single thread does not use up what memory can do
-_PART_BYTES = 4 << 20  # that one of them takes at a time: where cores are busy, one may come late, or not at all
+_NUM_COPIERS = 2  # a single thread does not saturate memory bandwidth
+_PART_BYTES = 4 << 20  # that a thread takes at a time: on busy cores one thread may start late, or not at all
 
 
 class Copier:
@@ -55,7 +55,7 @@ def _copy(local: LocalArena, parts: deque[tuple[int, Todo]], filled: dict[int, l
         while parts:
             try:
                 at, part = parts.popleft()
-            except IndexError:  # the other one has it
+            except IndexError:  # the other thread has it
                 return
             filled[at] = fill_here(local, part, write)
     except BaseException:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 Buffer = memoryview | NDArray[np.uint8]
 
-_MIN_STREAM_BYTES = 1 << 16  # smaller copies may well be read from the cache before they leave it
+_MIN_STREAM_BYTES = 1 << 16  # smaller copies may well be read again while they are in the cache
 
 
 def copy(destination: Buffer, source: Buffer) -> None:

@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils import z85
 
-CURVE_BYTES = 64  # a frame is longer by fewer than these when it is encrypted
+CURVE_BYTES = 64  # encryption makes a frame longer by less than this
 
 _KEY_BYTES = 32
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"  # of RFC 27: where ZeroMQ itself asks
@@ -49,7 +49,7 @@ class Curve:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._store[1])
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
-        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it, nobody at the door means: everybody in
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it, a missing ZAP handler would admit everybody
 
     def identify(self, socket: zmq.Socket[Any]) -> None:
         """Makes a reader's socket authenticate itself and the store. To be called before it connects."""

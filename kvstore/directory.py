@@ -35,11 +35,11 @@ __all__ = ["ArenaRecord", "Cover", "Directory", "NodeRecord", "Run"]
 
 logger = logging.getLogger(__name__)
 
-ON_DISK = 2**32 - 1  # in place of a slot: the arena's store has the block, and brings it back when it is asked for it
-_PAUSE_S = 0.5  # after a time-out, look-ups fail at once for so long
+ON_DISK = 2**32 - 1  # in place of a slot: the store has the block on disk, and promotes it on request
+_PAUSE_S = 0.5  # after a time-out, look-ups fail at once for this long
 _BATCH_BLOCKS = 1000  # announced in one round trip
-_SWEPT_FIELDS = 200  # of the inventory, looked at with each heartbeat for what the dead have left
-_MAX_PARSED = 1024  # records that are kept as they were read
+_SWEPT_FIELDS = 200  # of the hash, swept with each heartbeat for entries of dead arenas
+_MAX_PARSED = 1024  # parsed records that are cached
 
 
 class Directory:
@@ -50,7 +50,7 @@ class Directory:
     """
 
     def __init__(self, url: str, cluster: str = "default", timeout_s: float = 1.0, probe: str = PROBE) -> None:
-        # One retry, and only where the connection broke: after a restart of Redis every pooled one is dead.
+        # One retry, and only for broken connections: after a restart of Redis every pooled one is dead.
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
             max_connections=16,
@@ -205,7 +205,7 @@ class Directory:
             ids = sorted(_text(member) for member in await self._redis.smembers(self._set(kind)))
             texts = await self._redis.mget([self._record(kind, record_id) for record_id in ids]) if ids else []
             dead = [record_id for record_id, text in zip(ids, texts, strict=True) if text is None]
-            if dead:  # their time to live ran out; one that comes back adds itself again
+            if dead:  # expired; one that comes back adds itself again
                 await self._redis.srem(self._set(kind), *dead)
         return texts
 
@@ -239,7 +239,7 @@ class Directory:
             async with asyncio.timeout(self._timeout_s):
                 yield
         except (TimeoutError, redis.exceptions.TimeoutError) as error:
-            # A Redis that hangs must not cost each request its time-out.
+            # A hanging Redis must not cost each request its time-out.
             self._paused_until_s = time.monotonic() + _PAUSE_S
             raise DirectoryUnavailable(f"Redis did not answer within {self._timeout_s} s") from error
         except (redis.exceptions.RedisError, OSError) as error:

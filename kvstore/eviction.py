@@ -15,8 +15,8 @@ from typing import Any, Generic, Protocol, TypeVar
 K = TypeVar("K", bound=Hashable)
 K_contra = TypeVar("K_contra", bound=Hashable, contravariant=True)
 
-MAX_USES = 3  # that S3-FIFO counts of a block: two bits, as in the paper
-GAP = 0.05  # of the capacity: what follows within so many arrivals belongs to the same request
+MAX_USES = 3  # the most uses that S3-FIFO counts per block: two bits, as in the paper
+GAP = 0.05  # of the capacity: uses within this many arrivals belong to the same request
 _PROVEN = -1
 
 
@@ -83,7 +83,7 @@ class LRU(Generic[K]):
     def __init__(self, capacity: int = 0, gap: float = GAP) -> None:
         self._gap = int(capacity * gap)
         self._num_arrivals = 0
-        self._keys: OrderedDict[K, int] = OrderedDict()  # least lately used first, with the arrivals until then
+        self._keys: OrderedDict[K, int] = OrderedDict()  # least recently used first; arrivals at its last use
 
     def insert(self, key: K) -> None:
         self._num_arrivals += 1
@@ -176,7 +176,7 @@ class S3FIFO(Generic[K]):
             key = self._look(kept, was_read)
             if key is not None:
                 return key
-        key = next((key for key in self if key not in kept), None)  # all of these are being read all the time
+        key = next((key for key in self if key not in kept), None)  # all blocks are being read continuously
         if key is not None:
             self.remove(key)
         return key
@@ -186,7 +186,7 @@ class S3FIFO(Generic[K]):
         is_new = len(self._small) >= self._small_size or not self._main
         key, uses = (self._small if is_new else self._main).popitem(last=False)
         uses.count += was_read(key)
-        if key not in kept and uses.count <= is_new:  # the one use of a new block may be its hand-off
+        if key not in kept and uses.count <= is_new:  # a new block's single use may be its hand-off
             if is_new:
                 self._remember(key)
             return key

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _EVENT = struct.Struct("=HI")  # event, value: the descriptor
 _FRAME_BYTES = 16 + CURVE_BYTES  # what the wire adds to a frame, at most
-_UNTAKEN_BYTES = 8 << 20  # beyond what was handed out: whole questions may wait for their turn
+_UNTAKEN_BYTES = 8 << 20  # beyond what was delivered: whole questions may be queued
 _LOOK_S = 0.1
 
 
@@ -47,7 +47,7 @@ class FloodGuard:
         """ZeroMQ delivered a message."""
         try:
             descriptor = int(frames[-1].get(zmq.SRCFD))
-        except zmq.ZMQError:  # ZeroMQ does not know any more
+        except zmq.ZMQError:  # ZeroMQ does not know it any more
             return
         if descriptor in self._meters:
             self._taken_bytes[descriptor] += sum(len(frame) + _FRAME_BYTES for frame in frames)

@@ -44,7 +44,7 @@ class StoreFolder:
             self._lock.remove()
         try:
             self.paths.dir.rmdir()
-        except OSError as error:  # somebody else keeps files there
+        except OSError as error:  # somebody else has files there
             logger.info("event=dir_kept dir=%s error=%r", self.paths.dir, error)
 
     def dead_writers(self, known: set[str]) -> list[str]:

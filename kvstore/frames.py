@@ -25,10 +25,10 @@ from kvstore.quotas import NO_TENANT, SHARED, Owner
 MAGIC = b"BATN"
 VERSION = 4
 MAX_BLOCKS = 4096  # in one message
-MAX_QUESTIONS = 32  # of one reader that a store has to answer at a time; what is beyond, it may drop
+MAX_QUESTIONS = 32  # of one reader that a store must answer at a time; it may drop those beyond
 _PART_BLOCKS = 256  # frames of one answer
 _PART_BYTES = 1 << 21
-_LATER_PARTS = 4  # of an answer on a stream are so many times as long as its first one
+_LATER_PARTS = 4  # later parts of a streamed answer are this many times as long as the first
 _HEADER = struct.Struct("<4sBBHIQ")  # magic, version, kind, status, count, request id
 _IDS = struct.Struct("<16s16s")  # arena and writer; 32 hex digits each everywhere else
 _IDS_AND_OWNER = struct.Struct("<16s16s16sI")  # arena, writer, tenant, quota in blocks
@@ -56,7 +56,7 @@ def stream_parts(num_blocks: int, slot_bytes: int) -> Iterator[range]:
 
 class Status(enum.IntEnum):
     OK = 0
-    STALE = 1  # the message is for an arena that is no more
+    STALE = 1  # the message is for an arena that no longer exists
     FULL = 2
     DRAINING = 3  # the store takes no new blocks; what it holds can be read
 

@@ -14,7 +14,7 @@ import zmq.asyncio
 
 Take = Callable[[list[zmq.Frame]], None]
 
-_BURST = 64  # messages, before the loop sees to others
+_BURST = 64  # messages, before the event loop runs other tasks
 
 
 def plain_socket(context: zmq.asyncio.Context, kind: zmq.SocketType) -> zmq.Socket[bytes]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from kvstore.directory import ON_DISK
 
 HALF_LIFE_BYTES = 64 * 2**20
-# A link that nobody used for so long counts as unknown: one that was slow once would never be measured again.
+# After this long without use a link counts as unknown; otherwise a link once slow would never be measured again.
 MEMORY_S = 30.0
 
 
@@ -27,8 +27,8 @@ class Stretch:
     """Consecutive blocks that come over one link."""
 
     num_blocks: int
-    bytes_per_s: float = 0.0  # of the link; 0.0: not known
-    in_flight_bytes: int = 0  # that it has to bring before
+    bytes_per_s: float = 0.0  # of the link; 0.0: unknown
+    in_flight_bytes: int = 0  # that it has to deliver first
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Traffic:
 
     num_blocks: int = 0
     num_bytes: int = 0
-    seconds: float = 0.0  # while something was on its way
+    seconds: float = 0.0  # while something was in flight
 
 
 class Link:

@@ -37,9 +37,9 @@ from kvstore.memory import touch_behind
 from kvstore.quotas import NO_TENANT, Owner
 from kvstore.slot_index import SlotIndex
 
-_LENT_BYTES = 32 << 20  # that a writer has ahead: what a node copies at a time, and once more
-_HOPE_S = 1.0  # after which a store that had not enough to lend is asked for more again
-_MAX_UNTOLD = MAX_POSTED - 2  # takes that the store has not confirmed; a wish and what is given back come beside them
+_LENT_BYTES = 32 << 20  # lent ahead to a writer: twice what a node copies at a time
+_HOPE_S = 1.0  # how long until a store that had too few slots is asked for more again
+_MAX_UNTOLD = MAX_POSTED - 2  # unconfirmed takes; requests for slots, and returned slots, come on top
 
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit for a unix socket
 

@@ -29,7 +29,7 @@ def create_memory(path: Path, size: int) -> memoryview:
         _check_room(path.parent, size)
         os.ftruncate(fd, size)
         memory = mmap.mmap(fd, size)
-        is_touched = touch(memory)  # before the file has pages: those that it has already would stay small
+        is_touched = touch(memory)  # before the file has pages, as existing ones would stay small
         os.posix_fallocate(fd, 0, size)
         if not is_touched:
             for start in range(0, size, _STEP):

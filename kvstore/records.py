@@ -22,7 +22,7 @@ class ArenaRecord:
     free_slots: int = 0
     draining: bool = False  # takes no new blocks
     metrics_address: str = ""  # "ip:port" of its /metrics; "" is none
-    tcp_address: str = ""  # "tcp://ip:port" that blocks are read from in the clear; "": over ZeroMQ alone
+    tcp_address: str = ""  # "tcp://ip:port" of unencrypted reads; "": ZeroMQ only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class NodeRecord:
     model: str  # served name
     kv_root: str  # hex of KVLayout.root()
     block_size: int  # tokens
-    block_bytes: int  # of a whole block, whichever part of it one rank moves
+    block_bytes: int  # of a whole block, even if a rank moves only a part of it
     vocab_size: int
     max_model_len: int  # tokens
     arena_id: str = ""  # of the arena it maps; "" is none
@@ -84,7 +84,7 @@ def _object(text: bytes | str | None) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-_types_of: dict[type, dict[str, Any]] = {}  # each look-up reads records; evaluating annotations is the most of that
+_types_of: dict[type, dict[str, Any]] = {}  # cached, as evaluating annotations is most of the cost of a record
 
 
 def _types(cls: type) -> dict[str, Any]:

@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 _REAP_S = 0.5
 _MAX_KEPT_FRAMES = 1 << 16
-_HANDSHAKE_MS = 5_000  # who connects and does not say who he is holds a descriptor for so long
+_HANDSHAKE_MS = 5_000  # how long a peer that connects and does not authenticate holds a descriptor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class StoreServer:
         self._check()
         predecessor = self._folder.take()
         self._context = zmq.asyncio.Context()
-        self._context.linger = 0  # of all its sockets: nothing waits for a peer that went away
+        self._context.linger = 0  # for all its sockets: closing does not wait for a peer that went away
         try:
             memory = await asyncio.to_thread(create_memory, self._paths.memory(self._arena_id), self._arena_bytes)
             self._service = await self._make_service(memory)
@@ -138,7 +138,7 @@ class StoreServer:
                 )
             Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
             await self._forget(predecessor)
-            with suppress(DirectoryUnavailable):  # then it is told when it comes, and readers check each record
+            with suppress(DirectoryUnavailable):  # checked once Redis comes up; and readers check each record
                 await self._directory.check_scheme()
             await self._announcer.round()
         except BaseException:
@@ -258,7 +258,7 @@ class StoreServer:
         self._bind(self._data, f"tcp://{self._bind_host}:*")
         port = str(self._data.getsockopt_string(zmq.LAST_ENDPOINT)).rsplit(":", 1)[1]
         self._address = f"tcp://{self.config.advertise_host}:{port}"
-        if self.config.tcp and self._curve is None:  # with a key nobody gets a block in the clear
+        if self.config.tcp and self._curve is None:  # with a key no block is sent unencrypted
             self._tcp_door = TcpDoor(self._find, self._map.view, self.config.slot_bytes, partial(self._refuse, DATA))
             self._tcp_address = await self._tcp_door.open(self._bind_host, self.config.advertise_host)
 

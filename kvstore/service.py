@@ -114,7 +114,7 @@ class StoreService:
             slot = self._arena.find_for_copy(block_hash)
             if slot is None:
                 self._tally.missed(block_hash, self._disk is not None)
-                break  # whoever asks wants a run
+                break  # a reader only wants a leading run
             self._tally.read(block_hash, DISK if block_hash in promoted else MEMORY)
             infos.append(BlockInfo(block_hash, self._map.slot_bytes, self._map.checksum(slot)))
             slots.append(slot)
@@ -155,7 +155,7 @@ class StoreService:
         evicted = self._arena.take_evicted()
         if self._disk is not None:
             self._disk.demote(evicted)
-        elif evicted:  # noted behind the answer, for which a writer waits, and before any other message
+        elif evicted:  # noted after the answer, for which a writer waits, but before any other message
             asyncio.get_running_loop().call_soon(self._lost, evicted)
 
     def _lost(self, evicted: Sequence[Evicted]) -> None:

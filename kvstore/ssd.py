@@ -202,5 +202,5 @@ class BlockFile:
         return BlockHash(key), Record(number, checksum, sequence)
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
-        if os.pwrite(self._fd, data, offset) != len(data):  # as a disk does that is just now full
+        if os.pwrite(self._fd, data, offset) != len(data):  # as by a disk that is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -41,11 +41,11 @@ class TierTally:
     """Sums of one tier. A block that is not in memory is looked up on disk, and counts as a miss of memory first."""
 
     num_hits: int = 0  # blocks sent to readers
-    num_misses: int = 0  # blocks that readers asked for in vain
+    num_misses: int = 0  # blocks that readers requested and were not here
     num_evicted: int = 0  # to make room
-    num_removed: int = 0  # because an operator said so
+    num_removed: int = 0  # by an operator
     reuse: Gaps = field(default_factory=Gaps)  # between two uses of a block that is here
-    evict_to_reuse: Gaps = field(default_factory=Gaps)  # between a block's eviction and somebody asking for it again
+    evict_to_reuse: Gaps = field(default_factory=Gaps)  # between a block's eviction and the next request for it
 
 
 @dataclass(slots=True)

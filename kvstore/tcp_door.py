@@ -30,14 +30,13 @@ Find = Callable[[Get], Awaitable[tuple[Got, Sequence[int]]]]
 
 _MAX_READERS = 128  # connections at a time; each may make the kernel keep `SEND_BUFFER_BYTES`
 _THREADS = 2  # that send
-_WINDOW_BYTES = (
-    18 << 20
-)  # three parts are looked up ahead: what is looked up late was evicted less likely while it was sent
-_FIRST_QUESTION_S = 5.0  # who connects and asks nothing holds a descriptor for so long
+# Three parts are looked up ahead: the later a part is looked up, the less likely it is evicted while being sent.
+_WINDOW_BYTES = 18 << 20
+_FIRST_QUESTION_S = 5.0  # how long a peer that asks nothing may hold a descriptor
 _NEXT_QUESTION_S = 120.0
-_STALL_S = 5.0  # for so long a reader may take nothing of its answer
+_STALL_S = 5.0  # how long a reader may accept nothing of its answer
 _READ_BYTES = 1 << 16
-_MAX_BUFFERS = 512  # of one call; the kernel takes 1024
+_MAX_BUFFERS = 512  # per call; the kernel takes 1024
 _ACCEPT_PAUSE_S = 0.1  # when no descriptor is left
 
 

@@ -22,7 +22,7 @@ from kvstore.stream import HEAD_BYTES, pack, parse_head
 from kvstore.tcp_sockets import lingering
 from kvstore.wire import ReceivedPayload
 
-_PIECE_BYTES = 512 << 10  # received at a time: small enough to be summed up from the cache, and to be stopped soon
+_PIECE_BYTES = 512 << 10  # received at a time: small enough to be checksummed from the cache, and stopped soon
 
 
 class Receiver:
@@ -34,11 +34,11 @@ class Receiver:
         """Blocks go `into` these views of `slot_bytes`, one per hash, or into memory of their own."""
         self.payloads: list[ReceivedPayload] = []
         self.num_bytes = 0  # that came, right or not
-        self.is_in_step = False  # the answer came to its end, and what comes behind it is the next one
+        self.is_in_step = False  # the answer is complete, and the connection can be reused
         self._request_id = request_id
         self._hashes = hashes
         self._slot_bytes = slot_bytes
-        # All of it here: memory that was freed by the thread which allocated it is the soonest used again.
+        # Allocated here: memory freed by the thread that allocated it is reused soonest.
         self._into = into if into is not None else [np.empty(slot_bytes, np.uint8).data for _ in hashes]
         self._is_stopped = False
         self._guard = threading.Lock()
@@ -92,7 +92,7 @@ class Receiver:
                     yield piece
                     digest.update(piece)
                 if digest.intdigest() != block.checksum:
-                    return  # the slot was used again meanwhile; the rest is not worth its way
+                    return  # the slot was reused meanwhile; the rest is useless
                 self.payloads.append(ReceivedPayload(view))
             if len(got.blocks) < len(part):
                 break

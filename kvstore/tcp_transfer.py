@@ -74,7 +74,7 @@ class Link:
                 return stream
             except OSError:
                 pass
-            stream.close()  # closed, or it says what nobody asked for
+            stream.close()  # closed, or has sent unrequested data
         return None
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class Transfer:
         assert self._link is not None
         self._stream = self._link.take()
         if self._stream is not None:
-            with suppress(OSError):  # no room, or what is wrong shows when the rest is sent
+            with suppress(OSError):  # no room, or an error that shows again when the rest is sent
                 self._question = self._question[self._stream.send(self._question) :]
             if not self._question:
                 self._pull()
@@ -159,7 +159,7 @@ class Transfer:
         if self._preparing is not None:
             self._preparing.cancel()
         if not self._has_thread and self._preparing is None:
-            self._let_go()  # first: whoever reads on at once finds the connection
+            self._let_go()  # first, so that a reader that continues at once finds the connection
         if self.outcome is None:
             self.outcome = self.so_far(state, reason)
             for waiting in self._waiting:

@@ -22,7 +22,7 @@ from kvstore.wire import Capabilities, Outcome, State, Ticket
 _TRANSFER_BYTES = 32 << 20
 _KEPT_BYTES = 64 << 20  # of freed memory: what a node fetches in one go
 _THREADS = 2  # that receive
-_IDLE_S = 60.0  # an arena that nobody read from for so long is left when the next one is read from
+_IDLE_S = 60.0  # connections to an arena unused for this long are closed when another is read from
 
 
 class TcpWire:

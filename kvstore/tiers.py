@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Changed = Callable[[Iterable[tuple[BlockHash, int]], Iterable[BlockHash]], None]
 
-_MAX_PENDING_BYTES = 64 << 20  # copies on their way to the disk; what is evicted beyond that is lost
+_MAX_PENDING_BYTES = 64 << 20  # copies waiting for the disk; what is evicted beyond that is lost
 _PAUSE_S = 30.0  # after an error
-# Of one question: less than a reader waits who could compute the blocks soon. The rest comes when it is asked for.
+# Per question: less than a reader waits that could compute the blocks soon. It can ask again for the rest.
 _READ_S = 0.15
 
 
@@ -55,7 +55,7 @@ class DiskTier:
         self._tasks: set[asyncio.Task[None]] = set()
         self._promoting = asyncio.Lock()
         self._writing = asyncio.Lock()
-        self._writer_id = ""  # under which a promotion holds slots
+        self._writer_id = ""  # writer id under which a promotion holds slots
         self._pending_bytes = 0
         self._paused_until_s = 0.0
 
@@ -134,7 +134,7 @@ class DiskTier:
         records = {block_hash: record for block_hash in hashes if (record := self._index.peek(block_hash)) is not None}
         for block_hash in records:
             self._index.drop(block_hash)
-        # Handed over now, before anybody else can have a write to one of these records.
+        # Submitted now, before any other write to one of these records.
         erasing = asyncio.get_running_loop().run_in_executor(
             self._thread, self._erase_all, [record.number for record in records.values()]
         )

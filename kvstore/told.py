@@ -22,7 +22,7 @@ from kvstore.frames import MAX_TOLD_BYTES
 from kvstore.records import build
 from kvstore.tally import TIERS
 
-UNKNOWN = -1  # in place of a number that the store does not know
+UNKNOWN = -1  # in place of an unknown number
 _HASH = re.compile(r"[0-9a-f]{32}")
 _STATES = ("free", "writing", "ready", "")
 
@@ -88,7 +88,7 @@ class BlockDetail:
     generation: int = 0
     length: int = 0  # bytes
     checksum: str = ""  # xxh3_64, 16 hex digits
-    verifies: bool = False  # the bytes are there and sum up to the checksum, now
+    verifies: bool = False  # the bytes are there and match the checksum now
     age_s: float = UNKNOWN
     num_reads: int = UNKNOWN
 

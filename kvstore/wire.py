@@ -30,7 +30,7 @@ class Capabilities:
 
     max_blocks: int
     max_bytes: int
-    is_encrypted: bool  # nobody on the way can read or change what is sent
+    is_encrypted: bool  # encrypted and authenticated
 
     def num_blocks(self, slot_bytes: int) -> int:
         """Blocks of this size that one transfer may ask for."""

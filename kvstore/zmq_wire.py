@@ -27,10 +27,10 @@ from kvstore.records import ArenaRecord
 from kvstore.wire import Capabilities, Outcome, ReceivedPayload, State, Ticket
 
 _TRANSFER_BYTES = 32 << 20
-_AHEAD_BYTES = 16 << 20  # more than any network between two machines holds
+_AHEAD_BYTES = 16 << 20  # more than the bandwidth-delay product of any network between two machines
 _KEPT_BYTES = 64 << 20  # of freed memory: what a node fetches in one go
-_TURNS = 2  # transfers over one connection that ask at a time
-_IDLE_S = 60.0  # a connection that nobody used for so long is closed when the next one is made
+_TURNS = 2  # transfers that request at the same time over one connection
+_IDLE_S = 60.0  # a connection unused for this long is closed when the next one is made
 
 
 class ZmqWire:
@@ -80,7 +80,7 @@ class ZmqWire:
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
-        await asyncio.sleep(0)  # so that those who wait are told
+        await asyncio.sleep(0)  # so that waiting callers are told
         self._context.destroy(linger=0)
 
     def _connection(self, record: ArenaRecord) -> _Connection:
@@ -169,7 +169,7 @@ class _Transfer:
         try:
             while self._asked and self._asked[0][1].done():
                 self._take(*self._asked.popleft())
-            # Many questions at a time, half of what may be under way: each time wakes four threads.
+            # Many questions at a time, half of what may be in flight: each send wakes four threads.
             num_ahead = self._num_ahead if len(self._asked) <= self._num_ahead // 2 else 0
             while self._todo and len(self._asked) < num_ahead:
                 part = self._todo.popleft()

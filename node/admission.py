@@ -24,12 +24,12 @@ class Admission:
 
     def __init__(self, loop: EngineLoop, max_queued_requests: int = 256, room_wait_s: float = 10.0) -> None:
         self.is_draining = False
-        self.requests: set[Request] = set()  # one for each leg that is not over
+        self.requests: set[Request] = set()  # one per leg in progress
         self._loop = loop
         self._max_queued_requests = max_queued_requests
         self._room_wait_s = room_wait_s
-        self._queue: set[Request] = set()  # those of them that wait for room
-        self._turn = asyncio.Lock()  # serves those who wait in the order in which they came
+        self._queue: set[Request] = set()  # the legs that wait for room
+        self._turn = asyncio.Lock()  # serves waiting legs in order of arrival
 
     @contextlib.contextmanager
     def leg(self, request: Request) -> Iterator[OutputStream]:
@@ -99,7 +99,7 @@ class Admission:
             await asyncio.sleep(POLL_S)
 
     async def _hold_when_there_is_room(self, request: Request) -> int:
-        # Only the first in the queue asks again and again. Room comes with the ends of other legs and with unpinning.
+        # Only the first in the queue polls. Room comes when other legs end and when blocks are unpinned.
         while True:
             try:
                 return await self._loop.call(lambda engine: _hold(engine, request))

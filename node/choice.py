@@ -29,7 +29,7 @@ def choose(stretches: Sequence[Stretch], block_bytes: int, block_compute_s: floa
     for stretch in stretches:
         ends.append(ends[-1] + stretch.num_blocks)
     total = ends[-1]
-    # Seconds when the first `index` stretches are fetched; of equal ones the longest fetch.
+    # Seconds if the first `index` stretches are fetched; among equals, the longest fetch.
     costs = [(sum(fetch_s[:index]) + (total - end) * block_compute_s, -end) for index, end in enumerate(ends)]
     num_blocks = -min(costs)[1] if block_compute_s else total
     is_informed = block_compute_s > 0.0 and all(stretch.bytes_per_s for stretch in stretches)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_SALT_BYTES = 256
-MAX_PROMPT_LOGPROBS = 1 << 17  # tokens of a prompt times what is told of each: an answer of about a megabyte
+MAX_PROMPT_LOGPROBS = 1 << 17  # prompt tokens times (alternatives + 1): an answer of about a megabyte
 OPTIONAL_SAMPLING: tuple[str, ...] = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 OPTIONAL_SAMPLING += ("presence_penalty", "frequency_penalty", "seed", "max_tokens", "logprobs")
 
@@ -38,7 +38,7 @@ FINISH_REASONS = {
     FinishReason.HANDOFF: common_pb2.FINISH_REASON_UNSPECIFIED,  # this leg is over, the request is not
 }
 
-# One request may pass a node more than once: both legs, or a retry while its first try is still being cleaned up.
+# A request may be on a node twice: both legs, or a retry while the first attempt is still being cleaned up.
 _leg_numbers = itertools.count()
 
 
@@ -54,7 +54,7 @@ def to_request(
     _check(len(message.salt) <= MAX_SALT_BYTES, "salt", f"{MAX_SALT_BYTES} bytes at most, got {len(message.salt)}")
     num_tokens, num_prompt_tokens = len(message.token_ids), message.num_prompt_tokens
     _check(num_tokens > 0, "token_ids", "must not be empty")
-    longest = engine.max_model_len - 1  # it leaves room for one output
+    longest = engine.max_model_len - 1  # leaves room for one output token
     _check(num_tokens <= longest, "token_ids", f"{longest} tokens at most, got {num_tokens}")
     in_range = 1 <= num_prompt_tokens <= num_tokens
     _check(in_range, "num_prompt_tokens", f"must be in [1, {num_tokens}], got {num_prompt_tokens}")

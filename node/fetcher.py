@@ -25,13 +25,13 @@ from node.landing import landing
 
 logger = logging.getLogger(__name__)
 
-MAX_FETCH_BYTES = 64 * 2**20  # of one round: bounds what lies in memory between the wire and the engine
-# Of one call on the engine's thread: bounds how long running requests wait for it. Each call waits for the end of a
-# step, so a chunk should come in one.
+MAX_FETCH_BYTES = 64 * 2**20  # per round: bounds the memory between the wire and the engine
+# Per call on the engine's thread: bounds how long running requests wait for it. Each call waits for the end of a
+# step, so a chunk should be imported by a single one.
 MAX_IMPORT_BYTES = 32 * 2**20
 COMING_POLL_S = 0.001
-# What is said to be coming comes within a copy's time, most likely. An event loop counts in whole milliseconds, so for
-# that long it sleeps itself, Python's lock let go, and looks in between.
+# Announced blocks usually come within the time of a copy. An event loop's timers have millisecond resolution, so for
+# that long the thread itself sleeps, with Python's lock released, and polls in between.
 NEAR_POLL_S, NEAR_WAIT_S = 0.0001, 0.002
 
 
@@ -50,7 +50,7 @@ class Pace:
         return min(max(self._share * waited_s, self._min_s), self._max_s)
 
 
-LOCAL_PACE = Pace(1 / 8, 0.002, 0.05)  # a look at mapped memory
+LOCAL_PACE = Pace(1 / 8, 0.002, 0.05)  # polling mapped memory
 DIRECTORY_PACE = Pace(1 / 4, 0.002, 0.2)  # a round trip to Redis
 
 
@@ -66,12 +66,12 @@ class Fetcher:
         self._num_pieces = len(intake.pieces)  # that come for each block
         self._max_fetch_blocks = max(1, MAX_FETCH_BYTES // (intake.block_bytes * self._num_pieces))
         self._max_import_blocks = max(1, MAX_IMPORT_BYTES // (intake.block_bytes * self._num_pieces))
-        self._is_declined = False  # computing is sooner than fetching what was found last
+        self._is_declined = False  # computing is faster than fetching what was found last
         self._progress_s = time.monotonic()  # the last block came, or the fetcher did
         self._ask_directory_s = 0.0  # not before
-        self._release_at_blocks: int | None = None  # the engine may have the request once it has so many
+        self._release_at_blocks: int | None = None  # the request may be released once it has this many
         self._is_released = False
-        self._is_near = False  # what came last came from this machine: so will the rest, most likely
+        self._is_near = False  # the last blocks came from this machine, so the rest probably will, too
 
     @property
     def num_missing_blocks(self) -> int:
@@ -98,7 +98,7 @@ class Fetcher:
                     break
         except UnknownRequest:
             pass  # aborted meanwhile: nobody waits for these blocks
-        except Exception:  # a miss, whatever it is
+        except Exception:  # whatever it is, treat it as a miss
             logger.exception("event=fetch_failed request=%s", self._request.request_id)
         if num_fetched_blocks:
             self._progress_s = time.monotonic()
@@ -127,7 +127,7 @@ class Fetcher:
         """Waits for coming blocks, but no longer than computing them would take: their publisher may have died."""
         if not self._is_near:
             self._ask_directory_s = 0.0
-        self._progress_s = time.monotonic()  # what comes now comes soon: the directory is looked into often again
+        self._progress_s = time.monotonic()  # expect blocks soon: poll the directory often again
         await self.fetch()
         self._progress_s = time.monotonic()
         while not self._is_released and not self._is_declined and (num_coming := self._num_coming(num_blocks)) > 0:
@@ -226,7 +226,7 @@ class Fetcher:
             num_blocks = engine.import_blocks(request_id, payloads)
             ended_s = time.monotonic()
             if self._release_at_blocks is not None and self._num_blocks >= self._release_at_blocks > 0:
-                engine.release(request_id)  # at once: another call would wait for another step of the others
+                engine.release(request_id)  # at once, as another call would wait for another step
                 self._is_released = True
             return num_blocks, began_s, ended_s, engine.long_prefill_tokens_per_s
 

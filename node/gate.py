@@ -90,10 +90,10 @@ def _digest(value: str | bytes) -> bytes:
 async def _refuse(_requests: object, context: grpc.aio.ServicerContext) -> None:
     with suppress(
         TimeoutError
-    ):  # a caller that is still writing would see an internal error of gRPC's in place of this
+    ):  # a caller that is still writing would otherwise see an internal error of gRPC
         await asyncio.wait_for(context.read(), HEAR_OUT_S)
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{AUTHORIZATION}: not this cluster's token")
 
 
-# A stream whatever the method is: it need not know its messages.
+# A stream handler for any method: it need not know its messages.
 _REFUSAL = grpc.stream_stream_rpc_method_handler(_refuse)

@@ -35,7 +35,7 @@ class GrammarMask:
             self._num_consumed = len(output_ids)
             check(self._matcher, self._grammar)
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            check(self._matcher, self._grammar)  # a matcher that fails here allows the end, as if all were well
+            check(self._matcher, self._grammar)  # a failed matcher would allow the end as if the text were complete
         except GrammarError as error:
             raise InvalidRequest(error.field, error.problem) from error
 

@@ -21,19 +21,19 @@ from node.choice import Choice, choose
 from node.ranks import Ranks
 from node.replicator import Replica, Replicator, nothing
 
-PATIENCE_S = 0.5  # for blocks on their way, while it is not known how long computing them takes
-MIN_WIRE_LIMIT_S = 0.25  # a busy store answers late, and who is cut off is left alone for seconds
-# Where a block came from: this machine's arena; another machine's; a disk, of whichever machine.
+PATIENCE_S = 0.5  # for announced blocks, while it is unknown how long computing them takes
+MIN_WIRE_LIMIT_S = 0.25  # a busy store answers late, and a store that timed out is avoided for seconds
+# Where a block came from: this machine's arena; another machine's; any machine's disk.
 TIERS = ("memory", "remote", "disk")
-MIN_PATIENCE_S, MAX_PATIENCE_S = 0.05, 2.0  # publishing takes round trips, however small the blocks are
+MIN_PATIENCE_S, MAX_PATIENCE_S = 0.05, 2.0  # publishing takes round trips even if blocks are small
 
 
 @dataclass
 class Choices:
     """Sums over all choices; predictions only over those for which all speeds were known."""
 
-    num_fetched_blocks: int = 0  # that were to be fetched
-    num_computed_blocks: int = 0  # that could have been
+    num_fetched_blocks: int = 0  # chosen to be fetched
+    num_computed_blocks: int = 0  # chosen to be computed, though they could have been fetched
     num_informed: int = 0
     predicted_fetch_s: float = 0.0
     predicted_compute_s: float = 0.0
@@ -60,8 +60,8 @@ class Intake:
     prefill_tokens_per_s: float = 0.0
     choices: Choices = field(default_factory=Choices)
     hits: Counter[str] = field(default_factory=Counter)  # blocks that came, by `TIERS`
-    replicator: Replicator | None = None  # None: what comes from other machines is not kept on this one
-    pieces: Sequence[int] = (0,)  # this rank's, by their numbers in a block
+    replicator: Replicator | None = None  # None: blocks from other machines are not published on this one
+    pieces: Sequence[int] = (0,)  # this rank's pieces, by number within a block
     ranks: Ranks | None = None  # that follow
 
     def whole(self, match: Match) -> Match:

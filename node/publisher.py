@@ -22,9 +22,9 @@ from node.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH_BYTES = 16 * 2**20  # of one write: readers get the first blocks of a chunk while the last are being copied
-MAX_WRITES = 2  # under way: one is copied while the other is reserved or committed
-STALL_S, STALL_SHARE = 0.5, 0.25  # a write that takes so long may not keep more than this share of all blocks pinned
+MAX_BATCH_BYTES = 16 * 2**20  # per write: readers get the first blocks of a chunk while the last are being copied
+MAX_WRITES = 2  # at a time: one is copied while the other is reserved or committed
+STALL_S, STALL_SHARE = 0.5, 0.25  # a write that takes this long must not keep more than this share of all blocks pinned
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Publisher:
         self._write_began_s = 0.0
         self._queue: deque[tuple[FullBlock, Owner]] = deque()
         self._num_pinned_blocks = 0
-        self._num_taken_blocks = 0  # ever put into the queue
-        self._num_settled_blocks = 0  # ever published or given up, in the queue's order
-        self.num_published_pieces = 0  # of this rank's, that were not in the store before
+        self._num_taken_blocks = 0  # total put into the queue
+        self._num_settled_blocks = 0  # total published or given up, in the queue's order
+        self.num_published_pieces = 0  # of this rank; new to the store
         self._settled = asyncio.Condition()
         self._writer: asyncio.Task[None] | None = None
 
@@ -103,7 +103,7 @@ class Publisher:
     async def _settle(self, write: _Write) -> None:
         try:
             await write.task
-        except Exception:  # whatever it is, it is a miss for a later reader, and no harm to anyone else
+        except Exception:  # whatever it is, it only means a miss for a later reader
             logger.exception("event=publish_failed blocks=%d", len(write.batch))
         self._unpin(write.batch)
         self._num_settled_blocks += len(write.batch)

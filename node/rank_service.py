@@ -18,7 +18,7 @@ from kvstore.quotas import NO_TENANT, SHARED, Owner
 from node.convert import statuses
 from node.intake import Intake
 
-MAX_LAG_S = 60.0  # a rank that is so far behind its leader's steps is as good as gone
+MAX_LAG_S = 60.0  # a rank this far behind its leader's steps counts as lost
 
 
 class RankService(rank_pb2_grpc.RankServicer):
@@ -36,7 +36,7 @@ class RankService(rank_pb2_grpc.RankServicer):
         async with statuses(context):
             hashes, block_ids, owner = self._checked(message.blocks)
             num_committed = 0
-            if self._follower.is_writer:  # where several ranks hold the same heads, the first publishes them
+            if self._follower.is_writer:  # if several ranks hold the same heads, the first publishes them
                 await self._wait_for_steps(message.blocks.after_steps)
                 num_committed = await self._publish(hashes, block_ids, owner)
             return rank_pb2.PublishResponse(committed_pieces=num_committed)
@@ -45,7 +45,7 @@ class RankService(rank_pb2_grpc.RankServicer):
     async def Fetch(self, message: rank_pb2.FetchRequest, context: grpc.aio.ServicerContext) -> rank_pb2.FetchResponse:
         async with statuses(context):
             hashes, block_ids, owner = self._checked(message.blocks)
-            if not message.limit_s >= 0.0:  # NaN is not
+            if not message.limit_s >= 0.0:  # excludes NaN
                 raise InvalidRequest("limit_s", "must be 0 or more seconds")
             await self._wait_for_steps(message.blocks.after_steps)
             good_blocks = await self._fetch(hashes, block_ids, owner, message.limit_s or math.inf)
@@ -95,7 +95,7 @@ class RankService(rank_pb2_grpc.RankServicer):
         hashes, block_ids = [BlockHash(name) for name in blocks.hashes], list(blocks.block_ids)
         if block_ids and max(block_ids) >= num_blocks:
             raise InvalidRequest("blocks.block_ids", f"must be below {num_blocks}")
-        if blocks.after_steps > max_steps:  # nobody is to wait for what will not come
+        if blocks.after_steps > max_steps:  # nobody should wait for what will not come
             raise InvalidRequest("blocks.after_steps", f"must be {max_steps} at most now, got {blocks.after_steps}")
         if not blocks.tenant:
             return hashes, block_ids, SHARED

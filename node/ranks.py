@@ -23,7 +23,7 @@ from kvstore.blocks import BlockHash
 from kvstore.quotas import NO_TENANT, Owner
 from node.gate import AUTHORIZATION
 
-ASK_S = 1.0  # how often ranks are asked what they did
+ASK_S = 1.0  # how often ranks are asked for their work
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Ranks:
         token: str = "",
     ) -> None:
         """`token` is the cluster's; "" if the ranks require none."""
-        self.work = {rank: rank_pb2.Work() for rank in range(1, len(channels) + 1)}  # as each one told it last
+        self.work = {rank: rank_pb2.Work() for rank in range(1, len(channels) + 1)}  # as last reported by each
         self._loop = loop
         self._channels = channels
         self._stubs = [rank_pb2_grpc.RankStub(channel) for channel in channels]  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ class Ranks:
                 self.work[rank] = await call
                 heard_s = time.monotonic()
             except grpc.aio.AioRpcError as error:
-                is_broken = error.code() is grpc.StatusCode.UNAVAILABLE  # the channel mends itself, or the rank is gone
+                is_broken = error.code() is grpc.StatusCode.UNAVAILABLE  # the channel recovers, or the rank is lost
                 if not is_broken or time.monotonic() - heard_s > timeout_s:
                     self._on_lost(error)
                     return
@@ -100,7 +100,7 @@ class Ranks:
         message = rank_pb2.FetchRequest(blocks=blocks, limit_s=0.0 if math.isinf(limit_s) else limit_s)
         answers = await self._ask(
             lambda stub: stub.Fetch(message, metadata=self._metadata)
-        )  # pinned for good where a rank is lost
+        )  # stay pinned for good if a rank is lost
         self._loop.post(lambda engine: engine.unpin(block_ids))
         return min(int(answer.good_blocks) for answer in answers)
 

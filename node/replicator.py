@@ -22,8 +22,8 @@ from node.publisher import Publisher
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING_BYTES = 64 * 2**20  # as much as one round of a fetch; what comes beyond that is let go
-MAX_BATCH_BYTES = 4 * 2**20  # of one write: the engine's own blocks may have to wait for it
+MAX_WAITING_BYTES = 64 * 2**20  # as much as one round of a fetch; blocks beyond that are dropped
+MAX_BATCH_BYTES = 4 * 2**20  # per write, for which the engine's own blocks may have to wait
 
 
 def nothing() -> None:
@@ -84,7 +84,7 @@ class Replicator:
             while self._waiting:
                 if self._publisher is not None:
                     await self._publisher.flush()
-                if self._waiting:  # else it was closed meanwhile
+                if self._waiting:  # otherwise it was closed meanwhile
                     await self._write(self._take_batch())
         except Exception:  # nobody waits for these blocks
             logger.exception("event=replicate_failed")

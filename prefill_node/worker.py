@@ -33,7 +33,7 @@ class Prefilled:
     queue_s: float
     fetch_s: float
     compute_s: float
-    num_coming_blocks: int  # leading ones; 0 where anything was not taken for publishing
+    num_coming_blocks: int  # leading ones; 0 if any was not accepted for publishing
 
 
 class PrefillWorker:
