@@ -9,9 +9,9 @@ from router.overtaking import OvertakingShare
 from router.plan import Plan, PrefillTerms, Rates
 
 MAX_REQUESTS = 1000
-MAX_SLACK_REQUESTS = 200  # what predictions were short of lately
+MAX_SLACK_REQUESTS = 200  # recent underestimates
 SLACK_QUANTILE = 0.9
-IDLE_SHARE = 0.2  # who waits for less than this part of its own work says what calls take
+IDLE_SHARE = 0.2  # requests that wait for less than this fraction of their own work measure the calls
 
 
 class Errors:
@@ -53,7 +53,7 @@ class Slack:
     def note(self, predicted_s: float, actual_s: float) -> None:
         self._late_s.append(actual_s - predicted_s)
         self._num_noted += 1
-        if self._num_noted % 8 == 0:  # sorting is not for free
+        if self._num_noted % 8 == 0:  # sorting is not free
             self.seconds = max(0.0, _quantile(self._late_s, SLACK_QUANTILE))
 
 
@@ -102,7 +102,7 @@ class Accuracy:
         self.calls, self.handoffs, self.overtaking = Calls(), HandOffs(handoff_s), OvertakingShare()
         self.outcomes: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()  # by the name of their reason
-        self.decisions_s: deque[float] = deque(maxlen=MAX_REQUESTS)  # what the last ones took
+        self.decisions_s: deque[float] = deque(maxlen=MAX_REQUESTS)  # durations of the last ones
 
     def decided(self, outcome: str, rejection: str, seconds: float) -> None:
         self.outcomes[outcome] += 1

@@ -55,7 +55,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 await context.abort(grpc.StatusCode.UNAVAILABLE, problem)
             logger.warning("event=drain node_id=%s draining=%s", message.node_id, is_draining)
             status = _status(found[0])
-            status.draining = is_draining  # which its next heartbeat will say, too
+            status.draining = is_draining  # as its next heartbeat will say, too
             return status
         raise AssertionError("an aborted call goes on")
 

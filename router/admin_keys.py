@@ -18,7 +18,7 @@ def check_key(values: Sequence[str | bytes], digests: Sequence[bytes]) -> None:
     """Raises `Unauthenticated` unless a call's authorization has one of the keys."""
     if digests:
         given = hashlib.sha256(key_of(values).encode()).digest()
-        if not sum(hmac.compare_digest(known, given) for known in digests):  # all of them: none is told by the time
+        if not sum(hmac.compare_digest(known, given) for known in digests):  # all of them: the duration reveals nothing
             raise Unauthenticated(f"{AUTHORIZATION}: the key is no admin key")
 
 
@@ -31,7 +31,7 @@ def read_admin_keys(file: Path) -> list[bytes]:
     digests = []
     for number, line in enumerate(lines, 1):
         if text := line.partition("#")[0].strip():
-            if not _DIGEST.fullmatch(text):  # which may be a key itself: not to be shown
+            if not _DIGEST.fullmatch(text):  # which may be a key itself, so it is not shown
                 raise UnusableKeys(f"{file}: line {number}: must be 64 hex digits, the SHA-256 of a key")
             digests.append(bytes.fromhex(text))
     if not digests:

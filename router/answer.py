@@ -22,13 +22,13 @@ STOP = common_pb2.FINISH_REASON_STOP
 class Form:
     """The form of one answer."""
 
-    request_id: str  # the call's, which n answers have in common
+    request_id: str  # the call's id, shared by its n answers
     index: int = 0
     stops: Sequence[str] = ()
-    keeps_stop: bool = False  # what ends the text is shown
+    keeps_stop: bool = False  # the output includes what ended it
     echo: str = ""  # text that comes first
     calls_tools: bool = False
-    is_silent: bool = False  # nothing of the output is shown: the client asked for no token
+    is_silent: bool = False  # no output is shown: max_tokens was 0
 
 
 class Answer:

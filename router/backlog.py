@@ -18,10 +18,10 @@ class Backlog:
 
     def __init__(self) -> None:
         self._reported_free_at_s = 0.0
-        self._sent: dict[object, tuple[float, float]] = {}  # leg -> (when, seconds), those that no report counts yet
-        self._begun: object = None  # the leg that the node is at, as its order has it
-        self._keys: dict[object, float] = {}  # of all others that were sent and are not over
-        # They in their order, kept so: a node may have hundreds, and their line is looked at for each request.
+        self._sent: dict[object, tuple[float, float]] = {}  # leg -> (when, seconds), if no report includes it yet
+        self._begun: object = None  # the leg being computed, according to the node's order
+        self._keys: dict[object, float] = {}  # of all other legs that were sent and are not over
+        # Those legs, kept in order: a node may have hundreds, and their line is read for each request.
         self._ranked: list[Waiting] = []
 
     def reported(self, now_s: float, queued_s: float) -> None:
@@ -36,7 +36,7 @@ class Backlog:
             return
         waiting = Waiting(key(seconds, now_s), seconds, leg)
         self._keys[leg] = waiting.key
-        insort_right(self._ranked, waiting, key=_KEY)  # of equals, whoever came first goes first
+        insort_right(self._ranked, waiting, key=_KEY)  # equals in order of arrival
 
     def counted(self, leg: object) -> None:
         """The node's report includes the leg. Idempotent."""

@@ -34,7 +34,7 @@ def by(rule: Rule, may_fetch: bool = False, keeps_limits: bool = False) -> Polic
         if not (seen.firsts.any() and seen.seconds.any()):
             return Reject(Reason.BUSY, seen=seen)
         plan = seen.plan(*rule(seen, rng))
-        # As published: a queue is all work before this one, whatever its order.
+        # As published: a queue is all work ahead, whatever its order.
         in_turn = replace(plan, prefill=replace(plan.prefill, order_s=0.0))
         reason = broken_limit(request, in_turn) if keeps_limits else None
         return plan if reason is None else Reject(reason, plan, retry_after_s=1.0, seen=seen)
@@ -69,7 +69,7 @@ def cache_aware(seen: Survey, rng: random.Random) -> tuple[int, int]:
     least, most = loads[seen.firsts].min(), loads[seen.firsts].max()
     is_uneven = most - least > BALANCE_ABS and most > BALANCE_REL * least
     rate = blocks[seen.firsts].max() * seen.cluster.block_size / seen.request.num_tokens
-    # Of equal hits the one with fewer requests.
+    # Among equal hits, the one with fewer requests.
     rank = loads if is_uneven or rate <= CACHE_THRESHOLD else loads - blocks * (most + 1.0)
     return _least(rank, seen.firsts, rng), _least(loads, seen.seconds, rng)
 

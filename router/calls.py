@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-MAX_KEPT = 64  # that wait for a leg; any number may have one
+MAX_KEPT = 64  # idle calls; any number may be in use
 
 
 class DecodeCalls:

@@ -35,12 +35,12 @@ class NodeView:
     step: StepSpeed
     arena_id: str = ""  # "" publishes nothing
     free_at_s: float = 0.0  # when all its prefill work will be computed, on the router's clock
-    line: Line | None = None  # who waits there, as far as is known; None: nobody
+    line: Line | None = None  # the legs waiting there, as far as is known; None: none
     num_requests: int = 0  # running and waiting
     free_blocks: int = 0
     total_blocks: int = 0  # 0: not known
     max_model_len: int = 1 << 30  # tokens
-    is_known: bool = True  # its speeds were measured lately: a prediction may be held against a request
+    is_known: bool = True  # its speeds were measured recently, so a prediction may refuse a request
 
 
 class Cluster:
@@ -60,18 +60,18 @@ class Cluster:
     is_there: Mask
     can_prefill: Mask
     can_decode: Mask
-    is_shared: Mask  # runs other things than first legs
+    is_shared: Mask  # runs requests other than first legs
     is_known: Mask
 
     def __init__(self, block_size: int, block_bytes: int, nodes: Iterable[NodeView] = ()) -> None:
         self.block_size = block_size
         self.block_bytes = block_bytes
-        self.node_ids: list[str] = []  # by row; "" where nobody is
+        self.node_ids: list[str] = []  # by row; "" for unused ones
         self.arena_ids: list[str] = []  # by row
         self._rows: dict[str, int] = {}
         self._numbers: dict[str, int] = {}  # of arenas
-        self._users = [0]  # how many rows map an arena, by its number; 0 of one that is free, and of number 0
-        self.lines: dict[int, Line] = {}  # by row, of those where somebody waits
+        self._users = [0]  # how many rows map an arena, by its number; 0 for free numbers, and for number 0
+        self.lines: dict[int, Line] = {}  # by row, for rows with waiting legs
         self.arena_number = np.zeros(0, np.intp)
         self._grow(16)
         for node in nodes:

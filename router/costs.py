@@ -78,8 +78,8 @@ def prefill_costs(
         blocks = np.where(is_sooner, other_blocks, blocks)
         fetch_s = np.where(is_sooner, other_fetch_s, fetch_s)
         compute_s = np.where(is_sooner, other_s, compute_s)
-    # Where requests run that are not first legs themselves, each of them waits for this one's chunks; and whoever comes
-    # later waits longer for what is computed once more.
+    # Running requests other than first legs each wait for this one's chunks; and later requests wait longer for
+    # blocks that are computed once more.
     share = np.where(cluster.is_shared & (cluster.num_requests > 0), 1.0, rates.work_ratio)
     stall_s = share * compute_s
     order_s = _order_s(cluster, now_s, rates, compute_s)
@@ -109,7 +109,7 @@ class Survey:
     firsts: Mask  # rows that may run the first leg
     seconds: Mask  # and the second
     alone: Mask  # and both of them, without a hand-off
-    _first_terms: dict[int, PrefillTerms] = field(default_factory=dict)  # by row: each is in several pairs
+    _first_terms: dict[int, PrefillTerms] = field(default_factory=dict)  # cached by row, as each is in several pairs
     _second_terms: dict[int, DecodeTerms] = field(default_factory=dict)
 
     def plan(self, source: int, target: int) -> Plan:
@@ -140,7 +140,7 @@ class Survey:
         num_blocks = request.num_tokens // cluster.block_size
         arena_id = cluster.arena_ids[source]
         here = request.hits.get(cluster.arena_ids[target], NO_HIT).up_to(num_blocks)
-        if not arena_id:  # it publishes nothing: the target computes all that it cannot fetch from others
+        if not arena_id:  # it publishes nothing: the target computes what it cannot fetch from others
             return rates.handoff_s + float(self.first.compute_s[target])
         wire_s, memory_s = cluster.block_bytes / rates.wire_bytes_per_s, cluster.block_bytes / rates.memory_bytes_per_s
         disk_s = min(wire_s, memory_s + cluster.block_bytes / rates.disk_bytes_per_s)
@@ -178,7 +178,7 @@ def survey(
         return Reject(Reason.NO_NODE)
     firsts, seconds, alone = candidates(request, cluster, living)
     first = prefill_costs(request, cluster, now_s, rates, may_fetch)
-    # A decode node runs the first leg itself where that is its role too, or where its streams hardly notice.
+    # A decode node runs the first leg itself if that is its role too, or if its streams hardly notice.
     alone = seconds & (alone | (first.compute_s <= rates.max_stall_s))
     return Survey(request, cluster, rates, first, decode_costs(request, cluster, rates), firsts, seconds, alone)
 
@@ -189,7 +189,7 @@ def candidates(request: RequestView, cluster: Cluster, living: Mask) -> tuple[Ma
     If no node of a role is left, all nodes may play it.
     """
     fits = living & ((cluster.total_blocks == 0) | (cluster.total_blocks >= blocks_needed(request, cluster)))
-    living = fits if fits.any() else living  # where none can hold it, for a node to say so by name and limit
+    living = fits if fits.any() else living  # if no node can hold it, let a node refuse it with the field and the limit
     first, second = living & cluster.can_prefill, living & cluster.can_decode
     first = first if first.any() else living.copy()
     second = second if second.any() else living.copy()

@@ -13,7 +13,7 @@ from typing import Protocol
 from router.tokenizer import Decoder
 
 PROMPT_TAIL = 6  # tokens of the prompt that a window starts with: some decoders drop a space at the very beginning
-MAX_TOKENS_PER_CHARACTER = 4  # with byte fallback, a token a byte
+MAX_TOKENS_PER_CHARACTER = 4  # with byte fallback, one token per byte
 
 
 class Detokenizer(Protocol):
@@ -64,7 +64,7 @@ class WindowDetokenizer:
     def feed(self, token_id: int) -> str:
         self._token_ids.append(token_id)
         text = self._undecided()
-        # A replacement character at the end is half a character, unless it has been one for too long.
+        # A replacement character at the end is half a character, unless it stays one for too long.
         if text.endswith("\ufffd") and len(self._token_ids) - self._end < MAX_TOKENS_PER_CHARACTER:
             return ""
         if text:
@@ -89,7 +89,7 @@ class StopFinder:
         """`keeps_stop`: the stop string itself is part of the text."""
         self._stops = stops
         self._keeps_stop = keeps_stop
-        self._held = ""  # the beginning of a stop string, perhaps
+        self._held = ""  # possibly the beginning of a stop string
 
     def feed(self, text: str, may_stop: bool) -> tuple[str, bool]:
         """Final text, and whether a stop string was found; if so, it is the text up to it, and the last."""

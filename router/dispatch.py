@@ -27,14 +27,14 @@ from router.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
-Computed = node_pb2.PrefillResponse | node_pb2.Tokens  # by a leg that had the prompt to compute
+Computed = node_pb2.PrefillResponse | node_pb2.Tokens  # by a leg that computed the prompt
 
 
 @dataclass(frozen=True)
 class Persistence:
     """How long a request is retried before it is given up."""
 
-    max_attempts: int = 8  # legs that failed, without `LASTING_TOKENS` in between
+    max_attempts: int = 8  # failed legs without `LASTING_TOKENS` in between
     node_wait_s: float = 20.0  # for a node that takes a request which has begun elsewhere
     retry_s: float = 0.25
 
@@ -83,7 +83,7 @@ class Dispatcher:
         while True:
             if self._remaining_s(journey) == 0.0:
                 raise DeadlinePassed("the deadline passed on the way")
-            if not journey.output_ids:  # from the first token on, other weights would go on with another text
+            if not journey.output_ids:  # from the first token on, other weights would produce another text
                 journey.pool = self._registry.pool
             hits = await self._locate(journey)
             chosen = self._decider.decide(journey, self._registry.snapshot(journey.pool), hits)
@@ -127,7 +127,7 @@ class Dispatcher:
             self._registry.decode_leg(plan.decode_node, Burden(own_s, plan.blocks)) as decode,
             self._warms(journey, plan, timeline) as has_computed,
         ):
-            # 1) Both legs count from now on: whoever is planned next must see them.
+            # 1) Both legs count from now on, so that the next plan sees them.
             with self._prefill_leg(plan) as prefill:
                 # 2) Room on the decode node, before any prefill is spent.
                 await decode.admit(message, self._remaining_s(journey), metadata)
@@ -137,7 +137,7 @@ class Dispatcher:
                     asked = journey.scoring(message.admit.request)
                     first = await prefill.run(asked, self._remaining_s(journey), metadata)
                     has_computed(prefill, first)
-            # 3) The first token. It goes to the client while Start is on its way.
+            # 3) The first token. It goes to the client while Start is on its way to the node.
             if first is not None:
                 assert prefill is not None
                 scores = _scores(journey, first, prefill)

@@ -33,7 +33,7 @@ class FileWatch:
             self._stamps = stamps
             try:
                 swap(await asyncio.to_thread(read))
-            except Exception as error:  # whatever it is: who may come in stays as it was
+            except Exception as error:  # whatever it is, access stays as it was
                 logger.error("event=reload_failed files=%s kept=old error=%s", names, error)
             else:
                 logger.warning("event=reloaded files=%s", names)

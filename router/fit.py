@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Errors being relative, what was quick outweighs what is slow by the square of their ratio. That a machine became slow
-# is seen because history is forgotten where the fit stays below this part of what was observed, so often in a row.
+# As errors are relative, fast observations outweigh slow ones by the square of their ratio. A machine that became slow
+# is noticed because history is dropped when the fit stays below this fraction of the observed, this often in a row.
 SURPRISE, MANY_SURPRISES = 0.3, 2
-# A prior goes sooner than observations do, but never for good: it alone tells about what was not observed at all.
+# A prior fades faster than observations, but never entirely: only it covers what was never observed.
 PRIOR_FADE, PRIOR_SHARE = 0.9, 1e-3
 
 Vector = NDArray[np.float64]
@@ -89,7 +89,7 @@ class LinearFit:
             part = np.ix_(subset, subset)
             ridge = 1e-9 * np.eye(len(subset))
             solved = np.linalg.solve(products[part] + ridge, targets[subset])
-            gain = float(targets[subset] @ solved)  # how much of the error it explains
+            gain = float(targets[subset] @ solved)  # the part of the error it explains
             if (solved >= 0.0).all() and gain > best_gain + 1e-12:
                 best_gain = gain
                 best = np.zeros(len(targets))

@@ -19,7 +19,7 @@ from router.hits import longest
 from router.plan import Plan, Reject, RequestView
 
 MAX_REQUESTS = 1000
-MAX_DECISIONS = 16  # of one request, beside the first: the last ones
+MAX_DECISIONS = 16  # of one request, besides the first: the last ones
 MAX_CANDIDATES = 8  # of each leg
 PREFILL_TERMS = ("queue_s", "room_s", "fetch_s", "compute_s", "stall_s", "cost_s", "fetch_blocks")
 DECODE_TERMS = ("step_s", "steps_s", "pressure_s", "cost_s")

@@ -14,7 +14,7 @@ from router.registry import Pool
 from router.traces import NO_TRACE, Trace
 
 UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
-LASTING_TOKENS = 32  # so many new tokens between two failures, and the second one begins a new count
+LASTING_TOKENS = 32  # after this many new tokens since the last failure, failures are counted afresh
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class RoutedRequest:
     request_id: str
     prompt_ids: Sequence[int]
     sampling: common_pb2.SamplingParams  # seed and max_tokens set, within the model's length
-    end_ids: frozenset[int]  # tokens that end it, once min_tokens are there
+    end_ids: frozenset[int]  # tokens that end it, after min_tokens
     deadline_s: float | None = None  # on the dispatcher's clock
     salt: bytes = b""  # the tenant's; never anything that a client has sent
     kv_quota_bytes: int = 0  # that the tenant's blocks may take in each arena; 0: no bound
-    priority: int = 0  # the smaller one is computed first
-    first_due_s: float | None = None  # when its first token is to be there by its SLO, on the dispatcher's clock
+    priority: int = 0  # smaller values are computed first
+    first_due_s: float | None = None  # when its first token is due by its SLO, on the dispatcher's clock
     tpot_limit_s: float | None = None
-    has_begun: bool = False  # the client has part of the call's answer already: another of its n answers
-    prompt_logprobs: int | None = None  # alternatives of each of the prompt's tokens; None: not asked for
+    has_begun: bool = False  # the client already has part of the call: another of its n answers
+    prompt_logprobs: int | None = None  # alternatives of each prompt token; None: not requested
     trace: Trace = NO_TRACE  # of the call
 
 
@@ -55,7 +55,7 @@ class Journey:
     last_failure: RouterError | None = None
     failed: set[str] = field(default_factory=set)  # node ids
     refused: dict[str, set[str]] = field(default_factory=lambda: {"prefill": set(), "decode": set()})
-    stuck_since_s: float | None = None  # nobody takes it
+    stuck_since_s: float | None = None  # no node takes it
     pool: Pool | None = None  # whose nodes may run it
     _failed_at_tokens: int = 0
     _root: BlockHash | None = None
@@ -155,7 +155,7 @@ class Journey:
             self.refused[failure.leg].add(failure.node_id)
         else:
             self.failed.add(failure.node_id)
-        # A machine that dies takes many nodes along; calls that none of them took are no attempts.
+        # A dying machine takes many nodes with it; calls that no node accepted are not attempts.
         if isinstance(failure, LegFailed) and not failure.is_unreached:
             self._count_failure()
 
@@ -175,7 +175,7 @@ class Journey:
     def end(self) -> common_pb2.FinishReason:
         """The finish reason, if the tokens so far are complete but the node died before it could say so."""
         sampling, count = self.request.sampling, len(self.output_ids)
-        # An end comes before min_tokens only where a grammar leaves nothing else, and then it is one.
+        # Before min_tokens, an end token comes only if a grammar allows nothing else; then it is an end.
         may_end = count >= sampling.min_tokens or sampling.WhichOneof("grammar") is not None
         if count and self.output_ids[-1] in self.request.end_ids and may_end:
             return common_pb2.FINISH_REASON_STOP

@@ -20,7 +20,7 @@ from batonpb import common_pb2, node_pb2
 from router.calls import DecodeCalls
 from router.errors import InvalidRequest, LegFailed, LegRefused
 
-# What gRPC's core says where no connection could be made; where it says anything else, the call counts as taken.
+# gRPC's messages when no connection could be made; with any other, the call counts as accepted.
 UNREACHED = "failed to connect to all addresses"
 Metadata = tuple[tuple[str, str], ...] | None  # of a call to a node
 
@@ -38,7 +38,7 @@ class Burden:
     """The load that a leg puts on its node, as far as a router can tell."""
 
     compute_s: float = 0.0  # of prefill, predicted
-    blocks: int = 0  # that it holds
+    blocks: int = 0  # that the leg holds
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Work:
 
     uncached_tokens: int
     cached_tokens: int
-    seconds: float  # 0.0: not told
+    seconds: float  # 0.0: not reported
 
 
 class Leg:
@@ -89,7 +89,7 @@ class Leg:
         except grpc.aio.AioRpcError as error:
             raise self._mapped(error, may_refuse) from error
         except asyncio.CancelledError:
-            # Either our own task is cancelled, or `break_off` has cancelled the call under it.
+            # Either our own task was cancelled, or `break_off` cancelled the call under it.
             if not asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 self._check_broken_off()
             raise
@@ -148,7 +148,7 @@ class DecodeLeg(Leg):
         self._calls = calls
         self._starting: asyncio.Task[None] | None = None
         self._expiring: asyncio.TimerHandle | None = None
-        self._may_keep = False  # the call has nothing that is this leg's alone
+        self._may_keep = False  # nothing of this leg is left on the call
         self._is_over = False
 
     async def admit(self, message: node_pb2.DecodeRequest, timeout_s: float | None, metadata: Metadata = None) -> None:
@@ -164,7 +164,7 @@ class DecodeLeg(Leg):
         with self._waiting(may_refuse=True):
             if self._may_keep and (kept := self._calls.take()) is not None:
                 answer = await self._ask(kept, message)
-            if answer is grpc.aio.EOF:  # also where the node had ended the kept one before it read this
+            if answer is grpc.aio.EOF:  # also if the node ended the kept call before it read this
                 options = {} if self._may_keep else {"timeout": timeout_s, "metadata": metadata}
                 answer = await self._ask(self._calls.open(**options), message)
         if answer is grpc.aio.EOF or answer.WhichOneof("message") != "admitted":

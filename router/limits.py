@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from router.errors import ClusterBusy, ClusterUnavailable, InvalidRequest, RateLimited, TryLater
 
 MINUTE_S = 60.0
-CROWDED_S = 1.0  # when to come again where too many requests run: nobody knows when one of them ends
+CROWDED_S = 1.0  # when to retry if too many requests run: it is unknown when one will end
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Visit:
     def charge_output(self, num_tokens: int) -> None:
         """To be called as tokens come. An answer that has begun is never cut short; it makes the next request wait."""
         self._tokens.take(num_tokens)
-        self._prompt_tokens = 0  # not to be given back any more
+        self._prompt_tokens = 0  # no longer refundable
 
     def refund(self) -> None:
         """The cluster refused the request before its first token."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 AGEING = 0.05  # as engine.order has it; router and engine do not import each other
 
-SHORTEST_S, LONGEST_S = 1 / 64, 256.0  # of prompts that are told apart by their length; a class doubles it
+SHORTEST_S, LONGEST_S = 1 / 64, 256.0  # range of prompts told apart by length; each class is twice as long
 _EDGES_S = tuple(SHORTEST_S * 2**n for n in range(round(math.log2(LONGEST_S / SHORTEST_S)) + 1))
 
 
@@ -87,7 +87,7 @@ def with_overtakers(
     """
     if not shares or not wait_s.any():
         return wait_s
-    rows = np.flatnonzero(wait_s)  # who need not wait is overtaken by nobody
+    rows = np.flatnonzero(wait_s)  # a prompt that does not wait is not overtaken
     left_s, top_s = wait_s[rows], work_s[rows]
     total_s, longest_s = np.zeros(len(rows)), top_s.max()
     for edge_s, share in zip(reversed((0.0, *_EDGES_S[:-1])), reversed(shares), strict=True):

@@ -22,13 +22,13 @@ from router.tenants import AUTHORIZATION
 
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 2**20),
-    # A node that comes back is to be reached within a second, not after gRPC's patient default.
+    # A node that comes back must be reachable within a second, not after gRPC's long default.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 ]
-REST_S = 10.0  # a node that ran nothing for so long is to be measured again
+REST_S = 10.0  # a node that ran nothing for this long must be measured again
 LegT = TypeVar("LegT", bound=Leg)
 
 
@@ -43,9 +43,9 @@ class Node:
         self.speeds = NodeSpeeds()
         self.in_use: tuple[PrefillSpeed, StepSpeed] = GUESSED_PREFILL, GUESSED_STEP
         self._backlog = Backlog()
-        self._is_news = True  # the record has not been reckoned with yet
+        self._is_news = True  # the record has not been processed yet
         self.down_since_s: float | None = None
-        self.asked_s = now_s  # when its health was known last
+        self.asked_s = now_s  # when its health was last known
         self.asking: asyncio.Task[None] | None = None
         self.legs: set[Leg] = set()
         self._channel = grpc.aio.insecure_channel(record.address, options=CHANNEL_OPTIONS)
@@ -64,7 +64,7 @@ class Node:
         if self.legs or record.num_running:
             self.busy_s = now_s
         if record.draining:
-            self._decode_calls.clear()  # a node that is to stop waits for them
+            self._decode_calls.clear()  # a stopping node waits for them
         if record == self.record:
             return
         self.record, self._is_news = record, True
@@ -140,7 +140,7 @@ class Node:
             answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND):
-                return ""  # it answers, and that is what was asked
+                return ""  # it answers, and that was the question
             return f"health: {error.code().name}: {error.details()}"
         return "" if answer.status == health_pb2.HealthCheckResponse.SERVING else "health: not serving"
 

@@ -47,7 +47,7 @@ class Observer:
         try:
             yield watched
         except Exception:
-            watched.is_finished = True  # the call has it
+            watched.is_finished = True  # counted with the call
             raise
         finally:
             self.tally.num_in_flight -= 1

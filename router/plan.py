@@ -21,7 +21,7 @@ class Rates:
 
     memory_bytes_per_s: float = 4e9  # from an arena of the same machine
     wire_bytes_per_s: float = 1e9  # from another machine's
-    disk_bytes_per_s: float = 5e8  # what comes from an arena's disk first
+    disk_bytes_per_s: float = 5e8  # from an arena's disk
     request_s: float = 0.002  # what each request ahead costs besides its tokens
     handoff_s: float = 0.01  # what a second leg costs besides its bytes (calls, publishing), until it is measured
     no_room_s: float = 1.0  # waiting until a full node has room for a prefill
@@ -44,14 +44,14 @@ class RequestView:
     `warming`: node id -> the leading run that it was just sent to compute, and will have when its queue gets there.
     """
 
-    num_tokens: int  # the prompt, and what was put out before a failover
+    num_tokens: int  # the prompt, and output before a failover
     max_new_tokens: int
     hits: Mapping[str, Hit] = field(default_factory=dict)
     warming: Mapping[str, int] = field(default_factory=dict)
-    failed: frozenset[str] = frozenset()  # node ids that broke this request off: as good as dead
-    no_prefill: frozenset[str] = frozenset()  # node ids that refused a leg for want of room: alive
+    failed: frozenset[str] = frozenset()  # node ids that failed this request: treated as dead
+    no_prefill: frozenset[str] = frozenset()  # node ids that refused a leg for lack of room: alive
     no_decode: frozenset[str] = frozenset()
-    ttft_limit_s: float | None = None  # from now on; what its SLO and its deadline leave
+    ttft_limit_s: float | None = None  # from now on: what its SLO and deadline leave
     tpot_limit_s: float | None = None
 
 
@@ -61,10 +61,10 @@ class PrefillTerms:
 
     queue_s: float
     room_s: float
-    fetch_s: float  # beside the queue, so the longer of the two counts
+    fetch_s: float  # parallel to the queue, so the longer of the two counts
     compute_s: float
     stall_s: float = 0.0
-    order_s: float = 0.0  # what the queue's order adds to its own wait: whom it overtakes, and who will overtake it
+    order_s: float = 0.0  # what the queue's order adds to its own wait: those it overtakes, and its overtakers
 
     @property
     def ttft_s(self) -> float:
@@ -101,7 +101,7 @@ class Plan:
     prefill_tokens: int  # that the first leg computes
     fetch_blocks: int  # leading blocks that it has when it begins to compute
     blocks: int  # that each leg holds
-    is_known: bool = True  # both nodes' speeds were measured lately
+    is_known: bool = True  # both nodes' speeds were measured recently
     calls_s: float = 0.0  # as in `Rates`
     seen: Survey | None = field(default=None, compare=False, repr=False)  # what it was chosen from
 

@@ -28,7 +28,7 @@ def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Ra
     sources = shortlist(seen.first.cost_s, firsts, rng, rates)
     seconds = within(seen.seconds, known, seen.second.step_s, request.tpot_limit_s)
     targets = shortlist(seen.second.cost_s, seconds, rng, rates)
-    # Where one node is to run both legs, its queue and its hits count as much as its steps.
+    # If one node runs both legs, its queue and its hits count as much as its steps.
     both = shortlist(seen.first.cost_s + seen.second.cost_s, seen.alone, rng, rates)
     # 2) The best few in pairs.
     pairs = [(source, target) for source, target in itertools.product(sources, targets) if source != target]

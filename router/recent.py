@@ -14,7 +14,7 @@ from batonpb import inference_pb2
 MAX_ANSWERS = 50
 BIN_S = 2.0
 NUM_BINS = 150  # five minutes
-MAX_SAMPLES = 64  # of a bin; of more answers, the last ones
+MAX_SAMPLES = 64  # per bin; the last ones, if there are more
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Recent:
     def note(self, ended: Ended) -> None:
         self.answers.append(ended)
         index = int(ended.at_s // BIN_S)
-        if not self.bins or self.bins[-1].index < index:  # a clock that was set back adds to the newest
+        if not self.bins or self.bins[-1].index < index:  # if the clock was set back, it goes into the newest
             self.bins.append(Bin(index))
         if ended.timeline.first_token_s >= 0.0:
             self.bins[-1].add(ended.usage, ended.timeline)

@@ -70,10 +70,10 @@ class Registry:
         self._patience = patience or Patience()
         self._clock = clock
         self._nodes: dict[str, Node] = {}
-        self._left: list[Node] = []  # gone or replaced; their connection is open as long as they have legs
+        self._left: list[Node] = []  # gone or replaced; their connections stay open as long as they have legs
         self._pool: Pool | None = None
         self._clusters: dict[Ground, Cluster] = {}  # those of each that can be given work
-        self._changed: dict[Node, None] = {}  # nodes whose rows are not what they should be
+        self._changed: dict[Node, None] = {}  # nodes whose rows are out of date
         self._last_poll_s = clock()
         self._is_blind = False
         self._polling: asyncio.Task[None] | None = None
@@ -153,7 +153,7 @@ class Registry:
             await asyncio.sleep(self._patience.poll_s)
             try:
                 await self.refresh()
-            except Exception:  # whatever it is, a router that knows no nodes any more is worse
+            except Exception:  # whatever it is, a router that forgets all nodes would be worse
                 logger.exception("event=poll_failed")
 
     def _take(self, records: Sequence[NodeRecord], started_s: float) -> None:
@@ -162,7 +162,7 @@ class Registry:
         if self._is_blind:
             logger.warning("event=directory_back records=%d", len(records))
             self._is_blind = False
-            for node in self._nodes.values():  # their heartbeats need a moment to find it too
+            for node in self._nodes.values():  # their heartbeats need a moment to find Redis, too
                 node.seen_s = now_s
         for record in records:
             if _is_sound(record) and self._model in ("", record.model):

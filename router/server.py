@@ -34,8 +34,8 @@ from router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Requests leave hardly anything that is garbage only to the collector. By default it looks for it every dozen requests,
-# and holds up all others for milliseconds now and then.
+# Requests leave hardly any cyclic garbage. By default the collector runs every dozen requests,
+# and sometimes delays all others by milliseconds.
 GC_THRESHOLDS = (10_000, 5, 10)
 
 
@@ -60,7 +60,7 @@ class RouterServer:
             address, http_address, metrics_address = await self._open(stack)
             self._stack = stack.pop_all()
         gc.collect()
-        gc.freeze()  # libraries and tokenizer stay: the collector need not walk over them between requests
+        gc.freeze()  # libraries and tokenizer stay: the collector need not traverse them
         gc.set_threshold(*GC_THRESHOLDS)
         words = address, http_address or "none", metrics_address or "none"
         logger.info("event=router_up address=%s http=%s metrics=%s", *words)

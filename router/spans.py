@@ -22,7 +22,7 @@ class Span:
         return self.end_s - self.start_s
 
 
-# name -> what happens in it; in their order, and together all of a request's time
+# name -> what happens in it; in order, and together all of a request's time
 LEGS = {
     "route": "the router checks, tokenises, looks up and decides",
     "admit": "the decode node is asked for room",

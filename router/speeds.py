@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from router.fit import LinearFit
 
-STEP_SLOPE = 0.08  # how much longer a step takes with each further request, until several sizes were seen
-MEDIAN_TOKENS, MEDIAN_REQUESTS = 1024, 8  # of two formulas the faster one is that for work of this size
+STEP_SLOPE = 0.08  # how much longer a step takes per further request, until several sizes were observed
+MEDIAN_TOKENS, MEDIAN_REQUESTS = 1024, 8  # speeds are compared by their time for work of this size
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PrefillMeter:
     """Learns a node's `PrefillSpeed` from its prefill legs."""
 
     def __init__(self, prior: PrefillSpeed) -> None:
-        # Long ones alone: a rate says nothing of what a prompt of a few tokens takes.
+        # Only long ones: a rate says nothing about a prompt of a few tokens.
         points = [prefill_features(tokens, 0.0) for tokens in (1024.0, 8192.0)]
         self._fit = LinearFit((prior.base_s, prior.token_s, prior.pair_s), points)
 

@@ -47,7 +47,7 @@ ERRORS: Mapping[type[Exception], str] = {
     ClusterUnavailable: "unavailable",
     DeadlinePassed: "deadline",
 }
-INTERNAL = "internal"  # whatever else it was
+INTERNAL = "internal"  # anything else
 
 # Histograms of requests: attribute -> name behind `baton_`, what it is. Names are vLLM's where it has the same.
 HISTOGRAMS = {

@@ -163,7 +163,7 @@ def _digest_texts(table: Mapping[str, Any]) -> list[str]:
 
 
 def _digest(text: str) -> bytes:
-    if not _DIGEST.fullmatch(text):  # which may be a key itself: not to be shown
+    if not _DIGEST.fullmatch(text):  # which may be a key itself, so it is not shown
         raise _BadField("key_sha256", f"must be 64 hex digits, the SHA-256 of a key; got {len(text)} characters")
     return bytes.fromhex(text)
 

@@ -30,10 +30,10 @@ _BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)
 
 MAX_REMEMBERED_TOKENS = 1 << 16
 MAX_ERROR_CHARS = 500  # of a template: it may repeat the prompt, and a call's metadata is bounded
-_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # a byte as a token, in vocabularies of characters
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # a byte as a token, in character vocabularies
 _KNOWS_TOOLS = re.compile(r"\btools\b")  # what a template calls them
-# Put behind the message that is to be gone on with, to find its end in the text. The space at its end is gone where a
-# template strips messages.
+# Appended to the message to be continued, to find its end in the text. Its trailing space is lost if a template
+# strips messages.
 _END_MARK = "<|where the last message ends|> "
 
 
@@ -49,9 +49,9 @@ class Decoder(Protocol):
 class Setting:
     """How a chat is rendered with its template."""
 
-    variables: Mapping[str, Any] = field(default_factory=dict)  # that the template may look at
-    opens_answer: bool = True  # it ends with the beginning of an assistant's message
-    continues: bool = False  # it ends within the last message
+    variables: Mapping[str, Any] = field(default_factory=dict)  # for the template
+    opens_answer: bool = True  # the text ends with the opening of an assistant message
+    continues: bool = False  # the text ends inside the last message
 
 
 PLAIN = Setting()
@@ -72,7 +72,7 @@ class Tokenizer:
         self._special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
         sources = _find_templates(folder, config)
         self._template = compile_template(sources["default"]) if "default" in sources else None
-        # As `transformers` has it, a template of that name is the one for chats with tools.
+        # As in `transformers`, a template of that name is the one for chats with tools.
         with_tools = sources.get("tool_use") or sources.get("default", "")
         self._tools_template = compile_template(with_tools) if _KNOWS_TOOLS.search(with_tools) else None
         self.eos_token_ids = _eos_token_ids(folder)
@@ -109,7 +109,7 @@ class Tokenizer:
         try:
             text = template.render({**setting.variables, **given})
             text.encode()
-        except Exception as error:  # the template is foreign code: it may refuse a chat, or stumble over it
+        except Exception as error:  # the template is foreign code: it may refuse a chat, or fail on it
             said = str(error)[:MAX_ERROR_CHARS]
             raise InvalidRequest("prompt.chat.messages", f"the model's chat template says: {said}") from error
         return _up_to_mark(text, messages[-1]) if setting.continues else text

@@ -101,7 +101,7 @@ class ToolCallParser:
     def __init__(self, key: str) -> None:
         self._key = key
         self._rest = ""  # not looked at yet, or undecided
-        self._opening = ""  # of the call that is being read: the tag and the whitespace before it
+        self._opening = ""  # of the call being read: the tag and the whitespace before it
         self._body: _Body | None = None
         self._is_behind_call = False
         self.num_calls = 0

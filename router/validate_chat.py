@@ -20,7 +20,7 @@ FIELD = "prompt.chat"
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}  # of a tool that names none
 MAX_VARIABLES_BYTES = 1 << 14
 VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
-# What a template is given anyhow, and what it calls. Names of special tokens end in `_token`.
+# What a template is given anyway, and what it calls. Names of special tokens end in `_token`.
 OTHERS = frozenset(
     "messages tools documents add_generation_prompt continue_final_message raise_exception strftime_now "
     "range dict lipsum cycler joiner namespace self super caller varargs kwargs loop".split()
@@ -34,10 +34,10 @@ class Chat:
     """Messages and tools in the form that `transformers` gives to templates."""
 
     messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...] = ()  # empty also where the model is not to know of them
-    is_required: bool = False  # one call at least must be made
-    tool_name: str = ""  # the only tool that may be called then; empty: any
-    is_single: bool = False  # one call then, and no more
+    tools: tuple[dict[str, Any], ...] = ()  # also empty if the model must not see them
+    is_required: bool = False  # at least one call is required
+    tool_name: str = ""  # the only tool that may be called in that case; empty: any
+    is_single: bool = False  # exactly one call then
     setting: Setting = PLAIN  # in the chat template
 
 

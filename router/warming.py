@@ -57,7 +57,7 @@ class Warming:
         if not firsts:
             return {}
         blocks, second = self._blocks, hashes[1] if len(hashes) > 1 else hashes[0]
-        # Hundreds of nodes may share a first block, and hardly any of them the second: they cost no call.
+        # Hundreds of nodes may share a first block, but few the second: those without it cost no call.
         return {
             node_id: _run(blocks[node_id], hashes, now_s) if blocks[node_id].get(second, 0.0) > now_s else 1
             for node_id, until_s in firsts.items()

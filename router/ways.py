@@ -55,7 +55,7 @@ class Held:
     def _by_row(self, values: Column) -> Column:
         by_arena = np.zeros(self._cluster.num_arena_numbers)
         by_arena[self._arenas] = values
-        by_arena[0] = 0.0  # of arenas that no node maps, and of nodes that map none
+        by_arena[0] = 0.0  # for arenas that no node maps, and nodes that map none
         return by_arena[self._cluster.arena_number]
 
 
@@ -68,8 +68,8 @@ def ways(request: RequestView, cluster: Cluster, rates: Rates, may_fetch: bool) 
         yield from _fetches(held, cluster, rates, may_fetch)
         held.leave_disks()
     yield from _fetches(held, cluster, rates, may_fetch)
-    if request.warming:  # behind those that it computes already there is nothing to fetch
-        warm = np.zeros(len(cluster.node_ids) + 1)  # the last one: of those that have left
+    if request.warming:  # after those that it is already computing there is nothing to fetch
+        warm = np.zeros(len(cluster.node_ids) + 1)  # the last entry: for nodes that have left
         warm[cluster.rows(request.warming)] = np.minimum(list(request.warming.values()), most)
         warm = warm[:-1]
         yield warm, np.zeros(len(warm))
