@@ -17,7 +17,7 @@ class NodeConfig:
     """A node: an engine with its options, where it listens, and where the rest of the cluster is found.
 
     `host` is the machine's label (nodes and arenas of one host share memory). `store_dir` is the folder of this
-    machine's store process, empty where there is none: then everything is fetched over the wire and nothing published.
+    machine's store process, empty if there is none: then everything is fetched over the wire and nothing is published.
     """
 
     node_id: str
@@ -73,7 +73,7 @@ class NodeConfig:
 
     @classmethod
     def from_json(cls, text: str) -> NodeConfig:
-        """Raises `TypeError` for a name that is no option, `ValueError` for text that is no JSON."""
+        """Raises `TypeError` for an unknown option, `ValueError` for invalid JSON."""
         fields = json.loads(text)
         engine = EngineConfig(**fields.pop("engine", {}))
         return cls(engine=engine, **fields)
