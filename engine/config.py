@@ -104,7 +104,7 @@ class EngineConfig:
     kv_cache_bytes: int = 256 * 1024 * 1024
     max_model_len: int = 0  # tokens; 0: the model's, capped to what the pool can hold
     max_num_batched_tokens: int = 512
-    max_num_requests: int = 64
+    max_num_requests: int = 64  # of a step; where more decode they go by turns
     enable_prefix_caching: bool = True
     num_threads: int = 0  # 0: torch's default
     kv_layer_pieces: int = 1  # that blocks travel in: as many as the most stages of any node

@@ -129,6 +129,7 @@ class Request:
     num_late_hit_tokens: int = 0  # computed here by others while this one waited
     num_new_tokens: int = 0  # sampled by this engine
     num_published_blocks: int = 0  # leading full blocks already reported in an output
+    last_chunk: int = 0  # the number of its newest one among all of the scheduler's; 0: none yet
     arrived_s: float = 0.0  # time.perf_counter() of when an engine took it in
     started_s: float | None = None  # time.perf_counter() of the first step that it was in; None: it still waits
 

@@ -312,6 +312,27 @@ def test_a_hold_shares_its_local_hit_and_gives_it_back(engine: Engine) -> None:
     assert [block_hash for _, block_hash in run.published] == warm.block_hashes[:3]
 
 
+def test_more_streams_than_a_step_takes_get_the_tokens_that_each_gets_alone(folder: Path) -> None:
+    prompts = [make_prompt(2 * BLOCK + length, seed=length) for length in range(5)]
+    other, store = make_engine(folder), Store()
+    alone = [drive(other, [make_request(other, "r", prompt)], store).ids("r") for prompt in prompts]
+    engine = make_engine(folder, max_num_requests=2)
+    requests = [make_request(engine, str(number), prompt) for number, prompt in enumerate(prompts)]
+    for request, ids in zip(requests, alone, strict=True):
+        engine.add(request, hold=True)
+        engine.import_blocks(request.request_id, store.payloads(request.block_hashes))
+        engine.release(request.request_id, ids[:1])
+    while engine.has_work():
+        outputs = engine.step()
+        assert 1 <= len(outputs) <= 2
+        for output in outputs:
+            engine.unpin([block.block_id for block in output.full_blocks])
+        counts = [request.num_new_tokens for request in requests]
+        assert max(counts) - min(counts) <= 1, "all go on, as fast as each other"
+    assert [request.token_ids[request.num_prompt_tokens :] for request in requests] == alone
+    assert_all_free(engine)
+
+
 def test_export_runs_beside_the_steps(engine: Engine) -> None:
     blocks = full_blocks(engine, make_prompt(4 * BLOCK))
     before = exported(engine, blocks)
