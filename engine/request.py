@@ -202,4 +202,4 @@ class EngineLoad:
     free_blocks: int  # cached but unreferenced blocks count as free
     total_blocks: int
     prefill_tokens_per_s: float
-    decode_step_s: float
+    decode_step_s: float  # what a running request waits for its next token

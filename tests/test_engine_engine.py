@@ -487,6 +487,22 @@ def test_load_counts_what_is_there(engine: Engine) -> None:
     assert engine.load().decode_step_s > 0.0
 
 
+def test_a_token_takes_as_many_steps_as_there_are_turns(folder: Path) -> None:
+    engine = make_engine(folder, max_num_requests=2)
+    for name in "abc":
+        engine.add(make_request(engine, name, make_prompt(3, seed=ord(name)), GREEDY), hold=True)
+        engine.release(name, [1])
+    for _ in range(3):
+        engine.step()
+    assert engine.load().num_running == 3
+    assert engine.load().decode_step_s == pytest.approx(1.5 * engine._speed.decode_step_s)
+    engine.abort("c")
+    assert engine.load().decode_step_s == engine._speed.decode_step_s > 0.0
+    for name in "ab":
+        engine.abort(name)
+    assert_all_free(engine)
+
+
 def test_speeds_are_those_of_the_steps() -> None:
     request = Request("r", [1], 1, GREEDY, BlockHash(bytes(16)), BLOCK)
     decode, prefill, tail = (Chunk(request, 0, count, True) for count in (1, 500, 10))
