@@ -15,6 +15,7 @@ from kvstore.blocks import BlockHash, hash_blocks
 
 if TYPE_CHECKING:
     from engine.mask import TokenMask
+    from engine.penalties import SeenTokens
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 300
@@ -130,6 +131,7 @@ class Request:
     num_new_tokens: int = 0  # sampled by this engine
     num_published_blocks: int = 0  # leading full blocks already reported in an output
     last_chunk: int = 0  # the number of its newest one among all of the scheduler's; 0: none yet
+    seen_tokens: SeenTokens | None = None  # what penalties made of token_ids so far; None: nobody asked
     arrived_s: float = 0.0  # time.perf_counter() of when an engine took it in
     started_s: float | None = None  # time.perf_counter() of the first step that it was in; None: it still waits
 

@@ -14,13 +14,13 @@ import torch
 from engine_driver import BLOCK, VOCAB, assert_all_free, drive, make_engine, make_model, make_prompt, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_sampler import EOS, logits_lists, params_strategy, token_lists
+from test_engine_sampler import EOS, logits_lists, params_strategy, sample, token_lists
 from test_engine_sampler import VOCAB as SMALL_VOCAB
 
 from engine.errors import InvalidRequest
 from engine.mask import WORD_BITS, Words, fill_masks
 from engine.request import FinishReason, OutputToken, Request, SamplingParams
-from engine.sampler import sample, sample_all
+from engine.sampler import sample_all
 from kvstore.blocks import BlockHash
 
 Rule = Callable[[Sequence[int]], Sequence[int]]  # outputs so far -> ids that may come
