@@ -37,9 +37,7 @@ def sample_all(
     largest = _argmax(logits) if any(is_plain) else []
     masked = {} if masks is None else _sample_masked(logits, requests, eos_token_ids, masks)
     return [
-        OutputToken(largest[row])
-        if is_plain[row]
-        else masked.get(row) or sample(logits[row], request, eos_token_ids)
+        OutputToken(largest[row]) if is_plain[row] else masked.get(row) or sample(logits[row], request, eos_token_ids)
         for row, request in enumerate(requests)
     ]
 
