@@ -65,7 +65,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store-disk-dir", type=Path, metavar="DIR", help="where blocks on disk lie, also after the cluster stops")
     add("--max-model-len", type=int, default=0, metavar="TOKENS", help="default: the model's")
     add("--max-batched-tokens", type=int, default=512, metavar="TOKENS", help="in one step of a node (default 512)")
-    add("--max-requests", type=int, default=64, metavar="N", help="at a time on one node (default 64)")
+    add("--max-requests", type=int, default=64, metavar="N", help="in a node's step; more go by turns (default 64)")
     add("--num-threads", type=int, default=0, metavar="N", help="of each node; default: cores / nodes of its machine")
     add(
         "--pin-cores",
