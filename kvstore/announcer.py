@@ -75,6 +75,7 @@ class Announcer:
             try:
                 await self.round()
             except Exception:  # without this task the arena would be forgotten
+                self._lose()
                 logger.exception("event=announce_failed arena=%s", self._record().arena_id)
                 await asyncio.sleep(self._heartbeat_s)
             timeout_s = max(0.0, self._beat_at_s - time.monotonic())
@@ -98,13 +99,17 @@ class Announcer:
                 await self._flush()
                 self._turn(is_away=False)
         except DirectoryUnavailable as error:
-            # What arrived and what did not is unknown: when Redis is back, everything is announced again.
-            self._is_complete = False
+            self._lose()
             self._turn(is_away=True, reason=str(error))
         finally:
             for waiting in flushes:
                 if not waiting.done():
                     waiting.set_result(None)
+
+    def _lose(self) -> None:
+        """What arrived and what did not is unknown: next time everything is announced again, so no change is kept."""
+        self._is_complete = False
+        self._changes.clear()
 
     def _wake_within(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,78 @@
+"""The announcer over a real Redis: whatever happens to either, what the arena holds is found in the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+from conftest import RedisProcess, eventually
+from kvstore_support import chain
+
+from kvstore.announcer import Announcer
+from kvstore.blocks import BlockHash
+from kvstore.directory import ArenaRecord, Directory
+
+RECORD = ArenaRecord(arena_id="a" * 32, address="tcp://127.0.0.1:1", host="here", slot_bytes=4096, num_slots=20_000)
+TTL_S = 30.0
+
+Blocks = list[tuple[BlockHash, int]]
+
+
+def announcer_of(blocks: Blocks, directory: Directory, heartbeat_s: float = 0.0, ttl_s: float = TTL_S) -> Announcer:
+    """With no time between heartbeats, one is due whenever it is looked."""
+    return Announcer(directory, lambda: blocks, lambda: RECORD, heartbeat_s, ttl_s)
+
+
+async def test_changes_are_not_kept_while_redis_is_away(redis_process: RedisProcess) -> None:
+    held: Blocks = []
+    directory = Directory(redis_process.url, "test")
+    announcer = announcer_of(held, directory)
+    await announcer.round()
+    redis_process.kill()
+    hashes = chain(0, 20_000)
+    for first in (0, 10_000):
+        new = [(block_hash, first + slot) for slot, block_hash in enumerate(hashes[first : first + 10_000])]
+        held += new
+        announcer.changed(new)
+        await announcer.round()
+        assert len(announcer._changes) == 0
+    redis_process.start()
+    await announcer.round()
+    assert await directory.locate(hashes) == {RECORD.arena_id: list(range(20_000))}
+    await directory.close()
+
+
+class SpoiltDirectory(Directory):
+    """Fails once, in a way that nobody thought of."""
+
+    has_failed = False
+
+    async def announce(
+        self, arena_id: str, blocks: Sequence[tuple[BlockHash, int]], gone: Sequence[BlockHash] = ()
+    ) -> bool:
+        if not self.has_failed:
+            self.has_failed = True
+            raise ValueError("spoilt")
+        return await super().announce(arena_id, blocks, gone)
+
+
+async def test_what_an_unexpected_failure_lost_is_announced_again(redis_url: str) -> None:
+    held: Blocks = []
+    directory = SpoiltDirectory(redis_url, "test")
+    announcer = announcer_of(held, directory, heartbeat_s=0.05)
+    await announcer.round()
+    running = asyncio.create_task(announcer.run())
+    hashes = chain(0, 5)
+    held += [(block_hash, slot) for slot, block_hash in enumerate(hashes)]
+    announcer.changed(held)
+
+    async def is_found() -> bool:
+        return await directory.locate(hashes) == {RECORD.arena_id: list(range(5))}
+
+    await eventually(is_found)
+    assert directory.has_failed
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+    await directory.close()
