@@ -90,12 +90,9 @@ class Announcer:
         self._wake.clear()
         self._stop_alarm()
         flushes, self._flushes = self._flushes, []
-        is_due = time.monotonic() >= self._beat_at_s
         try:
-            if is_due:
-                self._beat_at_s = time.monotonic() + self._heartbeat_s
-                self._is_complete &= await self._directory.heartbeat_arena(self._record(), self._ttl_s)
-            if is_due or not self._is_away:
+            if self._is_due or not self._is_away:
+                await self._beat()
                 await self._flush()
                 self._turn(is_away=False)
         except DirectoryUnavailable as error:
@@ -110,6 +107,16 @@ class Announcer:
         """What arrived and what did not is unknown: next time everything is announced again, so no change is kept."""
         self._is_complete = False
         self._changes.clear()
+
+    @property
+    def _is_due(self) -> bool:
+        return time.monotonic() >= self._beat_at_s
+
+    async def _beat(self) -> None:
+        """A heartbeat, if it is due: to be called between all round trips, for there may be no end of them."""
+        if self._is_due:
+            self._beat_at_s = time.monotonic() + self._heartbeat_s
+            self._is_complete &= await self._directory.heartbeat_arena(self._record(), self._ttl_s)
 
     def _wake_within(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
@@ -126,9 +133,10 @@ class Announcer:
     async def _flush(self) -> None:
         arena_id = self._record().arena_id
         while self._changes or not self._is_complete:
+            await self._beat()
             if not self._is_complete:
                 self._changes.clear()
-                await self._directory.announce_all(arena_id, self._inventory(), self._ttl_s)
+                await self._directory.announce_all(arena_id, self._inventory(), self._ttl_s, self._beat)
                 self._is_complete = True
                 continue
             batch = dict(itertools.islice(self._changes.items(), _BATCH))
