@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _HERE_BYTES = 4 << 20  # what one thread would copy alone: waking it, and hearing from it, takes longer than 1 MiB
 _MIN_BYTES_PER_S = 1e6  # a slower transfer counts as broken, where nobody said how long it may take
 _AVOID_S = 5.0  # a store that did not answer is left alone for so long
+_FAIR_S = 0.2  # in less than that, an arena that sent nothing has not shown that it does not answer
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class KVClient:
 
         What other machines have not sent within `limit_s` is a miss, and who sent nothing is left alone for a while:
         whoever can compute the blocks by then need not find out whether a wire that hangs will ever move again. Who is
-        only slow is not left alone; `links` knows its speed.
+        only slow is not left alone (`links` knows its speed), nor is who was not asked in time to answer.
 
         `into` has for each block where it is to lie in the end. What comes over a wire that can is received there, and
         the payload's view is that one; nothing is written any more when `fetch` ends, also by a cancellation.
@@ -306,7 +307,7 @@ class KVClient:
         found: dict[int, Payload] = {}
         step = self._wire.capabilities.num_blocks(self._slot_bytes)
         for start in range(0, len(indices), step):
-            if start and time.monotonic() >= deadline_s:
+            if deadline_s - time.monotonic() <= (_FAIR_S if start else 0.0):
                 break
             part = indices[start : start + step]
             hashes = [match.hashes[index] for index in part]
@@ -325,7 +326,10 @@ class KVClient:
         deadline_s: float,
         into: Sequence[memoryview] | None,
     ) -> Outcome:
-        """Brings the leading run of `hashes`. An arena that failed, or sent nothing, is left alone for a while."""
+        """Brings the leading run of `hashes`. An arena that failed, or sent nothing, is left alone for a while.
+
+        Not so where the transfer spent its time waiting for others: who is read from much would be shunned for that.
+        """
         began_s, outcome = time.monotonic(), Outcome(State.PENDING)
         longest_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
         limit_s = max(0.0, min(longest_s, deadline_s - began_s))
@@ -336,13 +340,17 @@ class KVClient:
         finally:
             self._wire.cancel(ticket)
             transfer.end(len(outcome.payloads), began_s, time.monotonic())
-        if outcome.state is State.PENDING and outcome.payloads:
-            came, asked = len(outcome.payloads), len(hashes)
-            logger.info("event=fetch_slow arena=%s blocks=%d of=%d limit_s=%.2f", record.arena_id, came, asked, limit_s)
-        elif outcome.state is not State.COMPLETED:
+        if outcome.state is State.COMPLETED:
+            return outcome
+        had_s = time.monotonic() - max(began_s, outcome.begun_at_s)  # negative where its turn never came
+        is_at_fault = had_s >= 0.0 if outcome.state is State.FAILED else had_s >= _FAIR_S and not outcome.payloads
+        if is_at_fault:
             reason = outcome.reason or f"no answer within {limit_s:.1f} s"
             logger.warning("event=fetch_failed arena=%s error=%r", record.arena_id, reason)
             self._avoided[record.arena_id] = time.monotonic() + _AVOID_S
+        else:
+            came, asked = len(outcome.payloads), len(hashes)
+            logger.info("event=fetch_slow arena=%s blocks=%d of=%d limit_s=%.2f", record.arena_id, came, asked, limit_s)
         return outcome
 
     def _begin_trouble(self, name: str, error: Exception) -> None:

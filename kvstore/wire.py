@@ -43,11 +43,15 @@ class Outcome:
 
     COMPLETED with fewer than were asked for: the arena does not have the next one (any more), or not those bytes.
     FAILED: something is wrong with the arena or the way to it, and `reason` tells what.
+
+    `begun_at_s` is when its turn came, by the monotonic clock, in a wire where transfers take turns; `math.inf` while
+    it waits for it. Who asked an arena for nothing yet has learned nothing of it.
     """
 
     state: State
     payloads: Sequence[Payload] = ()
     reason: str = ""
+    begun_at_s: float = 0.0
 
 
 class Wire(Protocol):
