@@ -1,7 +1,7 @@
 """Which slot of a mapped arena holds which block, read from the slots' headers: no call, no directory, no delay.
 
-A hint like the directory's, but fresh: a block is found as soon as it is committed. Looking again costs one pass over
-the generations, by numpy; only slots whose generation has changed since are read.
+A hint like the directory's, but fresh: a block is found as soon as it is committed. Looking again costs one word where
+nothing has changed since; else one pass over the generations, by numpy, and only slots with another one are read.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class SlotIndex:
         self._map = arena_map
         self._generations = np.frombuffer(headers, np.uint64)[::_WORDS]
         self._seen = np.zeros_like(self._generations)  # generations at the last look; those of empty slots are 0
+        self._change = -1  # the latest before the last look; none before the first one
         self._slots: dict[BlockHash, int] = {}
         self._blocks: dict[int, BlockHash] = {}  # by slot
         self._twins: dict[BlockHash, set[int]] = {}  # where else a block lies that two have written at the same time
@@ -44,6 +45,10 @@ class SlotIndex:
         return [self._slots.get(block_hash) for block_hash in hashes]
 
     def _look(self) -> None:
+        change = self._map.change  # first: what comes behind it is told with another one
+        if change == self._change:
+            return
+        self._change = change
         now = self._generations.copy()
         changed: list[int] = np.flatnonzero(now != self._seen).tolist()
         self._seen = now  # what changes while it is read below is read again next time
