@@ -1,4 +1,4 @@
-"""Whether a request's grammar can be kept to, found out before anything is spent on the request."""
+"""Whether a request's grammar can be enforced, determined before anything is spent on the request."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MAX_VERDICTS = 256
 
 
 class GrammarChecker:
-    """One for a router. A grammar is compiled on a thread, in bounded time, and the verdict is kept.
+    """One per router. A grammar is compiled on a thread, in bounded time, and the verdict is kept.
 
-    The library reads the model's tokenizer anew, when the first grammar comes.
+    The library reads the model's tokenizer itself, when the first grammar comes.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -32,9 +32,9 @@ class GrammarChecker:
         self._verdict = functools.lru_cache(MAX_VERDICTS)(self._compile)
 
     async def check(self, sampling: common_pb2.SamplingParams, chat: Chat | None = None) -> None:
-        """Raises `InvalidRequest`, with the field and the reason. Costs nothing where there is no grammar.
+        """Raises `InvalidRequest`, with the field and the reason. Costs nothing if there is no grammar.
 
-        Where the chat's tools have a say, `sampling` has their grammar afterwards, in the place of the client's.
+        If the chat's tools determine the grammar, `sampling` has it afterwards, in place of the client's.
         """
         if problem := await self._problem(sampling):
             raise InvalidRequest(*problem)
@@ -43,14 +43,14 @@ class GrammarChecker:
                 raise InvalidRequest(TOOLS, await self._blame(chat) or problem[1])
 
     async def _blame(self, chat: Chat) -> str:
-        """Which tool's parameters are no schema to hold to, and why; "" where each one by itself would do."""
+        """Which tool's parameters cannot be enforced, and why; "" if each of them can be by itself."""
         for name, schema in schemas(chat).items():
             if problem := await self._verdict_of(Grammar("json_schema", json.dumps(schema))):
                 return f"parameters of {name!r}: {problem[1]}"
         return ""
 
     async def _problem(self, sampling: common_pb2.SamplingParams) -> tuple[str, str] | None:
-        """A field and what is wrong with it, or None."""
+        """A field and the problem with it, or None."""
         try:
             grammar = grammar_of(sampling)
         except GrammarError as error:
