@@ -91,7 +91,7 @@ class Registry:
 
     @property
     def pool(self) -> Pool | None:
-        """The nodes' common ground; the last one known while no node is alive, None before the first."""
+        """The common ground of most nodes that can be given work, or of most; the last one known, None before that."""
         return self._pool
 
     @property
@@ -100,7 +100,7 @@ class Registry:
         return [self._nodes[node_id] for node_id in sorted(self._nodes)]
 
     def snapshot(self, pool: Pool | None = None) -> Cluster:
-        """The nodes of `pool` (None: of the one that most nodes are in) that can be given work, as of now.
+        """The nodes of `pool` (None: of the registry's own) that can be given work, as of now.
 
         It is the registry's own and goes on changing: ask for it, decide, and let it go.
         """
@@ -173,8 +173,13 @@ class Registry:
             for cluster in self._clusters.values():
                 cluster.drop(node.record.node_id)
         self._last_poll_s = started_s
-        self._pool = _common_ground([node.record for node in self._nodes.values()]) or self._pool
+        self._pool = self._served() or self._pool
         self._reckon(now_s)
+
+    def _served(self) -> Pool | None:
+        """Nodes that drain or are down have no vote where others could work: those would stand idle beside them."""
+        nodes = list(self._nodes.values())
+        return _common_ground([node.record for node in nodes if node.state == "up"] or [node.record for node in nodes])
 
     def _reckon(self, now_s: float) -> None:
         """Compares all nodes' speeds, and puts their rows anew."""

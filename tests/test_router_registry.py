@@ -133,6 +133,21 @@ async def test_only_nodes_that_can_exchange_blocks_work_together(
     assert (registry.pool.root, registry.pool.max_model_len) == (b"\x22" * 16, 101)
 
 
+async def test_nodes_that_take_no_work_have_no_say_in_what_is_served(
+    registry: Registry, directory: Directory, clock: Clock
+) -> None:
+    """The end of a rollout: more of the old revision drain or have died than there are of the new one."""
+    for n in range(3):
+        await directory.heartbeat_node(replace(RECORD, node_id=f"old{n}", draining=n > 0), 30.0)
+    await directory.heartbeat_node(replace(RECORD, node_id="new", kv_root="22" * 16, max_model_len=100), 30.0)
+    await poll(registry, clock)
+    registry.mark_down("old0", "i0", "test")
+    assert [view.node_id for view in await poll(registry, clock)] == ["new"]
+    assert registry.pool is not None and registry.pool.max_model_len == 100
+    await directory.heartbeat_node(replace(RECORD, node_id="new", kv_root="22" * 16, draining=True), 30.0)
+    assert await poll(registry, clock) == [] and registry.pool.root == ROOT, "nobody can work: all have a say"
+
+
 async def test_a_served_model_can_be_asked_for_by_name(directory: Directory, clock: Clock) -> None:
     registry = Registry(directory, model="other", patience=PATIENCE, clock=clock)
     await directory.heartbeat_node(RECORD, 30.0)
