@@ -235,12 +235,15 @@ class Registry:
         )
 
     def _watch(self) -> None:
-        """Breaks off legs without progress; asks after nodes that are slow to answer, or did not a while ago."""
+        """Breaks off legs without progress; asks after nodes that are slow to answer, or did not a while ago.
+
+        Only what they answer to that says whether they are down: one answer may be slow for reasons of its own.
+        """
         now_s, patience = self._clock(), self._patience
         for node in [*self._nodes.values(), *self._left]:
             waits = {leg: now_s - leg.waiting_since_s for leg in node.legs}
             for leg in (leg for leg, wait_s in waits.items() if wait_s > patience.progress_s):
-                leg.break_off(f"made no progress for {patience.progress_s} s")
+                leg.break_off(f"made no progress for {patience.progress_s} s", is_down=False)
             is_slow = any(wait_s > patience.stall_s for wait_s in waits.values())
             is_cool = node.down_since_s is not None and now_s - node.down_since_s > patience.cool_down_s
             if is_cool or (is_slow and now_s - node.asked_s > patience.stall_s):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -187,7 +188,10 @@ async def test_a_slow_node_that_is_well_is_waited_for(cluster: FakeCluster) -> N
     assert answer.timeline.migrations == 0
 
 
-async def test_no_progress_for_too_long_is_a_failure_however_well_the_node(redis_url: str) -> None:
+async def test_no_progress_for_too_long_is_a_failure_however_well_the_node(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "router")
     async with running(FakeCluster(redis_url)) as cluster:
         for node_id in ("both0", "both1"):
             node = await cluster.add(node_id)
@@ -199,6 +203,7 @@ async def test_no_progress_for_too_long_is_a_failure_however_well_the_node(redis
             node.faults.clear()
         answer = await asking
         assert answer.token_ids == expected(PROMPT, 9, 7) and answer.timeline.migrations >= 1
+    assert "event=leg_failed" in caplog.text and "event=node_down" not in caplog.text
 
 
 async def test_a_slow_client_is_no_fault_of_the_node(redis_url: str) -> None:
