@@ -15,6 +15,7 @@ from router.traces import NO_TRACE, Trace
 
 UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
 LASTING_TOKENS = 32  # so many new tokens between two failures, and the second one begins a new count
+MAX_REFUSALS = 3  # of one leg, for want of room: those were the cheapest, so who comes behind them is as full or worse
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class Journey:
         It has, once a leg of it failed: whoever failed may be back by now, under a new incarnation.
         """
         return bool(self.request.has_begun or self.output_ids or self.num_failures)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether enough nodes had no room for a leg: under overload nobody asks them all. What has begun goes on."""
+        return not self.has_begun and any(len(nodes) >= MAX_REFUSALS for nodes in self.refused.values())
 
     @property
     def is_scoring(self) -> bool:

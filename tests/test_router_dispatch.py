@@ -285,6 +285,35 @@ async def test_all_refused_is_resource_exhausted(cluster: FakeCluster) -> None:
     await eventually(lambda: cluster.active == 0, 5, "nothing is left")
 
 
+async def test_three_refusals_of_a_leg_are_enough(redis_url: str) -> None:
+    async with running(FakeCluster(redis_url)) as cluster:
+        for node_id in (*(f"prefill{n}" for n in range(4)), *(f"decode{n}" for n in range(8))):
+            await cluster.add(node_id)
+        await cluster.open()
+        for moment, num_admits, num_prefills in (("admit", 3, 0), ("prefill", 3, 3)):
+            for node in cluster.nodes.values():
+                node.seen.admits.clear()
+                node.faults = {moment: grpc.StatusCode.RESOURCE_EXHAUSTED}
+            with pytest.raises(grpc.aio.AioRpcError, match="no node that was asked had room") as error:
+                await cluster.ask(PROMPT)
+            assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert sum(len(node.seen.admits) for node in cluster.nodes.values()) == num_admits
+            assert sum(len(node.seen.prefills) for node in cluster.nodes.values()) == num_prefills
+
+
+def test_refusals_of_the_two_legs_are_counted_apart_and_what_has_begun_asks_on() -> None:
+    journey = Journey(RoutedRequest("r", PROMPT, common_pb2.SamplingParams(max_tokens=9), frozenset()))
+    for node_id in ("both0", "both1"):
+        journey.note(LegRefused(node_id, "full", "prefill", is_draining=False))
+        journey.note(LegRefused(node_id, "full", "decode", is_draining=False))
+    journey.note(LegRefused("both2", "draining", "decode", is_draining=True))
+    assert not journey.is_refused
+    journey.note(LegRefused("both3", "full", "decode", is_draining=False))
+    assert journey.is_refused
+    journey.take([common_pb2.Token(token_id=1)])
+    assert not journey.is_refused
+
+
 async def test_full_prefill_queues(cluster: FakeCluster) -> None:
     cluster.nodes["prefill0"].faults["prefill"] = grpc.StatusCode.RESOURCE_EXHAUSTED
     for _ in range(4):
