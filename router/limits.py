@@ -13,6 +13,7 @@ from router.errors import ClusterBusy, ClusterUnavailable, InvalidRequest, RateL
 
 MINUTE_S = 60.0
 CROWDED_S = 1.0  # when to come again where too many requests run: nobody knows when one of them ends
+MAX_PRIORITY = 100  # of a request, also below 0; the smaller one is computed first
 
 
 @dataclass(frozen=True)
