@@ -1,8 +1,9 @@
 """What can go wrong with a grammar.
 
 GrammarError
-├── InvalidGrammar  a client's grammar is too large, no grammar, matches nothing, or asks for more than its limits
-└── NoGrammars      the model's tokenizer or its lack of end tokens allows no grammar at all
+├── InvalidGrammar   a client's grammar is too large, no grammar, matches nothing, or asks for more than its limits
+├── NoGrammars       the model's tokenizer or its lack of end tokens allows no grammar at all
+└── TooManyGrammars  so many others wait to be compiled that this one is not taken; nothing is wrong with it
 """
 
 from __future__ import annotations
@@ -23,3 +24,7 @@ class InvalidGrammar(GrammarError):
 
 class NoGrammars(GrammarError):
     """No grammar can be kept to with this model."""
+
+
+class TooManyGrammars(GrammarError):
+    """The queue of grammars is full; another process may take it, or this one a little later."""
