@@ -1,4 +1,4 @@
-"""The Decode service: messages in and out, in their order. What is done with them is the worker's."""
+"""The Decode service: messages in and out, in order. The worker does the work."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DecodeService(node_pb2_grpc.DecodeServicer):
         self._start_wait_s = start_wait_s
 
     async def Decode(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
-        """A coroutine that writes, not a generator: only so does its end run for certain when the caller is gone."""
+        """A coroutine that writes, not a generator: only then its clean-up is sure to run when the caller is gone."""
         async with statuses(context):
             message: node_pb2.DecodeRequest | None = await _read(context, "admit", ADMIT_WAIT_S)
             while message is not None:
@@ -47,7 +47,7 @@ class DecodeService(node_pb2_grpc.DecodeServicer):
                 message = await _next(context)
 
     async def _run(self, context: grpc.aio.ServicerContext, admit: node_pb2.Admit) -> None:
-        """One leg of a call."""
+        """Runs one leg of a call."""
         note_trace(context, admit.request.request_id)
         mask = await self._masks.mask(admit.request.sampling)
         request = to_request(admit.request, self._engine, mask=mask)
@@ -81,7 +81,7 @@ async def _read(
 
 
 async def _next(context: grpc.aio.ServicerContext) -> node_pb2.DecodeRequest | None:
-    """The Admit of a call's next leg; None where no other comes."""
+    """The Admit of a call's next leg; None if none comes."""
     try:
         async with asyncio.timeout(KEEP_S):
             message: node_pb2.DecodeRequest = await context.read()

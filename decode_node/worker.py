@@ -1,7 +1,7 @@
-"""The second leg of a request: hold room, fetch blocks while others publish them, compute the rest, stream tokens.
+"""The second leg of a request: hold blocks, fetch while others publish, compute the rest, stream tokens.
 
-Also the only leg of a request that skips prefill. Knows no gRPC and no other node. Blocks that fill up while decoding
-are published too: the next turn of the conversation begins with them.
+Also the only leg of a request that skips the prefill leg. Knows no gRPC and no other node. Blocks that fill up during
+decoding are published too, for the next turn of the conversation.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Publish = Callable[[Sequence[FullBlock]], object]  # takes over the blocks' pins
 
 
 class DecodeLeg:
-    """An admitted request. It fetches from the start on; `run` it once: its last tokens come with its end."""
+    """An admitted request. It fetches from the start on. To be `run` once; its last tokens come with its end."""
 
     def __init__(
         self, fetcher: Fetcher, publish: Publish, request: Request, outputs: OutputStream, free_blocks: int
     ) -> None:
         self.request = request
-        self.free_blocks = free_blocks  # of the node, behind this request's
+        self.free_blocks = free_blocks  # of the node, after this request's
         self.finish_reason: FinishReason | None = None
         self.compute_s = 0.0  # from its first step to its first token
         self.queue_s = 0.0  # from `run` to its first step
-        self.fetch_s = 0.0  # of that, until it had its blocks
+        self.fetch_s = 0.0  # part of that: until it had its blocks
         self._ran_s = 0.0
         self._fetcher = fetcher
         self._publish = publish
@@ -45,21 +45,21 @@ class DecodeLeg:
         self._listening = asyncio.create_task(self._listen(outputs))
 
     async def run(self, token_ids: Sequence[int], num_coming_blocks: int = 0) -> AsyncIterator[list[OutputToken]]:
-        """The tokens behind `token_ids`, which were sampled elsewhere. Those that wait for the reader come together.
+        """Yields the tokens after `token_ids`, which were sampled elsewhere; those that have accumulated come together.
 
-        Raises `InvalidRequest` where its mask leaves no token; what came before it is out by then.
+        The first `num_coming_blocks` of the request's blocks are announced to be in an arena or on their way into one.
 
-        Of the request's blocks, the first `num_coming_blocks` are said to be in an arena, or on their way into one.
+        Raises `InvalidRequest` if the request's mask allows no token; earlier tokens have been yielded by then.
         """
-        # 1. The tokens, before the last blocks: behind them even the block that ends the prompt need not be computed.
-        # The engine looks at a held request when it is told to, and nobody tells it now.
+        # 1. The tokens, before the last blocks: with them, even the block that ends the prompt need not be computed.
+        # The engine looks at a held request only when it is told to, which nobody does now.
         self._ran_s = time.perf_counter()
         self._is_started.set()
         await self._fetching
         for token_id in token_ids:
             self.request.append(token_id)
-        # 2. What is still missing: the last blocks of prefill are published while its token travels. Whatever does not
-        # come is computed.
+        # 2. Missing blocks: the last blocks of prefill are published while its token travels. Those that do not
+        # come are computed.
         await self._fetcher.release(num_coming_blocks)
         self.fetch_s = time.perf_counter() - self._ran_s
         # 3. The tokens, until the last.
@@ -78,7 +78,7 @@ class DecodeLeg:
         self._listening.cancel()
 
     async def _listen(self, outputs: OutputStream) -> None:
-        """Takes outputs as they come: a slow reader of the tokens must not keep blocks pinned."""
+        """Takes outputs as they come, so that a slow reader of the tokens does not keep blocks pinned."""
         try:
             async for output in outputs:
                 if output.tokens and not self.compute_s and self.request.started_s is not None:
@@ -91,7 +91,7 @@ class DecodeLeg:
             self._has_waiting.set()
 
     async def _take(self) -> list[RequestOutput]:
-        """At least one output. Raises what ended the engine's stream before its last."""
+        """At least one output. Raises the error that ended the engine's stream early."""
         await self._has_waiting.wait()
         self._has_waiting.clear()
         outputs, self._waiting = self._waiting, []
@@ -112,7 +112,7 @@ class DecodeWorker:
 
     @asynccontextmanager
     async def admit(self, request: Request, owner: Owner = SHARED) -> AsyncIterator[DecodeLeg]:
-        """Holds room for `request` inside the context. Its blocks are `owner`'s.
+        """Holds blocks for `request` inside the context. They belong to `owner`.
 
         Raises `Draining`, `NoRoom`, `InvalidRequest`.
         """

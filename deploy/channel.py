@@ -1,4 +1,4 @@
-"""A command's connection to a router: in the clear, or over TLS."""
+"""A command's connection to a router, with or without TLS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ClientTls:
 
 
 def open_channel(address: str, tls: ClientTls | None) -> grpc.Channel:
-    """Raises `DeployError` for files that cannot be read; whether they fit, the first call tells."""
+    """Raises `DeployError` for files that cannot be read; whether they match shows only at the first call."""
     if tls is None:
         return grpc.insecure_channel(address)
     credentials = grpc.ssl_channel_credentials(
@@ -42,7 +42,7 @@ def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tls_from(args: argparse.Namespace) -> ClientTls | None:
-    """None is no TLS. Raises `DeployError`."""
+    """The TLS options; None: no TLS. Raises `DeployError`."""
     if (args.tls_cert is None) != (args.tls_key is None):
         raise DeployError("--tls-cert and --tls-key go together")
     if not (args.tls or args.tls_ca or args.tls_cert or args.tls_server_name):

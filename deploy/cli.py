@@ -1,4 +1,4 @@
-"""The `baton` command: what goes wrong is one line on standard error, and Ctrl-C is no error at all."""
+"""The `baton` command: a failure is one line on standard error; Ctrl-C is not an error."""
 
 from __future__ import annotations
 

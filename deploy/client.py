@@ -1,4 +1,4 @@
-"""`baton generate` and `baton chat`: text to a router and text back to the terminal, as it is made."""
+"""`baton generate` and `baton chat`: send text to a router and stream its answer to the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEEDS_TLS = "the routers have TLS: name their authority with --tls-ca FILE, or a
 
 
 class RequestFailed(DeployError):
-    """The router refused a request or lost it; names the gRPC status."""
+    """The router refused a request, or it failed; names the gRPC status."""
 
     def __init__(self, message: str, code: grpc.StatusCode) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class RequestFailed(DeployError):
 
 
 class Client:
-    """A connection to one router, "host:port". Use as a context manager. A router with tenants wants an API key."""
+    """A connection to one router, "host:port". Use as a context manager. A router with tenants needs an API key."""
 
     def __init__(self, address: str, api_key: str = "", tls: ClientTls | None = None) -> None:
         """Raises `DeployError` for TLS files that cannot be read."""
@@ -55,7 +55,7 @@ class Client:
         return model
 
     def explain(self, request_id: str) -> inference_pb2.ExplainResponse:
-        """Raises `RequestFailed`; NOT_FOUND where this router has no such request."""
+        """Raises `RequestFailed`; NOT_FOUND if this router has no such request."""
         request = inference_pb2.ExplainRequest(request_id=request_id)
         try:
             answer: inference_pb2.ExplainResponse = self._stub.Explain(request, timeout=10.0, metadata=self._metadata)
@@ -136,7 +136,7 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def _turn(client: Client, request: inference_pb2.GenerateRequest, line: str) -> None:
-    """Sends what was said so far and `line`; both it and the answer are kept in `request` when all went well."""
+    """Sends the conversation so far and `line`; on success, `line` and the answer are added to `request`."""
     request.chat.messages.add(role="user", content=line)
     responses = client.stream(request)
     try:
@@ -172,7 +172,7 @@ def show(
 
 
 def as_json(responses: list[inference_pb2.GenerateResponse]) -> dict[str, object]:
-    """One answer in whole: text, tokens, and what its last message says."""
+    """One whole answer: text, tokens, and the fields of its last message."""
     last = responses[-1]
     usage = {field.name: getattr(last.usage, field.name) for field in last.usage.DESCRIPTOR.fields}
     timeline = {field.name: getattr(last.timeline, field.name) for field in last.timeline.DESCRIPTOR.fields}
@@ -192,7 +192,7 @@ def connect(args: argparse.Namespace) -> Client:
 
 
 def address_from(args: argparse.Namespace) -> str:
-    """The router that was named, or the first one of the cluster that is up. Raises `DeployError`."""
+    """The given router, or the first one of the running cluster. Raises `DeployError`."""
     if args.address:
         return str(args.address)
     state = StateDir(args.state_dir).running()
@@ -204,12 +204,12 @@ def address_from(args: argparse.Namespace) -> str:
 
 
 def api_key_from(args: argparse.Namespace) -> str:
-    """The key that was given, or the environment's; "" is none. Raises `DeployError`, which does not repeat it."""
+    """The given key, or the environment's; "" is none. Raises `DeployError`, which does not repeat it."""
     return checked_key(args.api_key or os.environ.get(API_KEY_VARIABLE, ""))
 
 
 def checked_key(text: str) -> str:
-    """A key as it can be sent. Raises `DeployError`, which does not repeat it."""
+    """A key that can be sent. Raises `DeployError`, which does not repeat it."""
     key = text.strip()
     if not key.isascii() or not key.isprintable() or " " in key:
         raise DeployError("the API key must be printable ASCII without spaces")
@@ -217,21 +217,21 @@ def checked_key(text: str) -> str:
 
 
 def request_from(args: argparse.Namespace) -> inference_pb2.GenerateRequest:
-    """All but the prompt. Raises `DeployError` for what no message can hold; the ranges are the router's to check."""
+    """The request without its prompt. Raises `DeployError` for values no message can hold; routers check ranges."""
     request = inference_pb2.GenerateRequest(sampling=sampling_from(args))
     _fill(request, args, LIMITS)
     return request
 
 
 def sampling_from(args: argparse.Namespace) -> common_pb2.SamplingParams:
-    """Raises `DeployError` for what no message can hold; the ranges are the router's to check."""
+    """The sampling options. Raises `DeployError` for values no message can hold; routers check ranges."""
     sampling = common_pb2.SamplingParams(ignore_eos=args.ignore_eos)
     _fill(sampling, args, SAMPLING)
     return sampling
 
 
 def _fill(message: Message, args: argparse.Namespace, names: Iterable[str]) -> None:
-    """The options of these fields, where they were given."""
+    """Sets these fields from the options that were given."""
     for name in names:
         if (value := getattr(args, name)) is not None:
             try:

@@ -1,7 +1,7 @@
-"""One YAML file for all options of `baton serve`: each flag is a key, and what is no flag is refused by name.
+"""One YAML file for all options of `baton serve`: each flag is a key, and unknown keys are refused by name.
 
-The keys come from the parser of the flags itself, so a new flag is a key at once. Values are held to what the flag
-takes; an error names the file, the line and the key.
+The keys come from the parser of the flags itself, so a new flag automatically is a key. Values are checked as for the
+flag; an error names the file, the line and the key.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def keys_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def apply_file(parser: argparse.ArgumentParser, file: Path) -> None:
-    """Makes the file's values the parser's defaults: what the command line says still wins. Raises `ConfigError`."""
+    """Makes the file's values the parser's defaults, so that the command line overrides them. Raises `ConfigError`."""
     parser.set_defaults(**read_config(parser, file))
 
 
 def read_config(parser: argparse.ArgumentParser, file: Path) -> dict[str, Any]:
-    """Values by the names that the parser has for them. Raises `ConfigError`."""
+    """The file's values by the parser's names for them. Raises `ConfigError`."""
     try:
         text = file.read_bytes()[: MAX_FILE_BYTES + 1].decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -53,7 +53,7 @@ def read_config(parser: argparse.ArgumentParser, file: Path) -> dict[str, Any]:
 
 
 def parse_config(parser: argparse.ArgumentParser, text: str) -> dict[str, Any]:
-    """As `read_config`. Raises `ConfigError`, without the file's name."""
+    """Like `read_config`, for a text. Raises `ConfigError`, without the file's name."""
     actions = keys_of(parser)
     values: dict[str, Any] = {}
     for name, value, line in _entries(text):
@@ -72,7 +72,7 @@ def parse_config(parser: argparse.ArgumentParser, text: str) -> dict[str, Any]:
 
 
 def shown(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """All keys with their values, as a file that reads back to the same; secrets are left out of it."""
+    """All keys with their values, as a file that reads back to the same; without secrets."""
     lines = []
     for key, action in keys_of(parser).items():
         value = getattr(args, action.dest)
@@ -85,7 +85,7 @@ def shown(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
 
 
 def is_secret(key: str, value: object) -> bool:
-    """Whether a value may be one that opens something; the path of a file is none."""
+    """Whether a value may be a secret; the path of a file is not one."""
     if isinstance(value, Path) or not value:
         return False
     if isinstance(value, str) and "://" in value:
@@ -117,7 +117,7 @@ def _entries(text: str) -> Iterator[tuple[str, Any, int]]:
 
 
 def _value(action: argparse.Action, value: Any) -> Any:
-    """What the flag would make of it. Raises `ValueError`, `TypeError` or `ArgumentTypeError`."""
+    """The value as the flag would parse it. Raises `ValueError`, `TypeError` or `ArgumentTypeError`."""
     if _is_switch(action):
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false, got {value!r}")

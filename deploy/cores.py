@@ -1,8 +1,8 @@
 """Which cores a node computes on: an even share of those that its machine allows, apart from its neighbours' shares.
 
-Only the threads that compute are held to it. Those that serve gRPC and ZeroMQ go wherever there is room: they need
-little, but at once, and beside a step that fills its core they would wait for the scheduler. Two clusters on one
-machine know nothing of each other, and choose the same cores.
+Only the computing threads are pinned. Those that serve gRPC and ZeroMQ run wherever there is room: they need little
+time, but at once, and on a core filled by a step they would wait for the scheduler. Two clusters on one machine know
+nothing of each other, and choose the same cores.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def allowed_cores() -> list[int]:
-    """Those that the calling thread may run on, neighbours first: a share has whole cores then, and near memory."""
+    """The CPUs that the calling thread may run on, neighbours adjacent, so shares have whole cores and near memory."""
     return sorted(os.sched_getaffinity(0), key=_place)
 
 
 def num_usable_cores(cgroup: Path = CGROUP) -> int:
-    """How many threads can run at a time: the allowed cores, or what a container's quota of CPU time leaves of them."""
+    """How many threads can run at a time: the allowed cores, or fewer by a container's CPU quota."""
     return max(1, int(min(len(os.sched_getaffinity(0)), _quota(cgroup))))
 
 
 def share(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
-    """The `index`-th of `count` shares, side by side; where they cannot be equal, the first ones have one more."""
+    """The `index`-th of `count` adjacent shares; if they cannot be equal, the first ones have one more."""
     small, larger = divmod(len(cores), count)
     first = index * small + min(index, larger)
     return tuple(cores[first : first + small + (index < larger)])
@@ -38,7 +38,7 @@ def share(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
 
 @contextmanager
 def running_on(cores: Sequence[int]) -> Iterator[None]:
-    """Holds the calling thread, and those that it makes meanwhile, to `cores`; (): to none."""
+    """Pins the calling thread, and threads it creates meanwhile, to `cores`; (): does nothing."""
     before = os.sched_getaffinity(0)
     hold_to(cores)
     try:
@@ -49,7 +49,7 @@ def running_on(cores: Sequence[int]) -> Iterator[None]:
 
 
 def hold_to(cores: Sequence[int]) -> None:
-    """Like `running_on`, for good. Cores that were taken from this process meanwhile are no reason to fail."""
+    """Like `running_on`, permanently. Does not fail if cores were taken from this process meanwhile."""
     if not cores:
         return
     try:
@@ -59,7 +59,7 @@ def hold_to(cores: Sequence[int]) -> None:
 
 
 def _place(cpu: int) -> tuple[int, int, int]:
-    """Package, core, and then which of the core's threads."""
+    """Sort key of a CPU: package, core, thread of the core."""
     return _number(cpu, "physical_package_id"), _number(cpu, "core_id"), cpu
 
 
@@ -71,7 +71,7 @@ def _number(cpu: int, name: str) -> int:
 
 
 def _quota(cgroup: Path) -> float:
-    """CPUs' worth of time in this container, of cgroup v2 or v1; infinite where nobody limits it."""
+    """This container's CPU quota in CPUs, from cgroup v2 or v1; infinite if there is none."""
     try:
         if (cgroup / "cpu.max").exists():
             quota, period = (cgroup / "cpu.max").read_text().split()

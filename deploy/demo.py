@@ -1,7 +1,7 @@
 """`make demo`: a whole cluster on this machine, real requests through it, and proof that its text is right.
 
 Starts 2 prefill and 2 decode nodes, one store and one router, streams some answers to the terminal, compares each with
-what one engine alone gives, and stops everything. Any difference, and anything left behind, is a failure.
+that of a single engine, and stops everything. Any difference, and anything left behind, is a failure.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def play(client: Client, terminal: Terminal) -> list[Outcome]:
 
 
 def differences(outcomes: Sequence[Outcome], tokenizer: Tokenizer, model_dir: Path) -> list[str]:
-    """Runs every request on one engine alone; says where the cluster's tokens or text are others."""
+    """Runs every request on a single engine; says where the cluster's tokens or text differ."""
     shots = [outcome.shot for outcome in outcomes]
     questions = [oracle.Question(prompt_ids(shot, tokenizer), shot.sampling) for shot in shots]
     found = []
@@ -233,7 +233,7 @@ def main() -> int:
 
 
 def run(model_dir: Path, console: Console) -> list[str]:
-    """The demo from start to end; returns what went wrong, in words."""
+    """The demo from start to end; returns the problems, as text."""
     begin, interrupt = time.monotonic(), threading.Event()
     config = ClusterConfig(model_dir=model_dir, prefill=2, decode=2, dtype="float32")
     cluster = Cluster(config, lambda line: console.print(line, style="dim", highlight=False), interrupt)

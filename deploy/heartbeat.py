@@ -1,7 +1,7 @@
-"""Tells the registry, once a second, that a node lives and how loaded it is; tells health checks the same.
+"""Reports to the registry, once a second, that a node is alive and how loaded it is; and answers health checks.
 
-Health has two questions: the server as a whole (""; not serving means sick: end the process), and the two leg services
-(not serving means: send nothing, it drains or is sick).
+Health has two levels: the server as a whole (""; not serving means unhealthy: end the process), and the two leg
+services (not serving means: send nothing, it is draining or unhealthy).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEG_SERVICES = tuple(node_pb2.DESCRIPTOR.services_by_name[name].full_name for na
 
 
 class Heartbeat:
-    """One node's heartbeat. `record` begins with what does not change, and is always the newest that is known."""
+    """One node's heartbeat. `record` is always the newest one; at first it has only what does not change."""
 
     def __init__(  # noqa: PLR0913
         self,
@@ -58,7 +58,7 @@ class Heartbeat:
                     await self._is_over.wait()
 
     async def beat(self, wait_s: float, ttl_s: float, stall_s: float) -> None:
-        """One beat. It does not wait for an engine in a long step: the load is that of the last beat then."""
+        """One beat. It does not wait for an engine in a long step: then the load is that of the last beat."""
         try:
             async with asyncio.timeout(wait_s):
                 load = dataclasses.asdict(await self._admission.load())
@@ -75,7 +75,7 @@ class Heartbeat:
         await self._tell_registry(ttl_s)
 
     async def leave(self, beating: asyncio.Task[None]) -> None:
-        """Ends `run` and takes this incarnation out of the registry; in this order, or the last beat would undo it."""
+        """Ends `run`, then removes this incarnation from the registry; in this order, or a last beat would undo it."""
         self._is_over.set()
         await beating
         try:

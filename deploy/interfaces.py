@@ -14,7 +14,7 @@ VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def interface_of(address: str) -> str:
-    """Its name; "" where no interface has that address."""
+    """The interface's name; "" if no interface has that address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
@@ -27,7 +27,7 @@ def interface_of(address: str) -> str:
 
 
 def talk_through(address: str) -> None:
-    """Has the ranks of this process's model meet at that address's interface; what is set already stays."""
+    """Makes Gloo and NCCL in this process use that address's interface; existing settings are kept."""
     name = interface_of(address)
     for variable in VARIABLES if name else ():
         os.environ.setdefault(variable, name)

@@ -1,4 +1,4 @@
-"""`baton key`: a new random key, shown once, and what to write down of it."""
+"""`baton key`: a new random key, shown once, and the line to store for it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`baton kv`: what the stores of the cluster that is up hold, and what an operator may do about it.
+"""`baton kv`: what the stores of the running cluster hold, and what an operator may do about it.
 
-A store of this machine is asked over its control socket, another one over its data socket, with the wire key from the
+A store on this machine is asked over its control socket, others over their data sockets, with the wire key from the
 state folder.
 """
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what was found. A store that did not answer is a line on standard error, and status 1."""
+    """Prints what was found. A store that did not answer is a line on standard error, and exit status 1."""
     report = asyncio.run(_run(args))
     report.show(args.json)
     for problem in report.problems:
@@ -117,7 +117,7 @@ async def _drain(args: argparse.Namespace, stores: Stores) -> kv_tables.Report:
 async def _each(
     stores: Sequence[Store], ask: Callable[[Store], Awaitable[T]]
 ) -> tuple[list[tuple[Store, T]], list[str]]:
-    """Asks all at once: answers, and what went wrong with the others, in words."""
+    """Asks all at once; returns the answers, and the problems of the others, as text."""
 
     async def one(store: Store) -> T | str:
         try:

@@ -1,4 +1,4 @@
-"""The stores of the cluster that is up, and the way to each: found through the state folder and the directory."""
+"""The stores of the running cluster, and how to reach each: found through the state folder and the directory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Store:
         return self.record.arena_id[:8]
 
     def operator(self) -> StoreOperator:
-        """Raises `DeployError` where there is no way to it."""
+        """A connection to it. Raises `DeployError` if there is no way to reach it."""
         if self.control is not None:
             return StoreOperator(partial(ControlChannel, self.control))
         wire_key = self.state_dir.wire_key()
@@ -55,7 +55,7 @@ class Stores:
     @classmethod
     @asynccontextmanager
     async def of(cls, folder: Path) -> AsyncIterator[Stores]:
-        """Raises `DeployError` where no cluster is up, or its Redis does not answer."""
+        """Raises `DeployError` if no cluster is running, or its Redis does not answer."""
         state_dir = StateDir(folder)
         state = state_dir.running()
         if not state.redis_url:
@@ -73,7 +73,7 @@ class Stores:
             context.destroy(linger=0)
 
     def matching(self, first_digits: str) -> list[Store]:
-        """Those whose ids begin so. Raises `DeployError` where none does."""
+        """The stores whose ids begin with these digits. Raises `DeployError` if there is none."""
         found = [store for store in self._stores if store.record.arena_id.startswith(first_digits)]
         if not found and first_digits:
             known = ", ".join(store.name for store in self._stores) or "none"
@@ -86,7 +86,7 @@ class Stores:
 
 
 def _control_sockets(state: ServeState) -> dict[str, Path]:
-    """Of this machine's stores, by arena id."""
+    """The control sockets of this machine's stores, by arena id."""
     sockets = {}
     for base in state.bases:
         for folder in folders_of(state.cluster_id, Path(base)):

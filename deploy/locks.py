@@ -1,4 +1,4 @@
-"""The options of `baton serve` about who may come in, and how many at a time. Checked before anything is started."""
+"""The options of `baton serve` about access and concurrency. Checked before anything is started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from router.tls import read_certificates, tls_files
 
 @dataclass(frozen=True)
 class Locks:
-    """Of all routers of a cluster. None and -1 are none."""
+    """The access options of all routers of a cluster. None and -1 mean: not set."""
 
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -26,7 +26,7 @@ class Locks:
     max_concurrent_requests: int = RouterConfig.max_concurrent_requests
 
     def problem(self) -> str:
-        """What is wrong with them, by option; "" where nothing is."""
+        """The problem with them, naming the option; "" if there is none."""
         try:
             files = tls_files(_text(self.tls_cert), _text(self.tls_key), _text(self.tls_client_ca))
         except RouterError as error:

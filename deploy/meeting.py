@@ -1,8 +1,8 @@
-"""How the ranks of a wide node find each other at each start, however often they are started: through Redis.
+"""How the ranks of a wide node find each other at each start: through Redis.
 
-The leader opens a port that the kernel chooses and leaves its address in Redis until all are there, with a name that no
-other meeting has; the others look it up, and ask for that name. Each rank is a process that somebody starts again when
-it ends, and when one ends they all do, so that is all that bringing back a group takes.
+The leader opens a port that the kernel chooses and keeps its address in Redis until all ranks have joined, with a name
+that no other meeting has; the others look it up, and ask for that name. Each rank is a process that is restarted when
+it ends, and when one ends they all do, so nothing else is needed to bring a group back.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ async def _enter(config: NodeConfig, meeting: Any) -> RankGroup:
 
 
 async def _asked(place: str) -> str:
-    """Where the ranks of this node meet, if its leader is still there: it may have died since it left word, and its
-    port be another leader's now, whose ranks' places are not to be taken. Else ""."""
+    """The address where this node's ranks meet, if its leader is still there, else "". The leader may have died since,
+    and its port may now belong to another leader, whose ranks' places must not be taken."""
     address, _, name = place.partition(" ")
     host, _, port = address.rpartition(":")
     try:

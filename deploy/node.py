@@ -1,7 +1,7 @@
 """One node: an engine, its two workers and their services, on one gRPC server, announced by a heartbeat.
 
-Starts and stops the parts in their order; what they do is their own. A node whose engine fails ends its process: a
-supervisor starts it again, under a new incarnation, and routers take its requests elsewhere meanwhile.
+Starts and stops the parts in order. A node whose engine fails ends its process: a supervisor restarts it as a new
+incarnation, and meanwhile routers continue its requests elsewhere.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class NodeServer:
     """A node from `start` to `stop`. Its process is its own: a failure of the engine ends it."""
 
     def __init__(self, config: NodeConfig, report: Callable[[float], object] = lambda part: None) -> None:
-        """`report` gets the part of the start that is done, and may be called on another thread."""
+        """`report` gets the fraction of the start that is done, and may be called on another thread."""
         self.config = config
         self._report = report
         self._incarnation = uuid.uuid4().hex
@@ -70,8 +70,8 @@ class NodeServer:
     async def start(self) -> NodeRecord:
         """Loads the model, warms up, listens, joins the registry (once Redis is there). Returns what it registered.
 
-        Raises `UnsupportedModel`, `OSError` where the model's files are missing, `RuntimeError` for a port in use,
-        `OtherScheme` where the cluster names blocks in another way, `ValueError` where anybody could call it.
+        Raises `UnsupportedModel`, `OSError` if the model's files are missing, `RuntimeError` for a port in use,
+        `OtherScheme` if the cluster names blocks differently, `ValueError` if anybody could call it.
         """
         async with AsyncExitStack() as stack:  # a failure half-way closes what is open already
             await self._open(stack)
@@ -83,7 +83,7 @@ class NodeServer:
         return record
 
     async def stop(self) -> None:
-        """Takes no more requests, lets those that run end within `drain_s`, leaves the registry. Idempotent."""
+        """Refuses new requests, lets running ones end within `drain_s`, leaves the registry. Idempotent."""
         await self._stack.aclose()
 
     async def _open(self, stack: AsyncExitStack) -> None:
@@ -144,7 +144,7 @@ class NodeServer:
         stack.push_async_callback(self._drain)
 
     def _on_warm_up(self, done: int, total: int) -> None:
-        """Loading is over then, and counts as the first step of the start."""
+        """Reports progress; loading is done by then, and counts as the first step of the start."""
         logger.info("event=warm_up node=%s done=%d total=%d", self.config.node_id, done, total)
         self._report((1 + done) / (1 + total))
 
@@ -163,7 +163,7 @@ class NodeServer:
         return server
 
     async def _open_metrics(self, stack: AsyncExitStack) -> str:
-        """Where they are; "" for nowhere."""
+        """The address of the metrics; "" if they are off."""
         if not self.config.metrics:
             return ""
         door = ScrapeDoor()
@@ -204,12 +204,12 @@ class NodeServer:
 
 
 def gates(config: NodeConfig) -> tuple[Gate, ...]:
-    """Who lets callers in; nobody where whoever reaches the port may call."""
+    """The gate that admits callers; none if whoever reaches the port may call."""
     return (Gate(config.cluster_token),) if config.cluster_token else ()
 
 
 def server_options(config: NodeConfig) -> list[tuple[str, int]]:
-    """Of the gRPC server of a node, or of one of its ranks."""
+    """Options of the gRPC server of a node, or of one of its ranks."""
     return [
         ("grpc.so_reuseport", 0),  # a second node on the same port is an error, not a lottery
         ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -226,7 +226,7 @@ def server_options(config: NodeConfig) -> list[tuple[str, int]]:
 async def _open_ranks(
     stack: AsyncExitStack, loop: EngineLoop, group: RankGroup | None, config: NodeConfig
 ) -> Ranks | None:
-    """Channels to the ranks that follow; None for a node of one rank."""
+    """Channels to the other ranks; None for a node of one rank."""
     if group is None:
         return None
     addresses = await asyncio.to_thread(group.addresses)
@@ -237,7 +237,7 @@ async def _open_ranks(
 
 
 def cores_of(config: NodeConfig) -> tuple[int, ...]:
-    """Those that this node's threads compute on, the same at each start; () is any."""
+    """The cores that this node computes on, the same at each start; (): any."""
     if not config.num_core_shares:
         return ()
     cores = share(allowed_cores(), config.core_share, config.num_core_shares)
@@ -250,7 +250,7 @@ def cores_of(config: NodeConfig) -> tuple[int, ...]:
 
 
 def _load(config: NodeConfig, cores: Sequence[int], group: RankGroup | None) -> Engine:
-    """On `cores` too, because memory is near the core that touches it first."""
+    """Loads the engine, also on `cores`, because memory is placed near the core that touches it first."""
     num_threads = config.engine.num_threads or len(cores)
     with running_on(cores):
         options = dataclasses.replace(config.engine, num_threads=num_threads)
@@ -258,7 +258,7 @@ def _load(config: NodeConfig, cores: Sequence[int], group: RankGroup | None) -> 
 
 
 def _die(error: BaseException) -> None:
-    """Called on the engine's thread when it failed. Half a node is worse than none."""
+    """Called on the engine's thread when it failed: ends the process, as half a node is worse than none."""
     logger.critical("event=node_dies error=%r", error)
     logging.shutdown()
     os._exit(1)

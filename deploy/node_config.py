@@ -17,7 +17,7 @@ class NodeConfig:
     """A node: an engine with its options, where it listens, and where the rest of the cluster is found.
 
     `host` is the machine's label (nodes and arenas of one host share memory). `store_dir` is the folder of this
-    machine's store process, empty where there is none: then everything is fetched over the wire and nothing published.
+    machine's store process, empty if there is none: then everything is fetched over the wire and nothing is published.
     """
 
     node_id: str
@@ -30,25 +30,25 @@ class NodeConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     rank: int = 0  # of a wide node; 0 leads, and is the node for everyone else
-    core_share: int = 0  # of so many even shares of the machine's cores, for the threads that compute
-    num_core_shares: int = 0  # 0: they run on any core
+    core_share: int = 0  # index of this node's share of the machine's cores, for the threads that compute
+    num_core_shares: int = 0  # number of even shares; 0: threads run on any core
     store_dir: str = ""
-    wire_key: str = field(default="", repr=False)  # that of the cluster's stores, where they have one
-    cluster_token: str = field(default="", repr=False)  # that routers have to show; "": nobody is asked
+    wire_key: str = field(default="", repr=False)  # that of the cluster's stores, if they have one
+    cluster_token: str = field(default="", repr=False)  # that routers must present; "": none is required
     trusts_network: bool = False  # without a cluster_token, only this allows an address that other machines reach
     bind_host: str = "127.0.0.1"
-    port: int = 0  # 0: the kernel chooses, as it does for the ranks that follow
+    port: int = 0  # 0: the kernel chooses, as it does for the other ranks
     advertise_host: str = "127.0.0.1"
     host: str = ""
     heartbeat_s: float = 1.0
     ttl_s: float = 3.0
     drain_s: float = 10.0  # how long a stopping node waits for its requests
-    stall_s: float = 30.0  # busy and no step for so long: the engine thread is sick
-    max_queued_requests: int = 256  # prefill legs that wait for room
+    stall_s: float = 30.0  # busy without a step for this long: the engine's thread is unhealthy
+    max_queued_requests: int = 256  # prefill legs that may wait for room
     room_wait_s: float = 10.0  # how long a prefill leg waits for room before it is refused
     start_wait_s: float = 300.0  # how long an admitted decode leg keeps its room without a Start
     max_message_bytes: int = 16 * 2**20
-    rank_timeout_s: float = 60.0  # a rank that says nothing for so long is gone, and the node with it
+    rank_timeout_s: float = 60.0  # a rank that is silent for this long is lost, and the node with it
     metrics: bool = True  # for Prometheus, over HTTP, at a port of their own
     metrics_port: int = 0  # 0: the kernel chooses
 
@@ -73,7 +73,7 @@ class NodeConfig:
 
     @classmethod
     def from_json(cls, text: str) -> NodeConfig:
-        """Raises `TypeError` for a name that is no option, `ValueError` for text that is no JSON."""
+        """Raises `TypeError` for an unknown option, `ValueError` for invalid JSON."""
         fields = json.loads(text)
         engine = EngineConfig(**fields.pop("engine", {}))
         return cls(engine=engine, **fields)

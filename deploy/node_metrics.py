@@ -1,7 +1,6 @@
-"""A node's numbers for Prometheus, read when they are asked for: its load as its heartbeat tells it, and the sums that
-`GetLoad` sends.
+"""A node's metrics for Prometheus, read when it scrapes: its load as in its heartbeat, and the sums of `GetLoad`.
 
-Series are by source, choice and phase alone, so there are as many after a year as after a minute.
+Series are by source, choice and phase only, so there are as many after a year as after a minute.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from node.intake import TIERS, Intake
 
 
 class NodeCollector(Collector):
-    """What came from the store, what was chosen, and where the time of steps went."""
+    """Fetches from the store, choices, and where the time of steps went."""
 
     def __init__(
         self, intake: Intake, engine: Engine, record: Callable[[], NodeRecord], ranks: Collector | None = None
     ) -> None:
-        """`record` gives the last heartbeat's; `ranks` has what a wide node tells beside all this."""
+        """`record` gives the last heartbeat's record; `ranks` has the further metrics of a wide node."""
         self._intake = intake
         self._engine = engine
         self._record = record
@@ -38,7 +37,7 @@ class NodeCollector(Collector):
             yield from self._ranks.collect()
 
     def _load(self) -> Iterator[Metric]:
-        """As of the last heartbeat: a look at the engine would wait for its step."""
+        """The load as of the last heartbeat: asking the engine would wait for its step."""
         record = self._record()
         used = 1.0 - record.free_blocks / record.total_blocks if record.total_blocks else 0.0
         for name, words, value in (
@@ -55,7 +54,7 @@ class NodeCollector(Collector):
             yield family
 
     def _fetches(self) -> Iterator[Metric]:
-        """By source: `local` is the mapped arena, `remote` the wire: other arenas, and the disk behind this one."""
+        """Fetches by source: `local` is the mapped arena, `remote` the wire: other arenas, and this one's disk."""
         sources = {"local": self._intake.store.links.local, "remote": self._intake.store.links.remote}
         for name, words, values in (
             ("blocks", "Blocks fetched.", {source: link.num_blocks for source, link in sources.items()}),

@@ -1,7 +1,7 @@
-"""Servers as actors on the machines of a Ray, own or given: the one file that imports ray.
+"""Servers as actors on the machines of a Ray cluster, own or existing: the one file that imports ray.
 
-Ray starts processes, puts them on machines and GPUs, and starts them again when they die. No token and no block goes
-through it. What is started where, and when, is `deploy.launch`'s.
+Ray starts processes, places them on machines and GPUs, and restarts them when they die. No token and no block goes
+through it. `deploy.launch` decides what is started where, and when.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Member:
 
     @property
     def node_id(self) -> str:
-        """The node's, of a rank too; "" for other servers."""
+        """The node's id, also for its ranks; "" for other servers."""
         return self.placed.placement.node_id if self.placed.placement is not None else ""
 
     @property
@@ -69,7 +69,7 @@ class Member:
         return self.placed.spec.kind
 
     def address(self) -> str:
-        """Where a node listens now, for it has another port after each restart; "" where it is just coming back."""
+        """A node's current address, as it has another port after each restart; "" while it is coming back."""
         try:
             started: Started = ray.get(self.actor.ready.remote(), timeout=ANSWER_S)
         except ray.exceptions.RayError:
@@ -77,14 +77,14 @@ class Member:
         return str(started.record["address"])
 
     def is_ready(self) -> bool:
-        """Whether it says so, of a router: that it has nodes to serve with."""
+        """For a router, whether it has nodes to serve with, as reported by itself."""
         try:
             return bool(ray.get(self.actor.is_ready.remote(), timeout=ANSWER_S))
         except ray.exceptions.RayError:
             return False
 
     def part(self) -> float | None:
-        """How much of its start is done, when it has answered; waits for nothing, and asks once at a time."""
+        """The fraction of its start that is done, once it has answered; does not wait, and asks once at a time."""
         part: float | None = None
         if self.asked_part is None:
             self.asked_part = self.actor.part.remote()
@@ -99,7 +99,7 @@ class Member:
 
 
 def join(address: str, folder: Path, cluster_id: str) -> None:
-    """The Ray at `address`; where that is "", an own one, with its files in `folder`. Raises `StartFailed`."""
+    """Joins the Ray cluster at `address`; if "", starts one with its files in `folder`. Raises `StartFailed`."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         _check_address(address)
@@ -139,12 +139,12 @@ def is_joined() -> bool:
 
 
 def leave() -> None:
-    """Ends an own Ray with all that is left in it."""
+    """Ends an own Ray cluster with all that is left in it."""
     ray.shutdown()
 
 
 def machines(is_own: bool) -> tuple[list[Machine], Machine]:
-    """All machines of this Ray, and the one that this process runs on. An own Ray's are reached by loopback."""
+    """All machines of this Ray cluster, and the one this process runs on. Those of an own Ray use loopback."""
     own_id = ray.get_runtime_context().get_node_id()
     found = [_machine(node, own_id, is_own) for node in ray.nodes() if node["Alive"]]
     return found, next(machine for machine in found if machine.ray_node_id == own_id)
@@ -183,7 +183,7 @@ def add(placed: Iterable[PlacedSpec]) -> list[Member]:
 
 
 def came_up(members: Sequence[Member], wait_s: float) -> list[Member]:
-    """Those that are up after `wait_s`, or as soon as one is. Raises `StartFailed` for one that cannot be."""
+    """Returns the members that are up, as soon as one is, or after `wait_s`. Raises `StartFailed` if one fails."""
     waiting = {member.asked_ready: member for member in members}
     done, _ = ray.wait(list(waiting), timeout=wait_s)
     for ref in done:
@@ -192,14 +192,14 @@ def came_up(members: Sequence[Member], wait_s: float) -> list[Member]:
 
 
 def answers(members: Sequence[Member]) -> dict[str, Started]:
-    """How they were started last, by name; those that are just coming up again are left out."""
+    """The results of their last starts, by name; members that are restarting are left out."""
     refs = {member.name: member.actor.ready.remote() for member in members}
     ray.wait(list(refs.values()), num_returns=len(refs), timeout=ANSWER_S)
     return {name: started for name, ref in refs.items() if (started := _answer(ref)) is not None}
 
 
 def call(method: str, members: Sequence[Member], timeout_s: float) -> None:
-    """Calls a method on all at once and waits for all, but never for long: what hangs is killed afterwards."""
+    """Calls a method on all at once and waits up to `timeout_s`; members that hang are killed afterwards."""
     refs = [getattr(member.actor, method).remote() for member in members]
     if refs:
         ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
@@ -211,13 +211,13 @@ def call(method: str, members: Sequence[Member], timeout_s: float) -> None:
 
 
 def kill(members: Collection[Member]) -> None:
-    """For good: Ray starts none of them again."""
+    """Kills members for good: Ray does not restart them."""
     for member in members:
         ray.kill(member.actor, no_restart=True)
 
 
 def free_groups(members: Collection[Member]) -> None:
-    """What was kept for wide nodes is anybody's again."""
+    """Releases the placement groups of wide nodes."""
     for group in {id(member.group): member.group for member in members}.values():
         if group is not None:
             remove_placement_group(group)
@@ -229,7 +229,7 @@ def _member(placed: PlacedSpec, group: PlacementGroup | None = None, bundle: int
 
 
 def _group(ranks: Sequence[PlacedSpec]) -> PlacementGroup:
-    """One bundle for each rank, so that a wide node has all its GPUs or none; each on the machine that was chosen."""
+    """One bundle per rank, so that a wide node gets all its GPUs or none; each on its chosen machine."""
     bundles = [{rank.machine.ray_resource: 0.001} | ({"GPU": rank.num_gpus} if rank.num_gpus else {}) for rank in ranks]
     is_packed = len({rank.machine.ray_node_id for rank in ranks}) == 1
     return placement_group(bundles, strategy="STRICT_PACK" if is_packed else "PACK")
@@ -262,7 +262,7 @@ def _answer(ref: Any) -> Started | None:
 
 
 def _check_address(address: str) -> None:
-    """Raises `OSError` where nobody listens: Ray itself would try for two minutes, then end the process."""
+    """Raises `OSError` if nobody listens: Ray itself would try for two minutes, then end the process."""
     if address and address != "auto":
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()

@@ -1,7 +1,7 @@
-"""What one engine alone gives: `python -m deploy.oracle` reads requests as JSON and prints their tokens and texts.
+"""The output of a single engine: `python -m deploy.oracle` reads requests as JSON and prints their tokens and texts.
 
-A process of its own, so that whoever compares with it needs no torch. Knows no cluster: a prompt is tokenised, run by
-itself on a fresh fp32 engine, and turned back into text.
+A process of its own, so that its caller needs no torch. Knows no cluster: a prompt is tokenised, run alone on a fresh
+fp32 engine, and turned back into text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Question:
 
 
 def ask(model_dir: Path, questions: Sequence[Question]) -> list[list[int]]:
-    """Output tokens, one list a question, from an engine in a process of its own. Raises `DeployError`."""
+    """Output tokens, one list per question, from an engine in a process of its own. Raises `DeployError`."""
     text = json.dumps({"model_dir": str(model_dir), "questions": [asdict(question) for question in questions]})
     command = [sys.executable, "-m", "deploy.oracle"]
     # On cores that others use too, torch's threads spend most of their time waiting for each other.

@@ -1,6 +1,6 @@
 """Finds and ends the processes of one cluster, by a variable that all of them inherited. Linux: reads /proc.
 
-Also what a process sets for its children, and keeps for itself, while another library starts them.
+Also sets variables for child processes, and keeps signal handlers, while another library starts them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def processes_of(variable: str, value: str) -> list[int]:
 
 
 def end_all(pids: Sequence[int], wait_s: float) -> list[str]:
-    """Waits for processes that are on their way out, then kills the rest. Returns those that are there even so."""
+    """Waits for processes that are ending, then kills the rest. Returns those that remain even so."""
     left = _wait(pids, wait_s)
     for pid in left:
         try:
@@ -44,7 +44,7 @@ def end_all(pids: Sequence[int], wait_s: float) -> list[str]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process lives; one that has ended and waits to be reaped does not."""
+    """Whether a process is alive; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
@@ -60,7 +60,7 @@ def command(pid: int) -> str:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """`ray.init` puts its own handler for SIGTERM in place of ours."""
+    """Restores our SIGTERM handler afterwards, which `ray.init` replaces."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -71,7 +71,7 @@ def signals_kept() -> Iterator[None]:
 
 @contextmanager
 def environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables for the processes that are started meanwhile."""
+    """Sets variables for processes started inside the context."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

@@ -1,7 +1,7 @@
-"""One rank that follows in a wide node: its part of the model, its machine's store, and a service for its leader.
+"""A rank of a wide node other than its leader: its part of the model, its machine's store, a service for the leader.
 
-It lives and dies with its leader: a rank whose group broke ends its process, as does one that was sent home, and a
-supervisor starts it again, for the group's next life.
+It lives and dies with its leader: a rank whose group broke ends its process, as does one that was told to stop, and a
+supervisor restarts it for the group's next life.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ GRACE_S = 5.0  # for the leader's last word, behind its drain
 
 
 class RankServer:
-    """A rank from `start` to `stop`. Its process is its own: the end of its group ends it."""
+    """A rank from `start` to `stop`, in a process of its own, which the end of its group ends."""
 
     def __init__(self, config: NodeConfig, report: Callable[[float], object] = lambda part: None) -> None:
-        """`config` is the leader's, but for `rank`, the machine's addresses and folder, and the cores."""
+        """`config` is the leader's, except for `rank`, the machine's addresses and folder, and the cores."""
         self.config = config
         self._report = report
         self._stack = AsyncExitStack()
@@ -61,7 +61,7 @@ class RankServer:
         return record
 
     async def stop(self) -> None:
-        """Waits for the leader's drain, as long as that may take, then leaves. Idempotent."""
+        """Waits for the leader's drain, for as long as that may take, then leaves. Idempotent."""
         self._is_stopping = True
         with suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_s + GRACE_S):

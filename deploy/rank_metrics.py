@@ -1,8 +1,8 @@
-"""What each rank of a wide node did, on the /metrics of its leader: a node is one thing to scrape, however wide.
+"""The work of each rank of a wide node, on its leader's /metrics: a node is one target to scrape, however wide.
 
-Those that follow tell the leader each second, by the call that shows that they live (`node.ranks`). The label `rank` is
-a number below the node's width, so there are as many series after a year as after a minute. `rate` of the seconds of
-phase `compute` is the share of its time that a rank, and so a stage, computed.
+The other ranks report to the leader each second, in the call that shows they are alive (`node.ranks`). The label `rank`
+is a number below the node's width, so there are as many series after a year as after a minute. The `rate` of the
+seconds of phase `compute` is the share of time that a rank, and so a stage, computed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from node.ranks import Ranks
 
 
 class RankCollector(Collector):
-    """Beside a `NodeCollector`, where a node has several ranks."""
+    """In addition to a `NodeCollector`, for a node of several ranks."""
 
     def __init__(self, engine: Engine, intake: Intake, publisher: Publisher, ranks: Ranks) -> None:
         self._engine = engine

@@ -1,4 +1,4 @@
-"""Where the URL of a Redis comes from, and what may be shown of it."""
+"""Where the Redis URL comes from, and what may be shown of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ REDIS_URL_VARIABLE = "BATON_REDIS_URL"
 
 
 def redis_url_from(argument: str, option: str) -> str:
-    """An argument's URL, or else the environment's, or else "".
+    """The argument's URL, or else the environment's, or else "".
 
-    Everybody on the machine can read arguments: `ValueError` for one with a password, which does not repeat it.
+    Everybody on the machine can read arguments: raises `ValueError`, without repeating it, for one with a password.
     """
     if has_password(argument):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`baton size`: what a model takes of a GPU, before anything is bought or started."""
+"""`baton size`: how much of a GPU a model takes, before anything is bought or started."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def size(args: argparse.Namespace) -> int:
-    """Prints the count; 1 where it does not fit. Raises `ConfigError`."""
+    """Prints the count; returns 1 if the model does not fit. Raises `ConfigError`."""
     file = args.model / "config.json" if args.model.is_dir() else args.model
     try:
         shape = Shape.from_json(read_json(file))
@@ -90,7 +90,7 @@ def lines(plan: Plan, counted: Count, gpu_bytes: int, reserve_bytes: int) -> lis
 
 
 def traffic(counted: Count, tokens_per_s: float, arena_s: float) -> list[str]:
-    """What goes from prefill to decode, and how much arena keeps it for a while."""
+    """The traffic from prefill to decode, and the arena that keeps it for `arena_s`."""
     bytes_s = tokens_per_s * counted.model_kv_bytes_a_token
     return [
         f"{tokens_per_s:,.0f} prompt tokens/s are {bytes_s / 1e9:.2f} GB/s of KV ({bytes_s * 8 / 1e9:.1f} Gbit/s):"

@@ -1,7 +1,7 @@
-"""How much memory a model takes on how many GPUs, and how many bytes its KV is: counted from config.json alone. Pure.
+"""How much memory a model takes on how many GPUs, and the size of its KV: computed from config.json only. Pure.
 
 One rank is one GPU. A node of tensor-parallel width t and p pipeline stages has t x p ranks; a rank has its share of a
-matrix and of KV heads (a head is held more than once where there are fewer heads than ranks), and whole norms.
+matrix and of KV heads (a head is replicated if there are fewer heads than ranks), and whole norms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LIVE_ROWS = 4  # of the hidden size at a time: the residual, its norm, what come
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model's config.json says how large it is."""
+    """The sizes in a model's config.json."""
 
     num_layers: int
     hidden_size: int
@@ -37,7 +37,7 @@ class Shape:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Shape:
-        """Of a config.json. Raises `UnsupportedModel`, which names the key."""
+        """The sizes in a config.json. Raises `UnsupportedModel`, which names the key."""
         name = (raw.get("architectures") or ["none"])[0]
         if name not in FAMILIES:
             raise UnsupportedModel(f"architecture {name} is not supported; supported: {', '.join(FAMILIES)}")
@@ -61,7 +61,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a node runs it. Zero is "the model's" for `max_model_len`."""
+    """How a node runs the model. `max_model_len` 0 is the model's."""
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes of the fullest rank, unless it says otherwise."""
+    """Bytes on the fullest rank, unless a field says otherwise."""
 
     parameters: int  # of the whole model
     weight_bytes: int
@@ -85,7 +85,7 @@ class Count:
 
 
 def problem(shape: Shape, plan: Plan) -> str:
-    """Why a model cannot be cut so; "" where it can."""
+    """Why a model cannot be sharded this way; "" if it can."""
     width, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
     if width < 1 or stages < 1:
         return "--tensor-parallel-size and --pipeline-parallel-size must be 1 or more"
@@ -99,7 +99,7 @@ def problem(shape: Shape, plan: Plan) -> str:
 
 
 def count(shape: Shape, plan: Plan, gpu_bytes: int, reserve_bytes: int) -> Count:
-    """What one rank holds of `gpu_bytes`, of which `reserve_bytes` are for the device itself: context, graphs, NCCL."""
+    """What one rank holds in `gpu_bytes`, of which `reserve_bytes` are for the device: context, graphs, NCCL."""
     item = ITEM_BYTES[plan.dtype]
     weights = _rank_parameters(shape, plan) * item
     activations = _activation_bytes(shape, plan, item)
@@ -118,7 +118,7 @@ def count(shape: Shape, plan: Plan, gpu_bytes: int, reserve_bytes: int) -> Count
 
 
 def _rank_parameters(shape: Shape, plan: Plan) -> int:
-    """Of the fullest stage: the one with embedding or head, or, where there is one stage, both."""
+    """Parameters of a rank of the fullest stage: the one with the embedding or the head, or both if there is one."""
     width, stages = plan.tensor_parallel_size, plan.pipeline_parallel_size
     layers = _layer_parameters(shape, width) * -(-shape.num_layers // stages)
     ends = _ends(shape, width) if stages == 1 else shape.hidden_size * -(-shape.vocab_size // width)
@@ -134,7 +134,7 @@ def _layer_parameters(shape: Shape, width: int) -> int:
 
 
 def _ends(shape: Shape, width: int) -> int:
-    """Embedding and head."""
+    """Parameters of embedding and head."""
     return shape.hidden_size * -(-shape.vocab_size // width) * (1 if shape.is_tied else 2)
 
 

@@ -55,9 +55,9 @@ class Specs:
         return machine_dir(self.config.store_base, self.cluster_id, machine.ray_node_id)
 
     def all(self, machines: Sequence[Machine], placements: Sequence[Placement], own: Machine) -> Iterator[PlacedSpec]:
-        """One store a machine that nodes may be on, the nodes where they were placed, the routers where they are to be.
+        """One store per machine that nodes may run on, the nodes as they were placed, and the routers.
 
-        Servers of one machine that have ports by option take them in this order. Raises `ConfigError`.
+        Servers on one machine whose ports are set by options take them in this order. Raises `ConfigError`.
         """
         yield from self.stores(usable(self.config, machines))
         yield from self.nodes(placements)
@@ -80,7 +80,7 @@ class Specs:
             yield PlacedSpec(spec, placement.machine, placement.num_gpus, placement, is_wide)
 
     def _metrics_port(self, machine: Machine) -> int:
-        """The machine's next one, where ports are given by option; nodes that come later have those behind."""
+        """The machine's next metrics port, if ports are set by option; nodes added later get the following ones."""
         self._num_on[machine.ray_node_id] += 1
         return self.config.metrics_port and self.config.metrics_port + self._num_on[machine.ray_node_id] - 1
 

@@ -1,4 +1,4 @@
-"""How far a start is, as a bar on standard error; none where that is no terminal, and lines must do."""
+"""The progress of a start, as a bar on standard error; without a terminal there is no bar, only lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class StartBar:
-    """One bar for all nodes while they load and warm up. A context manager; lines printed meanwhile stand above it."""
+    """One bar for all nodes while they load and warm up. A context manager; lines printed meanwhile appear above it."""
 
     def __init__(self, num_nodes: int, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
@@ -21,7 +21,7 @@ class StartBar:
 
     @property
     def words(self) -> str:
-        """What the nodes do, "1 starting, 2 loading, 1 warming up, 3 up"; those that start have said nothing yet."""
+        """The nodes' states, "1 starting, 2 loading, 1 warming up, 3 up"; starting ones have not reported yet."""
         parts = self._parts.values()
         counts = {
             "starting": self._num_nodes - len(parts),
@@ -41,6 +41,6 @@ class StartBar:
         self._bar.stop()
 
     def show(self, node_id: str, part: float) -> None:
-        """Of this node's start `part` is done: 0.0 while it loads, 1.0 when it is up."""
+        """`part` of this node's start is done: 0.0 while it loads, 1.0 when it is up."""
         self._parts[node_id] = part
         self._bar.update(self._task, completed=sum(self._parts.values()), description=self.words)

@@ -1,4 +1,4 @@
-"""`baton status`: the routers, nodes and arenas of the cluster that is up."""
+"""`baton status`: the routers, nodes and arenas of the running cluster."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ def arena_table(arenas: Sequence[ArenaRecord]) -> Table:
 
 
 def http_urls(addresses: Sequence[str], has_tls: bool = False) -> list[str]:
-    """What OpenAI's clients call their base URL, of each router that has one."""
+    """The base URL for OpenAI's clients, of each router that has one."""
     scheme = "https" if has_tls else "http"
     return [f"{scheme}://{address}/v1" for address in addresses if address]
 
 
 def _port(address: str) -> str:
-    """`:9100` of "10.0.0.1:9100": the host is that of the row's own address. JSON has the whole."""
+    """`:9100` of "10.0.0.1:9100", as the host is in the row's own address. JSON has the whole address."""
     return f":{address.rpartition(':')[2]}" if address else "none"

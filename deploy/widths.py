@@ -23,9 +23,9 @@ class Width:
 
 
 def kv_pieces(widths: Iterable[Width], model: ModelConfig) -> tuple[int, int]:
-    """(Pieces of layers, pieces of heads) of a block: as coarse as they may be for all of `widths`.
+    """(Pieces by layers, pieces by heads) of a block: as few as suit all `widths`.
 
-    Raises `UnsupportedModel` for a model that cannot be cut so.
+    Raises `UnsupportedModel` for a model that cannot be sharded this way.
     """
     layer_pieces, head_pieces = 1, 1
     for width in widths:

@@ -1,4 +1,4 @@
-"""Requests that an engine runs to their ends while it has no others: offline, and to warm it up."""
+"""Runs requests to completion on an engine that has no others: for offline use, and to warm it up."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from kvstore.blocks import BlockHash, salted
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-WARM_UP_TOKENS = 64  # enough to give each thread of a kernel something to do, and soon done on any machine
+WARM_UP_TOKENS = 64  # enough work for each thread of a kernel, and fast on any machine
 WARM_UP_PARAMS = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=2, ignore_eos=True)  # one decode step
-MEASURE_S = 0.1  # a prefill step that takes so long says how fast long prompts are
+MEASURE_S = 0.1  # a prefill step of at least this duration measures the speed of long prompts
 
 
 def run_alone(
     engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, root: BlockHash
 ) -> list[list[int]]:
-    """The output tokens of each prompt, run to their ends together."""
+    """The output tokens of each prompt, run to completion together. Raises `NoRoom` when blocks are lacking."""
     requests = [
         Request(f"generate-{index}", list(prompt), len(prompt), params, root, engine.layout.block_size)
         for index, prompt in enumerate(prompts)
@@ -40,14 +40,14 @@ def run_alone(
 
 
 def run_throw_away(engine: Engine) -> None:
-    """A prefill step and a decode step, as far as they fit into this engine."""
+    """Runs a prefill step and a decode step, as far as they fit into this engine."""
     _run_throw_away_of(engine, min(WARM_UP_TOKENS, _max_step_tokens(engine)), WARM_UP_PARAMS)
 
 
 def measure_prefill(engine: Engine) -> None:
-    """Prefill steps of growing length, as far as they fit, until one tells how fast long prompts are.
+    """Runs prefill steps of growing length, as far as they fit, until one is long enough to measure long prompts.
 
-    The last one counts alone: a step of few tokens is slower for each of them.
+    Only the last one counts: a step of few tokens takes longer per token.
     """
     num_tokens, params = WARM_UP_TOKENS, replace(WARM_UP_PARAMS, max_tokens=1)
     while True:
@@ -61,7 +61,7 @@ def measure_prefill(engine: Engine) -> None:
 
 
 def _run_throw_away_of(engine: Engine, num_tokens: int, params: SamplingParams) -> None:
-    """A request under a root that no other one has."""
+    """Runs a request whose block names have a root of their own, so nobody can hit them."""
     if num_tokens > 0:
         prompt = [index % engine.vocab_size for index in range(num_tokens)]
         root = salted(engine.layout.root(), f"warm-up {num_tokens} {params.max_tokens}".encode())

@@ -1,9 +1,9 @@
-"""Attention over paged KV: writes a step's keys and values to their slots, then lets each sequence attend to its own.
+"""Attention over a paged KV cache: writes a step's keys and values to their slots, then attends, sequence by sequence.
 
-A kernel does it where there is one, and reads blocks where they lie: a compiled one for CPUs, or one for GPUs, which
-comes with the batch (`engine.cuda_attention`). Elsewhere blocks are gathered for SDPA. There and in the compiled
-kernel each sequence is computed by itself, so a row's result does not depend on its neighbours in the batch. Knows
-block tables and positions; knows neither requests nor the model around it.
+If there is a kernel, it reads blocks in place: a compiled one for CPUs, or one for GPUs, which comes with the batch
+(`engine.cuda_attention`). Otherwise blocks are gathered for SDPA. In both SDPA and the compiled kernel each sequence is
+computed by itself, so a row's result does not depend on its neighbours in the batch. Knows block tables and positions;
+knows neither requests nor the model around it.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class SequenceSpan:
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """One step's input; N tokens of several sequences, one span behind the other. All tensors on the model's device."""
+    """One step's input: N tokens of several sequences, their spans in order. All tensors are on the model's device."""
 
     token_ids: Tensor  # int64 [N]
     positions: Tensor  # int64 [N]
     slot_mapping: Tensor  # int64 [N], block_id * block_size + offset in the block
     spans: tuple[SequenceSpan, ...]
     logits_indices: Tensor  # int64 [R], the rows whose logits are wanted
-    kernels: Mapping[int | None, Kernel] = field(default_factory=dict)  # of each window, for all spans; may be empty
+    kernels: Mapping[int | None, Kernel] = field(default_factory=dict)  # by window, each for all spans; may be empty
 
 
 @dataclass(frozen=True)
@@ -58,23 +58,23 @@ class _SpanPlan:
     start: int
     end: int
     blocks: Tensor | None  # int64, the blocks to gather; None: all keys are among the span's own rows
-    keys: slice  # of the gathered tokens, those that any query sees
+    keys: slice  # the gathered tokens that some query sees
     mask: Tensor | None  # bool [query_len, keys], True where a query sees a key; None: each sees all, or causal
     is_causal: bool
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What `attend` needs of a batch. The same for all layers of one window, so it is made once a step for each."""
+    """What `attend` needs of a batch. Made once per step and window, as it is the same for all layers of a window."""
 
     write_blocks: Tensor  # int64 [N]
     write_offsets: Tensor  # int64 [N]
     kernel: Kernel | None
-    spans: tuple[_SpanPlan, ...]  # for torch, where there is no kernel
+    spans: tuple[_SpanPlan, ...]  # for plain torch, if there is no kernel
 
 
 def plan_attention(batch: ForwardBatch, cache: Tensor, sliding_window: int | None) -> AttentionPlan:
-    """`sliding_window` in tokens: a query at p sees the keys in (p - window, p]; None: all up to p.
+    """The plan for layers with this `sliding_window` in tokens: a query at p sees keys in (p - window, p]; None: all.
 
     `cache` is that of all layers, `[num_blocks, num_layers, 2, block_size, Hkv, D]`.
     """
@@ -122,7 +122,7 @@ def _plan_compiled(spans: Sequence[SequenceSpan], window: int | None) -> Attenti
 def _plan_span(span: SequenceSpan, block_size: int, window: int | None) -> _SpanPlan:
     length, context = span.query_len, span.context_len
     prior = context - length
-    # Keys before this one are out of every query's sight, so they are not even gathered.
+    # No query sees keys before this one, so they are not even gathered.
     first_key = 0 if window is None else max(0, prior - window + 1)
     first_block, last_block = first_key // block_size, -(-context // block_size)
     is_windowed = window is not None and context - first_key > window
@@ -150,7 +150,7 @@ def _attend_one(q: Tensor, keys: Tensor, values: Tensor, span: _SpanPlan) -> Ten
     """One sequence: q `[T, H, D]`, keys and values `[S, Hkv, D]` -> `[T, H, D]`. Scores are scaled by 1/sqrt(D)."""
     heads_first = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
     if q.shape[0] == 1:
-        # A single query sees every key: the heads that share a KV head go as its queries, which spares SDPA a pass
+        # A single query sees every key, so the heads that share a KV head become its queries, which saves SDPA a pass
         # over the keys for each of them.
         grouped = q.view(1, keys.shape[1], -1, q.shape[2])
         return functional.scaled_dot_product_attention(grouped, *heads_first).reshape(q.shape)

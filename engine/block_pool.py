@@ -1,7 +1,7 @@
-"""Which block is whose: ids, reference counts, and the prefix cache's map from hash to id. Pure; holds no bytes.
+"""The KV cache's blocks: ids, reference counts, and the prefix cache's map from hash to id. Pure; holds no bytes.
 
-A block with references is in use. A block without any is free, and stays in the prefix cache until it is handed out
-again: the free list is the LRU list of the cache. The pool knows neither requests nor tensors.
+A block with references is in use. A block without any is free, and stays in the prefix cache until it is allocated
+again: the free list is also the LRU list of the cache. The pool knows neither requests nor tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvstore.blocks import BlockHash
 
 
 class BlockPool:
-    """`num_blocks` blocks, ids 0 to `num_blocks - 1`, all of them free at first."""
+    """`num_blocks` blocks, with ids 0 to `num_blocks - 1`, all free at first."""
 
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 1:
@@ -28,11 +28,11 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks without a reference; cached ones among them count, they are handed out when needed."""
+        """Blocks without a reference, including cached ones, which are evicted when needed."""
         return len(self._free)
 
     def match(self, hashes: Iterable[BlockHash]) -> list[int]:
-        """The ids of the leading run of cached blocks. Takes no reference."""
+        """The ids of the leading run of cached blocks. Takes no references."""
         block_ids: list[int] = []
         for block_hash in hashes:
             block_id = self._block_ids.get(block_hash)
@@ -42,21 +42,24 @@ class BlockPool:
         return block_ids
 
     def num_unreferenced(self, block_ids: Iterable[int]) -> int:
-        """How many of these are free now, that is, how many free blocks it costs to acquire them."""
+        """How many of these are free now, which is how many free blocks it costs to acquire them all."""
         return sum(block_id in self._free for block_id in block_ids)
 
     def num_sole(self, block_ids: Iterable[int]) -> int:
-        """How many of these have one reference, that is, how many would become free if their only holder let go."""
+        """How many of these have exactly one reference, and would become free if their holder released them."""
         return sum(self._ref_counts[block_id] == 1 for block_id in block_ids)
 
     def acquire(self, block_ids: Iterable[int]) -> None:
-        """Takes one more reference to each; a free cached block is in use again."""
+        """Takes one more reference to each; a free cached block is then in use again."""
         for block_id in block_ids:
             self._ref_counts[block_id] += 1
             self._free.pop(block_id, None)
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` free blocks, one reference each; their old content leaves the cache. `NoRoom`: none taken."""
+        """Takes `count` free blocks, with one reference each, and evicts their old content from the prefix cache.
+
+        Raises `NoRoom` if there are too few; then none is taken.
+        """
         if count > len(self._free):
             raise NoRoom(f"{count} blocks needed, {len(self._free)} of {self.num_blocks} free")
         block_ids = [self._free.popitem(last=False)[0] for _ in range(count)]
@@ -66,7 +69,7 @@ class BlockPool:
         return block_ids
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """Gives one reference of each back. A chain's tail is evicted first: a head without its tail is still a hit."""
+        """Returns one reference of each. A chain's tail is evicted first: a head without its tail is still a hit."""
         for block_id in reversed(block_ids):
             if self._ref_counts[block_id] < 1:
                 raise ValueError(f"block {block_id} has no reference to give back")
@@ -79,8 +82,8 @@ class BlockPool:
     def register(self, block_id: int, block_hash: BlockHash) -> None:
         """Puts a computed full block into the prefix cache; its bytes must not change from now on.
 
-        Where two requests computed the same block, the first one registered stays in the cache, and the other is an
-        ordinary block: nobody's block table changes under a running step.
+        If two requests computed the same block, the first one registered stays in the cache, and the other one is an
+        ordinary block: no block table changes during a running step.
         """
         if self._ref_counts[block_id] < 1:
             raise ValueError(f"block {block_id} is free, its content is nobody's to register")
@@ -89,7 +92,7 @@ class BlockPool:
             self._block_ids[block_hash] = block_id
 
     def check_integrity(self, holders: Mapping[int, int]) -> None:
-        """Adds up the books; `holders` says how many hold each block. Raises `AssertionError` that names the block."""
+        """Checks the books; `holders` has the number of holders of each block. Raises `AssertionError`, naming it."""
         for block_id, ref_count in enumerate(self._ref_counts):
             held = holders.get(block_id, 0)
             assert ref_count == held, f"block {block_id} counts {ref_count} references but has {held} holders"

@@ -1,4 +1,4 @@
-"""The weight files of a Hugging Face folder: which they are, what lies in them, and a digest that names them.
+"""The weight files of a Hugging Face folder: which they are, what they contain, and a digest that identifies them.
 
 Reads headers and samples only, and needs no torch; `engine.weights` reads the tensors.
 """
@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `[begin, end)` are bytes of its file."""
+    """Where a tensor is stored: `[begin, end)` are bytes of its file."""
 
     name: str
     path: Path
@@ -33,7 +33,7 @@ class StoredTensor:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object. Raises `UnsupportedModel` where there is none."""
+    """The JSON object in a file. Raises `UnsupportedModel` if there is none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -46,7 +46,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder by name, from one file or from the shards that the index names."""
+    """All tensors of a folder by name, from one file or from the shards in the index."""
     tensors = [tensor for path in weight_files(folder) for tensor in _read_header(path)[1]]
     return {tensor.name: tensor for tensor in tensors}
 
@@ -66,8 +66,8 @@ def weight_files(folder: Path) -> list[Path]:
 def model_digest(folder: Path) -> str:
     """Hex SHA-256 of config.json and, for each weight file, name, size, header and samples of each tensor.
 
-    The same on every machine that has the same files. Cheap, as it reads only some kilobytes of each tensor; yet
-    training, merging or converting a model changes nearly every tensor and so the digest.
+    The same on every machine that has the same files. It is cheap, reading only some kilobytes of each tensor, and
+    reliable, because training, merging or converting a model changes nearly every tensor.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):

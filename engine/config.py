@@ -1,8 +1,8 @@
-"""What a model is (from its Hugging Face folder) and how an engine is to run it. Knows files, but no torch.
+"""The configuration of a model (from its Hugging Face folder) and of an engine. Knows files, but no torch.
 
-Everything that is not supported is refused here, at start, by name and with the list of what is supported, so that
-the model code behind it has no branch that guesses. Both spellings of config.json are read: transformers 5
-(`rope_parameters`, `dtype`) and older ones (`rope_theta` and `rope_scaling`, `torch_dtype`).
+Everything unsupported is refused here, at start, by name and with a list of what is supported, so that the model code
+has no branch that guesses. Both spellings of config.json are read: that of transformers 5 (`rope_parameters`, `dtype`)
+and the older one (`rope_theta` and `rope_scaling`, `torch_dtype`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ModelConfig:
     sliding_windows: tuple[int | None, ...]  # tokens, one for each layer; None: full attention
     eos_token_ids: tuple[int, ...]
     dtype: str  # of the checkpoint
-    digest: str  # names config and weights; the same on every machine that has the same files
+    digest: str  # identifies config and weights; the same on every machine that has the same files
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> ModelConfig:
@@ -95,31 +95,31 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to run a model. Zero means "work it out"."""
+    """How to run a model. Zero means: determine it automatically."""
 
     dtype: str = "auto"  # "auto": float32 on a CPU, the checkpoint's elsewhere
     device: str = "cpu"
     block_size: int = 16  # tokens
     num_blocks: int = 0  # 0: as many as fit into kv_cache_bytes
     kv_cache_bytes: int = 256 * 1024 * 1024
-    max_model_len: int = 0  # tokens; 0: the model's, capped to what the pool can hold
-    max_num_batched_tokens: int = 512
-    max_num_requests: int = 64
+    max_model_len: int = 0  # tokens of prompt and output; 0: the model's, capped to what the pool can hold
+    max_num_batched_tokens: int = 512  # token budget of one step
+    max_num_requests: int = 64  # at a time
     enable_prefix_caching: bool = True
     num_threads: int = 0  # 0: torch's default
-    kv_layer_pieces: int = 1  # that blocks travel in: as many as the most stages of any node
-    kv_head_pieces: int = 1  # likewise: as many as the most ranks of any stage, but no more than key heads
+    kv_layer_pieces: int = 1  # a block is cut into so many pieces by layers, to suit the stages of all nodes
+    kv_head_pieces: int = 1  # and into so many by heads, no more than KV heads, to suit their tensor-parallel ranks
 
 
 def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:
-    """The meaning of the blocks, or of their pieces, with dtype "auto" resolved; `model` is the whole one.
+    """The layout of the blocks, or of their pieces, with dtype "auto" resolved; `model` is the whole model.
 
     Raises `UnsupportedModel` for an unknown dtype.
     """
     dtype = engine.dtype
     if dtype == "auto":
-        # In half precision the last bit of a logit hangs on how a prompt was cut into chunks, and one token in a few
-        # hundred hangs on that bit. Few CPUs are faster in it, so they rather give the same text on every path.
+        # In half precision the last bit of a logit depends on how a prompt was cut into chunks, and one token in a few
+        # hundred depends on that bit. Few CPUs are faster in it, so the same text on every path is worth more there.
         dtype = "float32" if engine.device == "cpu" else model.dtype
     return KVLayout(
         model=model.digest,
@@ -132,7 +132,7 @@ def kv_layout(model: ModelConfig, engine: EngineConfig) -> KVLayout:
     )
 
 
-# --- what the families differ in ---
+# --- how the families differ ---
 
 
 def _full_attention(raw: Json, num_layers: int) -> tuple[int | None, ...]:
@@ -141,7 +141,7 @@ def _full_attention(raw: Json, num_layers: int) -> tuple[int | None, ...]:
 
 
 def _mistral_windows(raw: Json, num_layers: int) -> tuple[int | None, ...]:
-    """One window for all layers; a folder that does not name it was saved with transformers' default."""
+    """One window for all layers; a folder without it was saved with transformers' default."""
     window = _window(raw)
     _refuse_layer_types(raw, "full_attention" if window is None else "sliding_attention")
     return (window,) * num_layers
@@ -181,7 +181,7 @@ class _Family:
     qk_norm: bool = False
     reads_attention_bias: bool = False
     reads_mlp_bias: bool = False
-    default_head_dim: int = 0  # where config.json names none; 0: hidden_size / num_attention_heads
+    default_head_dim: int = 0  # if config.json has none; 0: hidden_size / num_attention_heads
 
 
 FAMILIES: Mapping[str, _Family] = {
@@ -203,7 +203,7 @@ def _family(raw: Json) -> _Family:
 
 
 def _refuse_options(raw: Json) -> None:
-    """Options that change the result and are not built."""
+    """Refuses options that change the result and are not implemented."""
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
             method = raw[key].get("quant_method", "unnamed method")
@@ -225,7 +225,7 @@ def _positive(raw: Json, key: str, default: int | None = None) -> int:
 
 
 def _eos_token_ids(folder: Path, raw: Json) -> tuple[int, ...]:
-    """generation_config.json, where there is one, knows more ends than config.json: a chat model's end of turn."""
+    """generation_config.json, if present, has more end tokens than config.json, such as a chat model's end of turn."""
     path = folder / "generation_config.json"
     eos = read_json(path).get("eos_token_id") if path.exists() else None
     eos = raw.get("eos_token_id") if eos is None else eos

@@ -38,7 +38,7 @@ PROBE_TOLERANCE = 2e-2  # in half precision
 
 
 class VarlenKernel:
-    """Needs tables alone, so it can be part of a graph whose tables change."""
+    """Needs only tables, so it can be part of a graph whose tables change."""
 
     def __init__(self, tables: PagedTables, window: int | None) -> None:
         # Imported late: it brings torch's compiler with it, which takes seconds and which CPUs do not need.
@@ -65,7 +65,7 @@ class VarlenKernel:
 
 
 class PaddedKernel:
-    """Decode steps in plain torch: each row gathers its whole table. Needs tables alone, as `VarlenKernel`."""
+    """Decode steps in plain torch: each row gathers its whole table. Needs only tables, like `VarlenKernel`."""
 
     def __init__(self, tables: PagedTables, window: int | None, block_size: int) -> None:
         self._tables = tables.block_tables
@@ -77,12 +77,12 @@ class PaddedKernel:
 
     def attend(self, q: Tensor, cache: Tensor, out: Tensor) -> None:
         keys, values = (self._gather(cache[:, part]) for part in (0, 1))  # [S, Hkv, width * block_size, D]
-        grouped = q.view(q.shape[0], keys.shape[1], -1, q.shape[2])  # the heads of one KV head go as its queries
+        grouped = q.view(q.shape[0], keys.shape[1], -1, q.shape[2])  # the heads that share a KV head become its queries
         attended = scaled_dot_product_attention(grouped, keys, values, attn_mask=self._is_seen[:, None, None])
         out.copy_(attended.reshape(q.shape))
 
     def _gather(self, pages: Tensor) -> Tensor:
-        """What is not seen becomes 0: a weight of 0 would not take away what is not a number there."""
+        """Masked values become 0, because an attention weight of 0 would not remove a NaN there."""
         gathered = pages[self._tables].flatten(1, 2)
         return gathered.masked_fill_(~self._is_seen[:, :, None, None], 0.0).transpose(1, 2)
 
@@ -93,7 +93,7 @@ class FlashInferKernel:
     def __init__(
         self, config: ModelConfig, window: int | None, like: Tensor, block_size: int, shape: BatchShape | None = None
     ) -> None:
-        """`like` has the dtype and the device of the cache."""
+        """`like` is a tensor with the dtype and device of the cache."""
         self._config, self._window, self._dtype, self._block_size = config, window, like.dtype, block_size
         buffers: dict[str, Any] = {}
         if shape is not None:
@@ -108,7 +108,7 @@ class FlashInferKernel:
         self._wrapper = wrapper(_workspace(like.device), "NHD", use_cuda_graph=shape is not None, **buffers)
 
     def plan(self, spans: Sequence[SequenceSpan]) -> None:
-        """`spans` with block tables on the host."""
+        """Plans the next step. The block tables of `spans` are on the host."""
         size = self._block_size
         blocks = [-(-span.context_len // size) for span in spans]
         used = [span.block_table[:count] for span, count in zip(spans, blocks, strict=True)]
@@ -136,14 +136,14 @@ def _int32(numbers: Sequence[int]) -> Tensor:
 
 @functools.cache
 def _workspace(device: torch.device) -> Tensor:
-    """FlashInfer's scratch memory. One for all: kernels of one stream run one after the other."""
+    """FlashInfer's scratch memory, shared by all kernels: those of one stream run one after the other."""
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 def table_kernels(
     backend: Backend, tables: PagedTables, windows: Sequence[int | None], block_size: int
 ) -> Mapping[int | None, Kernel]:
-    """Of each window; none where `backend` is not one that tables are enough for."""
+    """The kernel of each window; empty if `backend` needs more than tables."""
     if backend == "varlen":
         return {window: VarlenKernel(tables, window) for window in set(windows)}
     if backend == "padded" and tables.max_query_len == 1:
@@ -154,7 +154,7 @@ def table_kernels(
 def planned_kernels(
     config: ModelConfig, like: Tensor, block_size: int, shape: BatchShape | None = None
 ) -> dict[int | None, FlashInferKernel]:
-    """FlashInfer's of each window, not planned yet."""
+    """The FlashInfer kernel of each window, not planned yet."""
     windows = set(config.sliding_windows)
     return {window: FlashInferKernel(config, window, like, block_size, shape) for window in windows}
 
@@ -163,7 +163,7 @@ def planned_kernels(
 
 
 def choose_backend(config: ModelConfig, cache: Tensor) -> Backend:
-    """The first that can do this model's attention here, and does it right; `cache` is that of all layers."""
+    """The first backend that supports this model's attention here and gives SDPA's result; `cache` has all layers."""
     if cache.dtype in HALF_DTYPES and cache.is_cuda:
         for backend, is_there in CANDIDATES:
             if is_there(cache.device) and _is_right(backend, config, cache):
@@ -176,7 +176,7 @@ def choose_backend(config: ModelConfig, cache: Tensor) -> Backend:
 
 
 def _has_varlen(device: torch.device) -> bool:
-    """Whether torch's flash attention takes block tables, after activating the one that does."""
+    """Whether torch's flash attention accepts block tables, after activating the implementation that does."""
     impl = FLASH_IMPLS.get(torch.cuda.get_device_capability(device)[0])
     if impl is None:
         return False
@@ -205,7 +205,7 @@ CANDIDATES: tuple[tuple[Backend, Callable[[torch.device], bool]], ...] = (
 
 
 def _is_right(backend: Backend, config: ModelConfig, cache: Tensor) -> bool:
-    """Whether a chunk of a prompt and a decode step, side by side, come out as SDPA has them, for each window."""
+    """Whether a prompt's chunk and a decode step in one batch give SDPA's result, for each window."""
     try:
         worst = probe(backend, config, cache)
     except Exception as error:
@@ -220,7 +220,7 @@ def _is_right(backend: Backend, config: ModelConfig, cache: Tensor) -> bool:
 def probe(backend: Backend, config: ModelConfig, cache: Tensor) -> float:
     """The largest error against SDPA over random numbers, in a cache of three blocks like `cache`.
 
-    Relative for numbers above 1, where half precision has fewer digits behind the point. Not a number where one is.
+    Relative for values above 1, where half precision has fewer digits after the point. NaN if any value is.
     """
     size = cache.shape[3]
 
@@ -244,4 +244,4 @@ def probe(backend: Backend, config: ModelConfig, cache: Tensor) -> float:
         actual = torch.empty_like(expected)
         kernel.attend(q, small[:, 0], actual)
         errors.append(((actual - expected).abs() / expected.abs().clamp(min=1.0)).max().float().cpu())
-    return float(torch.stack(errors).max())  # which, unlike Python's, lets nothing that is not a number pass
+    return float(torch.stack(errors).max())  # which, unlike Python's, propagates NaN

@@ -1,8 +1,8 @@
-"""Blocks between a device and the host: through pinned memory, on streams of their own, beside what is being computed.
+"""Copies blocks between a device and the host: through pinned memory, on streams of their own, parallel to computing.
 Not yet run on a GPU; on a CPU, where streams do nothing, the tests run all of it.
 
-What leaves has been computed, for a step ends only when the device has done it (`engine.runner`). What comes in is
-there before anything that is launched after `write`.
+What is read has been computed, because a step ends only when the device has finished it (`engine.runner`). What is
+written is in place before anything that is launched after `write`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from kvstore.copies import copy_and_sum
 
-STAGED_BLOCKS = 8  # on their way at once, in each direction
+STAGED_BLOCKS = 8  # in flight at once, in each direction
 
 
 class BlockCopies:
     """`blocks` is `[num_blocks, rows, columns, ...]` on a device, with rows and columns of pieces. One thread writes,
-    any reads. A piece may be anything but one run of bytes.
+    any thread reads. A piece need not be contiguous.
     """
 
     def __init__(self, blocks: Tensor) -> None:
@@ -34,10 +34,10 @@ class BlockCopies:
         self._lock = threading.Lock()  # of what is outgoing
 
     def write(self, piece_id: int, payload: NDArray[np.uint8]) -> None:
-        """The payload is copied when this returns; the device's copy of it goes on behind."""
+        """Returns when the payload has been copied to pinned memory; the copy to the device continues in background."""
         staging, slot = self._incoming, self._next_slot
         self._next_slot = (slot + 1) % STAGED_BLOCKS
-        staging.events[slot].synchronize()  # what was in this slot has left it
+        staging.events[slot].synchronize()  # the last copy from this slot is done
         np.copyto(staging.host[slot], payload)
         with self._runtime.stream(staging.stream):
             self._piece(piece_id).copy_(staging.shaped[slot], non_blocking=True)
@@ -45,7 +45,7 @@ class BlockCopies:
         self._runtime.current_stream(self._blocks.device).wait_event(staging.events[slot])
 
     def read(self, piece_ids: Sequence[int], destinations: Sequence[NDArray[np.uint8]]) -> list[int]:
-        """Returns when all destinations are filled; xxh3_64 of each."""
+        """Returns when all destinations are filled, with the xxh3_64 of each."""
         staging, sums = self._outgoing, list[int]()
         with self._lock:
             for first in range(0, len(piece_ids), STAGED_BLOCKS):
@@ -66,7 +66,7 @@ class BlockCopies:
 
 
 class _Staging:
-    """Slots of pinned memory for one direction; each event tells when the last copy to or from its slot is done."""
+    """Slots of pinned memory for one direction; each event says when the last copy to or from its slot is done."""
 
     def __init__(self, blocks: Tensor, runtime: Any) -> None:
         shape = (STAGED_BLOCKS, *blocks.shape[3:])

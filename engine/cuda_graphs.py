@@ -1,8 +1,8 @@
-"""A model on a CUDA device, called as the model itself: takes batches that lie on the host, moves each with one copy,
-and replays decode steps as graphs. Not yet run on a GPU; on a CPU the tests run all of it but the capture.
+"""A model on a CUDA device, called like the model itself: takes batches on the host, moves each with one copy, and
+replays decode steps as graphs. Not yet run on a GPU; on a CPU the tests run all of it except the capture.
 
 A graph is a step of fixed shape: the number of sequences and the width of their block tables are rounded up to buckets.
-Rows that are too many read and write the cache's spare block. Graphs are captured at warm-up, or when first needed.
+Padding rows read and write the cache's spare block. Graphs are captured at warm-up, or when first needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Planned = Mapping[int | None, FlashInferKernel]
 
 
 def on_device(model: Model, cache: KVCache) -> Model:
-    """The model as a runner is to call it: itself on a CPU, behind graphs on a CUDA device."""
+    """The model as a runner calls it: itself on a CPU, behind graphs on a CUDA device."""
     if not cache.tensor.is_cuda:
         return model
     assert isinstance(model, Transformer)
@@ -34,14 +34,14 @@ def on_device(model: Model, cache: KVCache) -> Model:
 
 
 class GraphRecorder:
-    """Captures what a function launches; the result launches it again and gives the same tensor, filled anew."""
+    """Captures what a function launches; calling the result replays it and returns the same tensor, filled anew."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()  # one for all graphs, for they never run at once
+        self._pool = torch.cuda.graph_pool_handle()  # shared by all graphs, as they never run at the same time
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        # Libraries allocate and choose when first called, which a capture does not allow.
+        # Libraries allocate and select kernels on their first call, which a capture does not allow.
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -49,7 +49,7 @@ class GraphRecorder:
                 compute()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on exporting blocks meanwhile.
+        # Other threads keep exporting blocks meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             output = compute()
 
@@ -61,12 +61,12 @@ class GraphRecorder:
 
 
 class GraphedModel:
-    """Takes batches on the host, gives logits on the device; those of a graph hold until the next call."""
+    """Takes batches on the host, returns logits on the device; those of a graph are valid until the next call."""
 
     def __init__(
         self, model: Transformer, cache: KVCache, backend: Backend, record: Recorder, is_alone: bool = True
     ) -> None:
-        """Without `is_alone` there are no graphs: what ranks say to each other is in none."""
+        """Without `is_alone` there are no graphs, as communication between ranks is not captured."""
         self._model, self._backend, self._record = model, backend, record
         self._is_alone = is_alone
         self._cache, self._spare_block = cache.tensor, cache.spare_block
@@ -75,7 +75,7 @@ class GraphedModel:
         self._graphs: dict[BatchShape, _DecodeGraph] = {}
 
     def __call__(self, batch: ForwardBatch, cache: Tensor) -> Tensor:
-        """Logits float32 `[R, vocab]`, as `Transformer` does; `cache` is the one that this model was made for."""
+        """Logits float32 `[R, vocab]`, like `Transformer`; `cache` must be the one this model was made for."""
         assert cache is self._cache, "graphs read and write one cache"
         shape = decode_shape(batch, self._block_size) if self._is_alone else None
         if shape is None:
@@ -85,12 +85,12 @@ class GraphedModel:
         logits = self._replay(self._graphs[shape], batch)
         if len(batch.logits_indices) == len(batch.spans):
             return logits[: len(batch.spans)]
-        return logits[batch.logits_indices.to(logits.device)]  # one token of a prompt wants no logits
+        return logits[batch.logits_indices.to(logits.device)]  # a single prompt token that needs no logits
 
     def captures(self, max_sequences: int, max_context_len: int) -> list[Callable[[], object]]:
-        """What captures the graphs of all decode steps that an engine can ask for, one call a graph.
+        """Functions that capture the graphs of all decode steps that an engine can run, one graph each.
 
-        They read and write the spare block alone. The largest comes first: the others find its memory.
+        They read and write only the spare block. The largest comes first, so that the others reuse its memory.
         """
         shapes = decode_shapes(max_sequences, max_context_len, self._block_size) if self._is_alone else []
         return [partial(self._capture, shape) for shape in reversed(shapes)]
@@ -113,17 +113,17 @@ class GraphedModel:
         return _DecodeGraph(shape, packed, self._planned_kernels(shape))
 
     def _replay(self, graph: _DecodeGraph, batch: ForwardBatch) -> Tensor:
-        """The logits of all rows, padded ones too."""
+        """The logits of all rows, including padding."""
         padded = pad_decode(batch, graph.shape.num_sequences, self._spare_block, self._block_size)
         self._fill(graph.packed, graph.shape, padded, graph.planned)
         if graph.replay is None:
-            # Captured with this step as its input: to compute a step once more changes nothing.
+            # Captured with this step as its input: computing a step twice changes nothing.
             graph.replay = self._record(lambda: self._compute(graph.packed, graph.shape, (), graph.planned))
         return graph.replay()
 
     def _fill(self, packed: Tensor, shape: BatchShape, batch: ForwardBatch, planned: Planned) -> None:
         source = pack(batch, shape, self._block_size)
-        # The allocator of pinned memory does not give it away again before the copy is done.
+        # The allocator of pinned memory does not reuse it before the copy is done.
         packed.copy_(source.pin_memory() if packed.is_cuda else source, non_blocking=True)
         for kernel in planned.values():
             kernel.plan(batch.spans)

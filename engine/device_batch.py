@@ -1,4 +1,4 @@
-"""A step's input on its way to a device: packed into one tensor on the host, so that it is one copy, unpacked there.
+"""A step's input on its way to a device: packed into one tensor on the host, so that one copy suffices, unpacked there.
 
 Pure, and the same on any device. Knows no graph and no kernel.
 """
@@ -21,7 +21,7 @@ MIN_WIDTH = 16  # blocks of a block table; a power of two, as all widths of grap
 
 @dataclass(frozen=True)
 class PagedTables:
-    """Who attends to what, as kernels over pages ask for it: S sequences in the order of their rows, on the device."""
+    """Block tables and lengths in the form that paged kernels take: S sequences in row order, on the device."""
 
     query_starts: Tensor  # int32 [S + 1], the first row of each sequence, then their number
     context_lens: Tensor  # int32 [S]
@@ -41,19 +41,19 @@ class BatchShape:
 
     @classmethod
     def of(cls, batch: ForwardBatch, block_size: int) -> BatchShape:
-        """With tables that are just wide enough."""
+        """The batch's shape, with tables that are just wide enough."""
         width = max(-(-span.context_len // block_size) for span in batch.spans)
         return cls(len(batch.token_ids), len(batch.logits_indices), len(batch.spans), width)
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of each part, in the order of `pack`."""
+        """The number of elements of each part, in the order of `pack`."""
         tables = self.num_sequences * self.width
         return [*3 * (self.num_tokens,), self.num_logits, self.num_sequences + 1, self.num_sequences, tables]
 
 
 def decode_shape(batch: ForwardBatch, block_size: int) -> BatchShape | None:
-    """The bucket of a decode step, one query of each sequence; None: it is none, or larger than all buckets."""
+    """The bucket of a decode step (one query per sequence); None: not a decode step, or larger than all buckets."""
     num_sequences = len(batch.spans)
     rows = next((bucket for bucket in BATCH_BUCKETS if bucket >= num_sequences), None)
     if rows is None or len(batch.token_ids) != num_sequences:
@@ -63,7 +63,7 @@ def decode_shape(batch: ForwardBatch, block_size: int) -> BatchShape | None:
 
 
 def decode_shapes(max_sequences: int, max_context_len: int, block_size: int) -> list[BatchShape]:
-    """All buckets that decode steps of an engine fall into, the smallest first; `max_context_len` in tokens."""
+    """All buckets of an engine's decode steps, the smallest first; `max_context_len` in tokens."""
     rows = [bucket for bucket, last in zip(BATCH_BUCKETS, (0, *BATCH_BUCKETS), strict=False) if last < max_sequences]
     widths, max_blocks = [MIN_WIDTH], -(-max_context_len // block_size)
     while widths[-1] < max_blocks:
@@ -72,7 +72,7 @@ def decode_shapes(max_sequences: int, max_context_len: int, block_size: int) -> 
 
 
 def pad_decode(batch: ForwardBatch, num_rows: int, spare_block: int, block_size: int) -> ForwardBatch:
-    """A decode step with rows added that read and write `spare_block` alone; the logits of all rows are wanted."""
+    """A decode step padded to `num_rows` with rows that use only `spare_block`; the logits of all rows are computed."""
     num_sequences = len(batch.spans)
     table = torch.tensor([spare_block], dtype=torch.int64)
     spare = tuple(SequenceSpan(row, 1, 1, table) for row in range(num_sequences, num_rows))
@@ -87,7 +87,7 @@ def pad_decode(batch: ForwardBatch, num_rows: int, spare_block: int, block_size:
 
 
 def pack(batch: ForwardBatch, shape: BatchShape, block_size: int) -> Tensor:
-    """int64 `[sum(shape.sizes)]` of a batch on the host."""
+    """The batch as one int64 tensor `[sum(shape.sizes)]` on the host."""
     lens = torch.tensor([(span.query_len, span.context_len) for span in batch.spans], dtype=torch.int64)
     starts = functional.pad(lens[:, 0].cumsum(0), (1, 0))
     used = [span.block_table[: -(-span.context_len // block_size)] for span in batch.spans]
@@ -100,7 +100,7 @@ def pack(batch: ForwardBatch, shape: BatchShape, block_size: int) -> Tensor:
 def unpack(
     packed: Tensor, shape: BatchShape, spans: Sequence[SequenceSpan], block_size: int
 ) -> tuple[ForwardBatch, PagedTables]:
-    """The batch that was packed, on the device of `packed`, with its `spans` (none: single queries in a graph)."""
+    """The packed batch, on the device of `packed`, with its `spans` (none for single queries in a graph)."""
     tokens, positions, slots, logits, starts, contexts, flat_tables = torch.split(packed, shape.sizes)
     tables = flat_tables.view(shape.num_sequences, shape.width)
     paged = PagedTables(

@@ -1,6 +1,7 @@
-"""The engine: requests in, one step at a time, tokens and full blocks out. Knows no network, no clock but for speed.
+"""The engine: requests in, one step at a time, tokens and full blocks out. Knows no network, and uses a clock only to
+measure speed.
 
-Not thread safe, but for `export_blocks`, `lend_blocks`, `timing` and `rank_work`: one thread owns an engine
+Not thread safe, except for `export_blocks`, `lend_blocks`, `timing` and `rank_work`: one thread owns an engine
 (see `engine.loop`).
 """
 
@@ -39,12 +40,12 @@ Progress = Callable[[int, int], object]  # steps done, and of how many
 
 
 class Engine:
-    """One model, its KV cache and the requests that are being computed."""
+    """One model, its KV cache, and the requests being computed."""
 
     def __init__(
         self, model_config: ModelConfig, engine_config: EngineConfig, model: Model, group: RankGroup | None = None
     ) -> None:
-        """`model` is this rank's part, `model_config` the whole one's; `group` has the ranks that follow."""
+        """`model` is this rank's part, `model_config` that of the whole model; `group` has the other ranks, if any."""
         self.config = engine_config
         self.layout = kv_layout(model_config, engine_config)
         self.pieces = pieces_of(model_config, engine_config, group.shard if group else Shard())
@@ -67,11 +68,11 @@ class Engine:
         self._pins: Counter[int] = Counter()
         self._loans = Loans(self._pin, self.unpin)
         self.measure_anew()
-        self.timing = StepTiming()  # of all steps so far, added up; a new value for each step, so any thread may look
+        self.timing = StepTiming()  # sum over all steps so far; a new object for each step, so any thread may read it
 
     @classmethod
     def from_pretrained(cls, folder: Path, engine_config: EngineConfig, group: RankGroup | None = None) -> Engine:
-        """An engine for a Hugging Face folder; with a group, the leader's.
+        """An engine for a Hugging Face folder; with a `group`, the engine of its leader.
 
         Raises `UnsupportedModel`, `RanksDisagree`.
         """
@@ -84,20 +85,20 @@ class Engine:
         return cls(model_config, engine_config, fastest(model), group)
 
     def watch_ranks(self, on_failure: Callable[[BaseException], None]) -> None:
-        """From now on `on_failure` hears, on some thread, of a rank that is gone while no step runs."""
+        """From now on calls `on_failure`, on some thread, when a rank is lost while no step runs."""
         if self._led is not None:
             self._led.watch(on_failure)
 
     def close(self) -> None:
-        """Sends the ranks that follow home. Nothing may be computed after this."""
+        """Ends the other ranks. Nothing may be computed after this."""
         if self._led is not None:
             self._led.close()
 
     def warm_up(self, progress: Progress = lambda done, total: None) -> None:
-        """Does what is done only once before the first request comes: thread pools, libraries, whatever is built late.
+        """Does one-time work before the first request comes: thread pools, libraries, graphs, anything built lazily.
 
-        On the thread that is going to run the steps. Leaves no request, no block, no cached prefix that anyone could
-        hit, and no measurement but that of `long_prefill_tokens_per_s`: the first steps say little about those to come.
+        To be called on the thread that will run the steps. Leaves no request, no block, no cached prefix that anyone
+        could hit, and no measurement except `long_prefill_tokens_per_s`: the first steps say little about later ones.
         """
         if self._scheduler.requests:
             raise ValueError("an engine is warmed up before its first request")
@@ -115,7 +116,7 @@ class Engine:
     def measure_anew(self) -> None:
         """Forgets how fast steps have been.
 
-        Half a step counts as long where steps are small: a prompt's chunk shares them with decoding requests.
+        If steps are small, half of one counts as a long chunk, because prompts share steps with decoding requests.
         """
         self._speed = SpeedMeter(min(LONG_TOKENS, max(2, self.config.max_num_batched_tokens // 2)))
 
@@ -131,10 +132,10 @@ class Engine:
         check_length("prompt", request.num_tokens, self.max_model_len)
 
     def add(self, request: Request, hold: bool = False) -> None:
-        """Takes a request in: to the queue, or, with `hold`, with blocks for all its tokens and one more at once.
+        """Accepts a request: into the queue, or, with `hold`, giving it blocks for all its tokens and one more at once.
 
-        A held request is in no step until `release`, and nobody takes its blocks. Raises `InvalidRequest`, and with
-        `hold` also `NoRoom`; then nothing is kept.
+        A held request is not scheduled until `release`, and keeps its blocks. Raises `InvalidRequest`, and with `hold`
+        also `NoRoom`; then nothing is kept.
         """
         self.check(request)
         if request.request_id in self._scheduler.requests:
@@ -146,25 +147,26 @@ class Engine:
             self._scheduler.add(request)
 
     def lend_blocks(self, request: Request, num_blocks: int) -> Loan | None:
-        """Where blocks that are to be imported will lie, for a wire to write them there. Any thread may call this.
+        """Lends the memory of blocks that will be imported to a wire, which writes there. Any thread may call this.
 
-        They are the `num_blocks` right behind what a held request has, and nobody else's until `end_loan`, whatever
-        becomes of the request. What was written counts once `import_blocks` is given it. None: it has to be copied.
+        They are the `num_blocks` right after what a held request has computed, and nobody else's until `end_loan`,
+        whatever becomes of the request. What was written counts once it is given to `import_blocks`. None: the memory
+        cannot be lent, so payloads have to be copied.
         """
         first = request.num_computed_tokens // self.layout.block_size
         end = min(first + num_blocks, (request.num_tokens - 1) // self.layout.block_size)
         return self._loans.lend(request, first, end, self._cache.views)
 
     def end_loan(self, loan: Loan, kept_ids: Sequence[int] = ()) -> None:
-        """To be called once nothing is written any more. Of the blocks, `kept_ids` stay pinned until `unpin`."""
+        """To be called once nothing is written any more. The blocks in `kept_ids` stay pinned until `unpin`."""
         self._loans.end(loan, kept_ids)
 
     def import_blocks(self, request_id: str, payloads: Sequence[Payload]) -> int:
-        """Adopts blocks that were computed elsewhere, right behind what a held request has; returns how many.
+        """Adopts blocks computed elsewhere, right after what a held request has; returns how many.
 
-        Stops at the first that is not valid, and before the block of the last token, which must be computed. None for a
-        request whose prompt is to be scored, all of which must be. A block whose pieces travel apart takes as many
-        payloads as there are pieces here, in the order of `pieces`.
+        Stops at the first invalid one, and before the block of the last token, which must be computed. Adopts none for
+        a request with prompt logprobs, whose whole prompt must be computed. Where blocks travel in pieces, each block
+        takes as many payloads as there are pieces here, in the order of `pieces`.
         """
         request = self._held(request_id)
         if request.is_scoring:
@@ -181,7 +183,7 @@ class Engine:
         return adopted
 
     def pin_held(self, request_id: str, num_blocks: int) -> list[int]:
-        """Pins blocks of a held request, right behind what it has, for the ranks that follow to fill.
+        """Pins blocks of a held request, right after what it has computed, for the other ranks to fill.
 
         Whatever becomes of the request, nobody else gets them until `unpin`.
         """
@@ -192,9 +194,9 @@ class Engine:
         return block_ids
 
     def release(self, request_id: str, tokens: Sequence[int] = ()) -> None:
-        """Lets a held request run, behind `tokens` that were sampled elsewhere. Raises `InvalidRequest` for those.
+        """Lets a held request run, after appending `tokens` that were sampled elsewhere.
 
-        Not while a wire writes into blocks that it has lent.
+        Not to be called while a wire writes into blocks that it has lent. Raises `InvalidRequest` for bad `tokens`.
         """
         request = self._held(request_id)
         check_tokens("tokens", tokens, self.vocab_size)
@@ -204,7 +206,7 @@ class Engine:
         self._loans.part(request_id, lambda: self._scheduler.release(request))
 
     def abort(self, request_id: str) -> None:
-        """Ends a request in any status and frees its blocks; full computed ones stay cached. Unknown: nothing to do."""
+        """Ends a request in any status and frees its blocks; full computed ones stay cached. Ignores unknown ids."""
         request = self._scheduler.requests.get(request_id)
         if request is not None:
             self._loans.part(request_id, lambda: self._scheduler.remove(request, FinishReason.ABORT))
@@ -219,14 +221,14 @@ class Engine:
     # --- steps ---
 
     def has_work(self) -> bool:
-        """Whether a request is waiting or running; held ones are the caller's turn."""
+        """Whether a request is waiting or running. Held ones do not count: they wait for the caller."""
         return any(request.status is not RequestStatus.HELD for request in self._scheduler.requests.values())
 
     def step(self) -> list[RequestOutput]:
-        """Schedules, computes, samples; one output for each request of the step.
+        """Schedules, computes, samples; returns one output for each request of the step.
 
-        Full blocks come pinned: whoever takes an output gives them back with `unpin`. Empty: nothing can run until the
-        caller adds, releases, aborts or unpins something.
+        Full blocks come pinned: the caller returns them with `unpin`. An empty list means that nothing can run until
+        the caller adds, releases, aborts or unpins something.
         """
         begin = time.perf_counter()
         chunks = self._scheduler.schedule(begin, self._speed.long_prefill_tokens_per_s)
@@ -265,7 +267,7 @@ class Engine:
         return RequestOutput(request.request_id, tokens, tuple(full_blocks), finish_reason)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
-        """The output tokens of each prompt, run to their ends together. For tests and offline use."""
+        """The output tokens of each prompt, run to completion together. For tests and offline use."""
         return run_alone(self, prompts, params, self.layout.root())
 
     # --- blocks that leave ---
@@ -273,19 +275,19 @@ class Engine:
     def export_blocks(self, block_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
         """Copies pinned blocks out, each to its destination of `block_bytes` bytes. Any thread may call this.
 
-        Returns xxh3_64 of each block as it was copied. Where blocks travel in pieces: see `export_pieces`.
+        Returns the xxh3_64 of each copied block. Where blocks travel in pieces, use `export_pieces`.
         """
         return self.export_pieces(block_ids, destinations)
 
     def export_pieces(self, piece_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
-        """The same for pieces: block_id * len(pieces) + the piece's place in `pieces`."""
+        """The same for pieces; a piece id is block_id * len(pieces) + the piece's index in `pieces`."""
         loose = [piece_id for piece_id in piece_ids if not self._pins[piece_id // len(self.pieces)]]
         if loose:
             raise ValueError(f"blocks {loose} are not pinned: their bytes may change at any time")
         return self._cache.read(piece_ids, destinations)
 
     def unpin(self, block_ids: Sequence[int]) -> None:
-        """Gives back the pins that `RequestOutput.full_blocks` came with, one for each time a block was reported."""
+        """Returns the pins that `RequestOutput.full_blocks` came with, one for each time a block was reported."""
         loose = Counter(block_ids) - self._pins
         if loose:
             raise ValueError(f"blocks {sorted(loose)} are not pinned that often")
@@ -300,19 +302,19 @@ class Engine:
 
     @property
     def num_told_steps(self) -> int:
-        """Steps that the ranks that follow were told of. What is in a block now, they have once they ended these."""
+        """Steps sent to the other ranks. When a rank has finished these, its blocks are as current as this rank's."""
         return self._led.num_told_steps if self._led is not None else 0
 
     @property
     def rank_work(self) -> RankWork:
-        """What the leader of a wide node did so far, as its followers tell theirs; any thread may ask."""
+        """What the leader of a wide node has done so far, in the form the other ranks report; any thread may ask."""
         return self._led.work if self._led is not None else RankWork()
 
     @property
     def long_prefill_tokens_per_s(self) -> float:
-        """What a prompt of many blocks would get, by the newest measurement, or by that of the warm-up; 0.0: not known.
+        """Prefill speed of a long prompt, by the newest measurement, or by that of the warm-up; 0.0 if unknown.
 
-        No part of the load: a node that has run nothing yet has nothing to tell a router.
+        Not part of the load: a node that has run no request yet reports no speed to routers.
         """
         return self._speed.long_prefill_tokens_per_s
 
@@ -331,7 +333,7 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Adds up the books: each block's references are its requests and its pins. Raises `AssertionError`."""
+        """Checks that each block's references are its requests plus its pins. Raises `AssertionError`."""
         holders = Counter(self._pins)
         for request in self._scheduler.requests.values():
             assert request.num_computed_tokens < request.num_tokens, f"{request.request_id} has nothing left to compute"

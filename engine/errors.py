@@ -1,7 +1,7 @@
 """What can go wrong in the engine.
 
 EngineError
-├── UnsupportedModel   the folder asks for an architecture or option that is not built; lists what is
+├── UnsupportedModel   the folder asks for an architecture or option that is not supported; lists what is
 ├── InvalidRequest     a field is out of its range; names field and limit
 ├── NoRoom             not enough free blocks right now
 ├── UnknownRequest     no such request: finished, aborted, or never added
@@ -36,4 +36,4 @@ class UnknownRequest(EngineError):
 
 
 class RanksDisagree(EngineError):
-    """The ranks of one node have different weights, or cut them in different ways: their sum would be nonsense."""
+    """The ranks of one node have different weights, or shard them differently: their sum would be meaningless."""

@@ -1,4 +1,4 @@
-"""A rank that follows: its part of the model and of the cache, and nothing of what requests are."""
+"""A rank other than the leader: its part of the model and of the cache. Knows nothing of requests."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from kvstore.blocks import Payload
 
 
 class Follower:
-    """Loads what its leader's `Engine.from_pretrained` loads, with the same config; then `run`, on a thread.
+    """Loads the same as its leader's `Engine.from_pretrained`, with the same config; call `run` on a thread afterwards.
 
-    A step ends here at another time than it does for the leader. Who copies blocks first waits, with `wait_for_steps`,
-    until the steps that the leader had told have ended: they may still write the bytes that are to leave, or work in
-    blocks that are to be filled and were another request's before.
+    A step ends here at another time than at the leader. Before blocks are copied, `wait_for_steps` must wait until
+    the steps that the leader had sent have ended: they may still be writing the bytes to be read, or using blocks to
+    be filled that belonged to another request before.
     """
 
     def __init__(self, folder: Path, engine_config: EngineConfig, group: RankGroup) -> None:
@@ -46,7 +46,7 @@ class Follower:
 
     @property
     def num_blocks(self) -> int:
-        """Of the cache; ids of blocks are below it."""
+        """The number of blocks in the cache; block ids are below it."""
         return self._cache.spare_block
 
     @property
@@ -55,27 +55,27 @@ class Follower:
 
     @property
     def work(self) -> RankWork:
-        """So far; any thread may ask."""
+        """What this rank has done so far; any thread may ask."""
         return self._group.meter.work
 
     def run(self) -> None:
-        """Computes its part of each step until the leader says stop. Raises `RuntimeError` when a rank is gone."""
+        """Computes its part of each step until the leader stops it. Raises `RuntimeError` when a rank is lost."""
         if self._num_threads > 0:
             torch.set_num_threads(self._num_threads)
         follow(self._model, self._group, self._cache.tensor, self._on_step)
 
     @property
     def max_told_steps(self) -> int:
-        """As many as the leader can have told by now: so far ahead of this rank it is at most."""
+        """The most steps the leader can have sent by now, given how far ahead of this rank it may be."""
         return self._num_steps + MAX_PARTS_A_STAGE * self._group.shard.pp_size + 1
 
     def wait_for_steps(self, num_steps: int, timeout_s: float) -> bool:
-        """Until so many steps have ended here. False: they have not within `timeout_s`."""
+        """Waits until `num_steps` steps have ended here. False: they have not within `timeout_s`."""
         with self._stepped:
             return self._stepped.wait_for(lambda: self._num_steps >= num_steps, timeout_s)
 
     def import_blocks(self, block_ids: Sequence[int], payloads: Sequence[Payload]) -> int:
-        """Fills blocks of a request that the leader holds, as `Engine.import_blocks`; how many are good."""
+        """Fills blocks of a request that the leader holds, like `Engine.import_blocks`; returns how many are good."""
         num_pieces = len(self.pieces)
         with self._importing:
             for index, block_id in enumerate(block_ids):
@@ -85,7 +85,7 @@ class Follower:
         return len(block_ids)
 
     def export_pieces(self, piece_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
-        """As `Engine.export_pieces`, of blocks that the leader keeps pinned meanwhile."""
+        """Like `Engine.export_pieces`, for blocks that the leader keeps pinned meanwhile."""
         return self._cache.read(piece_ids, destinations)
 
     def _on_step(self) -> None:

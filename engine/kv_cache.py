@@ -1,4 +1,4 @@
-"""The bytes of all blocks, and the two copies that cross the seam to them. Knows shapes, but not whose a block is."""
+"""The bytes of all blocks, and the copies into and out of them. Knows shapes, but not which request has which block."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 
 class KVCache:
-    """`tensor` is `[num_blocks + 1, num_layers, 2, block_size, num_kv_heads, head_dim]`: a block is one run of bytes.
+    """`tensor` is `[num_blocks + 1, num_layers, 2, block_size, num_kv_heads, head_dim]`: a block is contiguous.
 
     Layers and heads are those of a rank, which has `pieces` = (rows of layers, columns of heads) pieces of `layout`.
-    `piece_id` is block_id * (rows * columns) + the piece's place in the rank; of one piece a block, the block id.
+    `piece_id` is block_id * (rows * columns) + the piece's index within the rank; with one piece, it is the block id.
 
-    The last block, `spare_block`, is no request's: rows that pad a step to a fixed shape write there.
+    The last block, `spare_block`, belongs to no request: rows that pad a step to a fixed shape write there.
     """
 
     def __init__(
@@ -49,20 +49,20 @@ class KVCache:
         else:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self.spare_block = num_blocks
-        # As words without a type, which numpy has, too: [block, row, column, layer, k/v, token, values of the heads].
-        # A view, and rows and columns are not to be merged: with several of both that would be a copy.
+        # As untyped words, which numpy supports too: [block, row, column, layer, k/v, token, values of the heads].
+        # A view: rows and columns are not merged, because with several of both that would copy.
         words = self.tensor.view(WORDS[self.tensor.element_size()])
         split = words.view(num_blocks + 1, rows, layout.num_layers, 2, size, columns, -1)
         self._columns = columns
         self._pieces = split.permute(0, 1, 5, 2, 3, 4, 6) if self.num_pieces > 1 else words[:, None, None]
-        # On the CPU the same memory as numpy sees it: its copies are plain, and they let other threads run.
+        # On the CPU, the same memory as a numpy array: its copies are plain, and release Python's lock.
         self._host = self._pieces.numpy() if device.type == "cpu" else None
         self._copies = None if device.type == "cpu" else BlockCopies(self._pieces)
 
     def write(self, piece_id: int, source: memoryview) -> bool:
-        """Copies a payload into a piece, unless it lies there already. False: not a piece's length, nothing was copied.
+        """Copies a payload into a piece, unless it is there already. False: wrong length, nothing was copied.
 
-        Nothing reads `source` after this. Steps that run from now on see the block; the thread that runs them calls.
+        Nothing reads `source` after this. To be called on the thread that runs the steps; later steps see the block.
         """
         if source.nbytes != self.piece_bytes:
             return False
@@ -78,23 +78,23 @@ class KVCache:
         return True
 
     def views(self, block_ids: Sequence[int]) -> list[memoryview]:
-        """The bytes of blocks, writable; [] where they are not in the host's memory, or travel in pieces."""
+        """Writable views of blocks; [] if they are not in host memory, or travel in pieces."""
         if self._host is None or self.num_pieces > 1:
             return []
         return [self._host[block_id, 0, 0].view(np.uint8).reshape(-1).data for block_id in block_ids]
 
     def write_block(self, block_id: int, payloads: Sequence[Payload]) -> bool:
-        """A payload for each piece of a block. False: one of them is not what it should be; others may be copied."""
+        """Writes one payload for each piece of a block. False: one of them is invalid; others may have been copied."""
         for piece, payload in enumerate(payloads):
-            # The copy comes first, the question after it: the payload's slot may be given to another at any time.
+            # Copy first, then check: the payload's slot may be reused at any time.
             if not self.write(block_id * self.num_pieces + piece, payload.view) or not payload.is_valid():
                 return False
         return True
 
     def read(self, piece_ids: Sequence[int], destinations: Sequence[memoryview]) -> list[int]:
-        """Copies pieces out, each to its destination of `piece_bytes` bytes; returns xxh3_64 of each.
+        """Copies pieces out, each to its destination of `piece_bytes` bytes; returns the xxh3_64 of each.
 
-        `ValueError` when a destination has another size.
+        Raises `ValueError` when a destination has another size.
         """
         targets = [np.frombuffer(destination, np.uint8) for destination in destinations]
         if len(piece_ids) != len(targets) or any(target.nbytes != self.piece_bytes for target in targets):
@@ -111,7 +111,7 @@ class KVCache:
 
 
 def make_cache(model: ModelConfig, engine: EngineConfig, group: RankGroup | None = None) -> KVCache:
-    """A rank's cache; all ranks of a group have the same number of blocks. `model` is the whole one."""
+    """A rank's cache; all ranks of a group have the same number of blocks. `model` is the whole model."""
     layout, pieces = kv_layout(model, engine), pieces_of(model, engine, group.shard if group else Shard())
     num_blocks = engine.num_blocks or engine.kv_cache_bytes // (layout.block_bytes * len(pieces))
     num_blocks = group.least(num_blocks) if group else num_blocks
@@ -119,7 +119,7 @@ def make_cache(model: ModelConfig, engine: EngineConfig, group: RankGroup | None
 
 
 def _copied_out(target: NDArray[np.uint8], piece: NDArray[Any]) -> int:
-    """A piece among others is rows of some hundred bytes, which are gathered before they are summed up."""
+    """Copies a piece and returns its checksum. A piece of several is short rows, gathered before they are summed."""
     if piece.flags.c_contiguous:
         return copy_and_sum(target, piece.view(np.uint8).reshape(-1))
     np.copyto(target.view(piece.dtype).reshape(piece.shape), piece)
@@ -131,10 +131,10 @@ def _address(array: NDArray[Any]) -> int:
 
 
 def _host_memory(num_bytes: int) -> torch.Tensor:
-    """Bytes of zeros in huge pages where the kernel grants them, all written once: no step pays for a first touch."""
+    """Zeroed bytes, in huge pages where the kernel grants them, touched so that no step pays for a first touch."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)  # before the first touch: pages that are there already stay small
     except (OSError, AttributeError) as error:
         logger.info("event=no_huge_pages error=%r", error)
-    return torch.frombuffer(memory, dtype=torch.uint8).zero_()  # keeps the mapping as long as it lives itself
+    return torch.frombuffer(memory, dtype=torch.uint8).zero_()  # keeps the mapping alive

@@ -1,4 +1,4 @@
-"""What an engine takes, and when a request has come to its end. Pure."""
+"""Which requests an engine accepts, and when a request ends. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def longest_model_len(model: ModelConfig, config: EngineConfig, num_blocks: int) -> int:
-    """Tokens. A request alone must always fit into the pool: otherwise it could wait for ever."""
+    """The longest request, in tokens. It must fit into an empty pool; otherwise it could wait forever."""
     wanted = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     room = num_blocks * config.block_size
     if room < wanted:
@@ -28,7 +28,7 @@ def check_tokens(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
 
 
 def check_length(field: str, num_tokens: int, max_model_len: int) -> None:
-    """Raises `InvalidRequest` where there is no room for an output behind so many tokens."""
+    """Raises `InvalidRequest` if there is no room for an output after this many tokens."""
     if num_tokens + 1 > max_model_len:
         limit = f"at most {max_model_len - 1} tokens, for {max_model_len} is the longest with its output"
         raise InvalidRequest(field, f"must be {limit}, got {num_tokens}")
@@ -37,7 +37,7 @@ def check_length(field: str, num_tokens: int, max_model_len: int) -> None:
 def end_reason(request: Request, eos_token_ids: Collection[int], max_model_len: int) -> FinishReason | None:
     """Why a request ends with its newest token, if it does.
 
-    An end token behind a mask ends the request in any case: it comes too early only where nothing else could.
+    With a grammar, an end token always ends the request: it comes too early only if nothing else was allowed.
     """
     params, token_id, is_masked = request.params, request.token_ids[-1], request.mask is not None
     is_eos = token_id in eos_token_ids and (is_masked or not params.ignore_eos)

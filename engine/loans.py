@@ -1,7 +1,7 @@
-"""Blocks of held requests that others write into: whose they are, and that nobody else gets them meanwhile.
+"""Blocks of held requests that wires write into, and that nobody else may get meanwhile.
 
-Lending is asked for on any thread, everything else happens on the engine's. A held request's blocks are its own until
-it is released or aborted, and lending takes no reference; whoever ends it first makes sure that the blocks outlive it.
+`lend` may be called on any thread, everything else on the engine's. A held request's blocks are its own until it is
+released or aborted, so lending takes no reference; ending the request first pins what it has lent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.request import Request, RequestStatus
 
 @dataclass(eq=False)
 class Loan:
-    """Blocks right behind what a held request has computed, and where they lie. Ends with `Engine.end_loan`, once."""
+    """Blocks right after what a held request has computed, and their memory. Ends with `Engine.end_loan`, once."""
 
     request_id: str
     block_ids: Sequence[int]
@@ -24,7 +24,7 @@ class Loan:
 
 
 class Loans:
-    """The books. A request may have several: the end of the one before is on its way to the engine's thread."""
+    """The books. A request may have several loans while the end of one is on its way to the engine's thread."""
 
     def __init__(self, pin: Callable[[Sequence[int]], None], unpin: Callable[[Sequence[int]], None]) -> None:
         self._pin = pin
@@ -35,7 +35,7 @@ class Loans:
     def lend(
         self, request: Request, first: int, end: int, views: Callable[[Sequence[int]], Sequence[memoryview]]
     ) -> Loan | None:
-        """Lends the blocks from `first` to `end` of a request's table. None where it is not held."""
+        """Lends the blocks `[first, end)` of a request's block table. None if the request is not held."""
         with self._guard:
             if request.status is not RequestStatus.HELD:
                 return None

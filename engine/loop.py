@@ -1,8 +1,8 @@
 """One thread owns the engine; asyncio talks to it.
 
-In: commands, run in order between steps. Out: one call into the event loop for each step. Idle, the thread sleeps on
-its queue, and a command wakes it. What was handed in is run even when its caller was cancelled meanwhile, so that an
-unpin or an abort is never lost. Knows nothing of what the requests are for.
+In: commands, run in order between steps. Out: one call into the event loop per step. When idle, the thread sleeps on
+its queue, and a command wakes it. A command runs even if its caller was cancelled meanwhile, so that an unpin or an
+abort is never lost. Knows nothing of what the requests are for.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ T = TypeVar("T")
 
 
 class EngineStopped(EngineError):
-    """The engine's thread has ended: it was stopped, or it died of the error that this one was raised from."""
+    """The engine's thread has ended: it was stopped, or died of the error that is this one's cause."""
 
 
 @dataclass(frozen=True)
 class _Command:
     fn: Callable[[Engine], Any]
-    reply: asyncio.Future[Any] | None  # None: nobody waits, and an error is the engine's end
+    reply: asyncio.Future[Any] | None  # None: nobody waits, and an error ends the engine
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class _Reply:
 
 
 class OutputStream:
-    """The outputs of one request, in order; ends behind the one with a finish reason, or when closed.
+    """The outputs of one request, in order; ends after the one with a finish reason, or when closed.
 
-    Whoever takes an output owns the pins of its full blocks. Call `close` in the end (`finally`): it gives back the
-    pins of what was not taken. Raises `EngineStopped` where the engine ends before the request.
+    The consumer of an output owns the pins of its full blocks. Always call `close` (in `finally`): it returns the
+    pins of outputs that were not consumed. Raises `EngineStopped` if the engine ends before the request.
     """
 
     def __init__(self, request_id: str, on_close: Callable[[OutputStream, list[RequestOutput]], None]) -> None:
@@ -68,7 +68,7 @@ class OutputStream:
             if item.finish_reason is not None:
                 self.close()
             return item
-        self._items.put_nowait(item)  # the end stays the end, for all who wait and for who asks again
+        self._items.put_nowait(item)  # the end stays in the queue, for all waiters and later calls
         if item is None:
             raise StopAsyncIteration
         raise item
@@ -94,11 +94,11 @@ class OutputStream:
 
 
 class EngineLoop:
-    """Runs an engine. All methods belong to the event loop that called `start`."""
+    """Runs an engine. All methods must be called on the event loop that called `start`."""
 
     def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None]) -> None:
-        """`on_failure` is called on the engine's thread when a step raised; the engine is of no use then."""
-        self.engine = engine  # from outside its thread only what is immutable, and what its module names
+        """`on_failure` is called on the engine's thread when a step raises; the engine is unusable after that."""
+        self.engine = engine  # other threads use only what is immutable, or listed in its module
         self.last_progress_s = time.monotonic()
         self._on_failure = on_failure
         self._is_busy = False
@@ -118,7 +118,7 @@ class EngineLoop:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread behind the commands handed in so far; open streams and later calls get `EngineStopped`."""
+        """Ends the thread after the commands queued so far; open streams and later calls get `EngineStopped`."""
         if self._thread.ident is None:
             return
         self._commands.put(None)
@@ -132,12 +132,12 @@ class EngineLoop:
         return await future
 
     def post(self, fn: Callable[[Engine], object]) -> None:
-        """Like `call`, but waits for nothing, so that a cancelled task can still clean up. `fn` must not fail."""
+        """Like `call`, but does not wait, so that a cancelled task can still clean up. `fn` must not raise."""
         if self._stopped is None:
             self._hand_in(_Command(fn, None))
 
     def abort(self, request_id: str) -> None:
-        """Ends a request and its stream, whatever state they are in. Waits for nothing."""
+        """Ends a request and its stream, whatever their state. Does not wait."""
         self.post(lambda engine: engine.abort(request_id))
         stream = self._streams.get(request_id)
         if stream is not None:
@@ -224,10 +224,10 @@ class EngineLoop:
             has_more = bool(outputs)
 
     def _run_commands(self, wait: bool) -> bool:
-        """Runs what was handed in so far; with `wait` at least one command. False: it was told to stop."""
+        """Runs the queued commands; with `wait`, at least one. False: it was told to stop."""
         replies: list[_Reply] = []
         try:
-            for _ in range(max(int(wait), self._commands.qsize())):  # what comes meanwhile must not hold up the step
+            for _ in range(max(int(wait), self._commands.qsize())):  # later commands must not delay the step
                 command = self._next()
                 if command is None:
                     return False

@@ -1,6 +1,6 @@
-"""Which tokens may come next, told by somebody who knows text: an engine knows token ids alone.
+"""Which tokens may come next, as decided by code that knows text: an engine knows only token ids.
 
-A mask follows from the output tokens so far and from nothing else, so whatever moves a request (preemption, hand-off,
+A mask depends on the output tokens so far and on nothing else, so whatever moves a request (preemption, hand-off,
 failover) need not move any state of it.
 """
 
@@ -23,23 +23,23 @@ Words = NDArray[np.uint32]
 
 
 class TokenMask(Protocol):
-    """One request's. Called on the engine's thread once for each token, while a GPU computes; it should be quick."""
+    """One request's mask. Called on the engine's thread once per token, while the model computes; it must be fast."""
 
     def fill(self, output_ids: Sequence[int], words: Words) -> None:
-        """Sets the bits of the tokens that may come behind `output_ids`, bit 0 of word 0 for token 0.
+        """Sets the bits of the tokens that may follow `output_ids`; bit 0 of word 0 is token 0.
 
-        `words` is `[ceil(vocab / 32)]` and comes zeroed. Calls for one request come with outputs that grow. Raises
-        `InvalidRequest` where nothing can be told, which ends the request.
+        `words` is `[ceil(vocab / 32)]`, all zero at first. `output_ids` grows from call to call. Raises
+        `InvalidRequest` when no mask can be computed, which ends the request.
         """
 
 
 class Masks:
-    """Of the requests in a step that have one, by the rows of their logits; `words` is `[masks, ceil(vocab / 32)]`."""
+    """The masks of a step's requests that have one, by row of the logits; `words` is `[masks, ceil(vocab / 32)]`."""
 
     def __init__(
         self, words: Words, vocab_size: int, index_of: dict[int, int], errors: dict[int, InvalidRequest]
     ) -> None:
-        """`index_of` has the index in `words` for each row; `errors` is what came instead."""
+        """`index_of` maps a row to its index in `words`; `errors` has the rows whose mask failed."""
         self.errors = errors
         self._words = words
         self._vocab_size = vocab_size
@@ -47,22 +47,22 @@ class Masks:
 
     @property
     def rows(self) -> Sequence[int]:
-        """Those whose mask is known."""
+        """The rows whose mask is known."""
         return list(self._index_of)
 
     def allowed(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """Which tokens these requests may take, `[len(rows), vocab]`, on `device`; at least one in each row."""
+        """The allowed tokens of these rows, bool `[len(rows), vocab]`, on `device`; at least one in each row."""
         packed = self._words[[self._index_of[row] for row in rows]].view(np.uint8)
         if device.type == "cpu":  # numpy's is several times as fast
             bits = np.unpackbits(packed, axis=-1, count=self._vocab_size, bitorder="little")
             return torch.from_numpy(bits.view(np.bool_))
-        shifts = torch.arange(8, dtype=torch.uint8, device=device)  # the bits travel, and become bytes there
+        shifts = torch.arange(8, dtype=torch.uint8, device=device)  # the bits are moved, and unpacked there
         spread = torch.from_numpy(packed).to(device)[:, :, None] >> shifts & 1
         return spread.flatten(1)[:, : self._vocab_size].bool()
 
 
 def fill_masks(requests: Sequence[Request], vocab_size: int) -> Masks | None:
-    """The masks of all requests that have one, in one piece of memory; None where no request has one."""
+    """The masks of all requests that have one, in one array; None if no request has one."""
     rows = [row for row, request in enumerate(requests) if request.mask is not None]
     if not rows:
         return None
@@ -81,7 +81,7 @@ def fill_masks(requests: Sequence[Request], vocab_size: int) -> Masks | None:
 def _fill(request: Request, words: Words, vocab_size: int) -> None:
     assert request.mask is not None
     request.mask.fill(request.token_ids[request.num_prompt_tokens :], words)
-    if vocab_size % WORD_BITS:  # bits behind the vocabulary stand for no token
+    if vocab_size % WORD_BITS:  # bits beyond the vocabulary belong to no token
         words[-1] &= (1 << vocab_size % WORD_BITS) - 1
     if not words.any():
         raise InvalidRequest("sampling.grammar", "no token may come behind those that are there")

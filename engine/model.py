@@ -1,7 +1,7 @@
 """The decoder-only transformer of the Llama family: Llama, Mistral, Qwen2, Qwen3. Knows neither requests nor files.
 
-Query, key and value are one matrix, and so are gate and up: fewer and larger products. Normalisation and rotation
-round where transformers rounds, so that half precision agrees with it too.
+Query, key and value are one matrix, and so are gate and up: fewer and larger products. Normalisation and rotary
+embedding round where transformers rounds, so that half precision agrees with it too.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x is `[..., size]`; computed in float32 whatever x is."""
+        """`x` is `[..., size]`; computed in float32 whatever its dtype."""
         normed = functional.rms_norm(x.float(), self.weight.shape, eps=self.eps)
         return self.weight * normed.to(x.dtype)
 
 
 class Attention(nn.Module):
-    """A rank's heads; `config` has their numbers. What they make is a part of a sum over the ranks."""
+    """A rank's heads; `config` has their numbers. Their output is one part of a sum over the ranks."""
 
     def __init__(self, config: ModelConfig, parallel: Parallel) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class MLP(nn.Module):
 
 
 class VocabEmbedding(nn.Module):
-    """A rank's rows of the vocabulary; of other ranks' tokens it has nothing to say."""
+    """A rank's rows of the vocabulary; other ranks' tokens give zeros."""
 
     def __init__(self, rows: range, size: int, parallel: Parallel) -> None:
         super().__init__()
@@ -102,8 +102,8 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A rank's part of the model. Weights come from `engine.weights.load_model`; without it they are whatever was in
-    memory. `config` is the whole model's."""
+    """A rank's part of the model. Weights come from `engine.weights.load_model` and are uninitialised before that.
+    `config` is the whole model's."""
 
     frequencies: Tensor
 
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: Tensor) -> Tensor:
-        """Logits float32 `[R, vocab]` of `batch.logits_indices`; of a stage that is not the last, `[0, vocab]`.
+        """Logits float32 `[R, vocab]` of `batch.logits_indices`; `[0, vocab]` for a stage that is not the last.
 
         `cache` is `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]` of this rank's layers and heads, in
         the model's dtype; the step's keys and values are written to it.

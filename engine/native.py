@@ -1,6 +1,6 @@
 """The compiled kernels, where this installation has them: `engine/csrc`, called through ctypes.
 
-Where they are missing (no compiler at installation) or cannot do a case (a dtype, an odd head size), the caller takes
+If they are missing (no compiler at installation) or do not support a case (a dtype, an odd head size), the caller uses
 plain torch, which gives the same tokens more slowly. Knows shapes and pointers; no model.
 """
 
@@ -27,7 +27,7 @@ MAX_INT64 = 2**63 - 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISA_NAMES = ("portable code", "AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 AMX = ISA_NAMES.index("AMX")
-ROWS_BEHIND = 31  # that matrix registers may read behind the last row of a linear layer's input
+ROWS_BEHIND = 31  # that AMX may read after the last row of a linear layer's input
 
 
 class Linear(ctypes.Structure):
@@ -64,7 +64,7 @@ class AttentionArgs(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where the installation has none."""
+    """The compiled kernels; None if the installation has none."""
     spec = importlib.util.find_spec("engine._native")
     if spec is None or spec.origin is None:
         logger.warning("event=no_compiled_kernels models run in plain torch, which is slower")
@@ -88,7 +88,7 @@ def isa() -> int:
 
 
 def _agrees(isa: int, with_isa: int) -> bool:
-    """Whether two instruction sets give one result, but for rounding: matrix registers must prove themselves."""
+    """Whether two instruction sets give the same result up to rounding; checked before AMX is used."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(100, 96, generator=generator), torch.randn(72, 96, generator=generator)
     mine, theirs = (linear(x.bfloat16(), packed(weight.bfloat16()), 72, use) for use in (isa, with_isa))
@@ -96,7 +96,7 @@ def _agrees(isa: int, with_isa: int) -> bool:
 
 
 def packed(weight: Tensor) -> Tensor:
-    """`[outputs, inputs]` as the kernels read it: int32 `[panels, units, PANEL]`, outputs filled up with zeros.
+    """`[outputs, inputs]` as the kernels read it: int32 `[panels, units, PANEL]`, outputs padded with zeros.
 
     A unit is 4 bytes of a row: one float32, or two bfloat16.
     """
@@ -105,7 +105,7 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, packed_weight: Tensor, outputs: int, use_isa: int | None = None) -> Tensor:
-    """`x . weight^T` in float32, `[N, outputs]`, of x `[N, inputs]`."""
+    """`x . weight^T` in float32, `[N, outputs]`, for x `[N, inputs]`."""
     kernels, room = library(), pad(x, (0, 0, 0, ROWS_BEHIND))
     assert kernels is not None
     y = torch.empty(len(x), outputs)
@@ -116,7 +116,7 @@ def linear(x: Tensor, packed_weight: Tensor, outputs: int, use_isa: int | None =
 
 
 def can_attend(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `AttentionBatch.attend` does this shape."""
+    """Whether `AttentionBatch.attend` supports this case."""
     return (
         library() is not None
         and device.type == "cpu"
@@ -127,10 +127,11 @@ def can_attend(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class AttentionBatch:
-    """The sequences of a step: their rows, and where their blocks lie. The same for all layers of one window."""
+    """The sequences of a step: their rows and their blocks. The same for all layers of one window."""
 
     def __init__(self, spans: Sequence[tuple[int, int, int]], tables: Sequence[Tensor], window: int | None) -> None:
-        """Of each sequence: its first row of q, its queries, its tokens in KV after this step; its blocks (int64)."""
+        """`spans`: each sequence's first row of q, number of queries, and tokens in KV after this step; `tables`: its
+        block ids (int64); `window` in tokens."""
         starts = itertools.accumulate((len(table) for table in tables[:-1]), initial=0)
         ids = torch.tensor([*zip(*spans, strict=True), list(starts)], dtype=torch.int64)
         self._kept = ids, torch.cat(list(tables))  # the arguments point into them
@@ -141,7 +142,7 @@ class AttentionBatch:
         args.window = MAX_INT64 if window is None else window
 
     def point_to(self, layer: Tensor, num_heads: int) -> None:
-        """Fills in what follows from one layer of a cache, `[blocks, 2, block_size, Hkv, D]`, each block contiguous."""
+        """Sets what depends on one layer of a cache, `[blocks, 2, block_size, Hkv, D]`, each block contiguous."""
         args = self.args
         args.cache = layer.data_ptr()
         args.block_stride, args.value_offset, args.block_size = layer.stride(0), layer.stride(1), layer.shape[2]

@@ -1,8 +1,8 @@
 """A model's whole step as one call of the compiled kernels (`engine/csrc/step.inc`), for CPUs in float32 and bfloat16.
 
-`engine.model.Transformer` is what it must agree with, and what runs where this cannot. Weights are packed once, when
-the model is loaded, and take the place of the plain ones. The step runs without Python's lock, so the threads that
-serve requests go on meanwhile. Rounds to bfloat16 where transformers does, but for two products in the MLP.
+`engine.model.Transformer` is its reference, and what runs where this cannot. Weights are packed once, when the model is
+loaded, and replace the plain ones. The step runs without Python's lock, so the threads that serve requests continue
+meanwhile. Rounds to bfloat16 where transformers does, except for two products in the MLP.
 """
 
 from __future__ import annotations
@@ -56,24 +56,24 @@ class _StepArgs(ctypes.Structure):
 
 
 def can_run(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `NativeTransformer` does this model here."""
+    """Whether `NativeTransformer` supports this model here."""
     sizes = (config.hidden_size, config.intermediate_size)
     return can_attend(config.head_dim, dtype, device) and all(size % GATES == 0 for size in sizes)
 
 
 def fastest(model: Transformer) -> Model:
-    """The model as this machine computes it fastest; `model` itself is of no use afterwards unless it is returned."""
+    """The fastest form of the model on this machine; `model` itself is unusable afterwards unless it is returned."""
     if model.parallel.shard.num_ranks > 1 or model.norm is None:
-        return model  # a compiled step has no point at which ranks could add up
+        return model  # a compiled step has no point at which ranks could all-reduce
     weight = model.norm.weight
     return NativeTransformer(model) if can_run(model.config, weight.dtype, weight.device) else model
 
 
 class NativeTransformer:
-    """Called as a `Transformer` is."""
+    """Called like a `Transformer`."""
 
     def __init__(self, model: Transformer) -> None:
-        """Takes the weights out of `model`, which is of no use afterwards."""
+        """Takes the weights out of `model`, which is unusable afterwards."""
         self.config = config = model.config
         assert model.norm is not None and model.embed_tokens is not None and model.lm_head is not None
         self._dtype = model.norm.weight.dtype
@@ -114,7 +114,7 @@ class NativeTransformer:
         return logits
 
     def _room(self, num_tokens: int) -> int:
-        """The address of a workspace for so many tokens; it is kept, for fresh memory costs more than its use."""
+        """The address of a workspace for `num_tokens`; it is kept, because fresh memory costs more than its use."""
         size = (num_tokens + ROWS_BEHIND) * self._activations
         if len(self._workspace) < size:
             self._workspace = torch.empty(size, dtype=self._dtype)
@@ -147,12 +147,12 @@ class NativeTransformer:
 
 
 def _dealt(gate_up: Tensor) -> Tensor:
-    """Of `[2 * intermediate, ...]`, all gates first: gates and their values in turns of half a panel."""
+    """Interleaves `[2 * intermediate, ...]`, all gates first, into gates and their values by half panels."""
     return gate_up.view(2, -1, GATES, *gate_up.shape[1:]).transpose(0, 1).reshape(gate_up.shape)
 
 
 def _taken(module: nn.Linear | VocabEmbedding) -> Tensor:
-    """The weight, of which the module then has none: two copies of all weights would be too much."""
+    """The weight, removed from the module: two copies of all weights would be too much."""
     weight = module.weight.detach()
     module.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
     return weight

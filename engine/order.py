@@ -1,7 +1,7 @@
-"""In which order prompts are computed: shortest first, but nobody waits for ever. Pure: times are passed in.
+"""The order in which prompts are computed: shortest first, but nobody waits forever. Pure: times are passed in.
 
-Shortest first makes the mean wait the least. Ageing bounds what the long ones pay for it: nobody is overtaken by who
-comes more than `(its seconds + what its priority lags behind) / AGEING` seconds later.
+Shortest first minimises the mean wait. Ageing bounds what long prompts pay for it: no prompt is overtaken by one that
+comes more than `(its seconds + the seconds of its lower priority) / AGEING` seconds later.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ MAX_PRIORITY = 100  # and -100 the least
 
 
 def rank(remaining_s: float, waited_s: float, priority: int = 0) -> float:
-    """The least goes first. `remaining_s`: what is left to compute; of priorities the smaller one is preferred."""
+    """The smallest goes first. `remaining_s` is what is left to compute; smaller priorities are preferred."""
     return PRIORITY_S * priority + remaining_s - AGEING * waited_s

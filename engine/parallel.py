@@ -1,6 +1,6 @@
-"""What the ranks of one model say to each other while they compute. `Alone` is a model on one rank, which says nothing.
+"""Communication between the ranks of one model while they compute. `Alone` is a model on one rank, without any.
 
-`RankGroup` is torch.distributed: NCCL between GPUs, Gloo between CPUs and for the leader's word. One a process.
+`RankGroup` uses torch.distributed: NCCL between GPUs, Gloo between CPUs and for the leader's messages. One per process.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from kvstore.blocks import KVLayout
 
 logger = logging.getLogger(__name__)
 
-PING_S = 1.0  # how soon an idle leader finds out that a rank is gone
-TIMEOUT_S = 60.0  # a rank that says nothing for so long is as good as gone
-JOIN_S = 300.0  # for all ranks to come
-FORM_S = 60.0  # for those that have come to find each other
+PING_S = 1.0  # how soon an idle leader notices that a rank is lost
+TIMEOUT_S = 60.0  # a rank that is silent for this long counts as lost
+JOIN_S = 300.0  # for all ranks to arrive
+FORM_S = 60.0  # for ranks that have arrived to connect to each other
 
 
 class Parallel(Protocol):
@@ -36,19 +36,19 @@ class Parallel(Protocol):
     shard: Shard
 
     def reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks of this stage, in the place of `x`."""
+        """All-reduce: the sum over the ranks of this stage, in place of `x`."""
         ...
 
     def gather(self, x: Tensor) -> Tensor:
-        """`[..., n]` of each rank of this stage, side by side: `[..., n * tp_size]`."""
+        """All-gather: `[..., n]` of each rank of this stage, concatenated: `[..., n * tp_size]`."""
         ...
 
     def pass_on(self, x: Tensor) -> None:
-        """Hands a step's activations to the next stage, without waiting for it."""
+        """Sends a step's activations to the next stage, without waiting for it."""
         ...
 
     def take_over(self, x: Tensor) -> Tensor:
-        """Fills `x` with the activations of the stage before."""
+        """Fills `x` with the activations of the previous stage."""
         ...
 
 
@@ -71,9 +71,9 @@ class Alone:
 
 
 def open_meeting(address: str, leads: bool) -> Any:
-    """A TCPStore, where the ranks of a group meet: rank 0 listens at "ip:port" (0: any port), the others call there.
+    """A TCPStore, the rendezvous of a group: rank 0 listens at "ip:port" (0: any port), the others connect there.
 
-    Raises `RuntimeError` where nobody listens.
+    Raises `RuntimeError` if nobody listens.
     """
     host, _, port = address.rpartition(":")
     timeout = timedelta(seconds=JOIN_S)
@@ -83,17 +83,17 @@ def open_meeting(address: str, leads: bool) -> Any:
 
 
 class RankGroup:
-    """This process's rank. Everything raises `RuntimeError` once another rank is gone: the model is of no use then."""
+    """This process's rank. All methods raise `RuntimeError` once another rank is lost: the model is unusable then."""
 
     def __init__(self, shard: Shard, meeting: Any, device: torch.device, timeout_s: float = TIMEOUT_S) -> None:
-        """Waits for all ranks. One that says nothing for `timeout_s` is gone, once there is something to say."""
+        """Waits for all ranks. A rank that is due to send and is silent for `timeout_s` counts as lost."""
         self.shard = shard
         self.meter = RankMeter()
         self._meeting = meeting
         self._timeout = timedelta(seconds=timeout_s)
         self._outgoing: list[tuple[dist.Work, Tensor]] = []
-        self._under_way: deque[dist.Work] = deque()  # parts of steps whose end the last stage has yet to tell
-        self._word = threading.Lock()  # a message is a head and a body, with nothing in between
+        self._under_way: deque[dist.Work] = deque()  # parts of steps that the last stage has not acknowledged
+        self._word = threading.Lock()  # a message is a head and a body, which must not be separated
         self._has_heard = False
         self._closing = threading.Event()
         dist.init_process_group(
@@ -112,23 +112,23 @@ class RankGroup:
         stages = [[rank for rank in everyone if rank // shard.tp_size == stage] for stage in range(shard.pp_size)]
         groups = [dist.new_group(stage, self._timeout, backend) for stage in stages]
         self._stage = groups[shard.pp_rank]
-        # NCCL keeps to one order for all that two ranks send each other, both ways: on their way back, logits that the
-        # leader takes last would hold up activations that it sends first.
+        # NCCL orders everything that two ranks send each other, in both directions: logits on their way back, which the
+        # leader receives last, would block activations that it sends first.
         self._back = dist.new_group([0, self._teller], self._timeout, backend) if shard.pp_size > 1 else self._data
         logger.info("event=rank_joined rank=%d of=%d backend=%s", shard.rank, shard.num_ranks, backend)
 
     # --- before the first step ---
 
     def post(self, address: str) -> None:
-        """Tells the leader where this rank serves."""
+        """Tells the leader this rank's address."""
         self._meeting.set(f"address/{self.shard.rank}", address)
 
     def addresses(self) -> list[str]:
-        """Where the others serve; waits until they have said so."""
+        """The other ranks' addresses; waits until they have posted them."""
         return [str(self._meeting.get(f"address/{rank}"), "utf-8") for rank in range(1, self.shard.num_ranks)]
 
     def agree(self, layout: KVLayout) -> None:
-        """Raises `RanksDisagree`, on all ranks, unless they have the same weights, cut alike, for the same blocks."""
+        """Raises `RanksDisagree`, on all ranks, unless they have the same weights, sharding and block layout."""
         text = f"{layout.root().hex()} {self.shard.tp_size} {self.shard.pp_size}"
         mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.int64)
         all_ = [torch.empty_like(mine) for _ in range(self.shard.num_ranks)]
@@ -167,11 +167,11 @@ class RankGroup:
 
     @property
     def tells_back(self) -> bool:
-        """Whether this rank, of the last of several stages, tells the leader what comes out."""
+        """Whether this rank of the last of several stages sends the results to the leader."""
         return self.shard.pp_size > 1 and self.shard.rank == self._teller
 
     def send_logits(self, logits: Tensor) -> None:
-        """Of the rank that `tells_back`."""
+        """Called on the rank that `tells_back`."""
         self._hand_on(logits.contiguous(), 0, self._back)
 
     def receive_logits(self, logits: Tensor) -> Tensor:
@@ -181,18 +181,18 @@ class RankGroup:
         return logits
 
     def acknowledge(self) -> None:
-        """The rank that `tells_back` has ended a part of a step."""
+        """The rank that `tells_back` has finished a part of a step."""
         self._send(torch.zeros(1, dtype=torch.int64), 0, self._control)
 
     def begin_part(self, max_parts: int) -> None:
-        """The leader is about to tell a part of a step: waits until fewer than so many are under way."""
+        """The leader is about to send a part of a step: waits until fewer than `max_parts` are in flight."""
         while self._under_way and (len(self._under_way) >= max_parts or self._under_way[0].is_completed()):
             with self.meter.pipeline:
                 self._under_way.popleft().wait(self._timeout)
         self._under_way.append(_coming(torch.empty(1, dtype=torch.int64), self._teller, self._control))
 
     def tell(self, head: Tensor, body: Tensor) -> None:
-        """The leader's word to all others, in int64; an empty body is not sent."""
+        """The leader's message to all others, in int64; an empty body is not sent."""
         messages = [part for part in (head, body) if part.numel()]
         with self._word:
             for message in messages:
@@ -201,20 +201,20 @@ class RankGroup:
             self._forget_sent()
 
     def hear(self, message: Tensor) -> Tensor:
-        """Fills `message` with the leader's next word. From its first one on, it says one now and then (`watch`)."""
+        """Fills `message` with the leader's next message. The leader sends pings, too, when it is idle (`watch`)."""
         coming = _coming(message, 0, self._control)
         coming.wait(self._timeout) if self._has_heard else coming.wait()
         self._has_heard = True
         return message
 
     def least(self, number: int) -> int:
-        """The smallest of what all ranks say."""
+        """The smallest of all ranks' numbers."""
         agreed = torch.tensor([number])
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=self._control)
         return int(agreed)
 
     def watch(self, ping: Tensor, on_failure: Callable[[BaseException], None]) -> None:
-        """Says `ping` now and then from now on, so that an idle leader, too, notices that a rank is gone."""
+        """Sends `ping` periodically from now on, so that even an idle leader notices that a rank is lost."""
 
         def run() -> None:
             while not self._closing.wait(PING_S):
@@ -228,7 +228,7 @@ class RankGroup:
         threading.Thread(target=run, name="rank-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Lets what was said arrive, then leaves."""
+        """Waits until what was sent has arrived, then leaves the group."""
         self._closing.set()
         with self._word:
             for work in (*self._under_way, *(work for work, _ in self._outgoing)):
@@ -251,7 +251,7 @@ class RankGroup:
             self._forget_sent()
 
     def _forget_sent(self) -> None:
-        """Drops what has arrived. Raises `RuntimeError` for what never will."""
+        """Drops messages that have arrived. Raises `RuntimeError` for one that never will."""
         waiting: list[tuple[dist.Work, Tensor]] = []
         for work, tensor in self._outgoing:
             if work.is_completed():

@@ -1,9 +1,9 @@
 """The pieces in which blocks travel, and which of them a rank holds. Pure.
 
-A block of the whole model is cut into `num_layer_pieces` x `num_head_pieces` pieces of as many layers and key heads
-each, as fine as the widest nodes of a cluster need it. A piece has a name, a slot and a checksum of its own, so nodes
+A block of the whole model is cut into `num_layer_pieces` x `num_head_pieces` pieces of equally many layers and KV heads
+each, as fine as the widest nodes of a cluster need. A piece has a name, a slot and a checksum of its own, so nodes
 of any width read what any other has written, and no rank moves more than its share. Piece `l * num_head_pieces + h` has
-the layers and heads of that row and column; the leader's own first one, 0, is the one that routers look for.
+the layers and heads of that row and column; routers look up piece 0, the leader's first one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Pieces:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Of the pieces of the whole model, those that are here, in the order of this rank's cache."""
+        """The numbers, within the whole model, of this rank's pieces, in the order of its cache."""
         return tuple(row * self.num_head_pieces + column for row in self.rows for column in self.columns)
 
 
 def pieces_of(config: ModelConfig, engine: EngineConfig, shard: Shard) -> Pieces:
-    """`config` is the whole model's. Raises `UnsupportedModel` where a rank's part is no whole number of pieces."""
+    """`config` is the whole model's. Raises `UnsupportedModel` if a rank's part is not a whole number of pieces."""
     shard.check(config)
     rows = _cut("kv_layer_pieces", engine.kv_layer_pieces, config.num_layers, shard.layers(config))
     columns = _cut("kv_head_pieces", engine.kv_head_pieces, config.num_kv_heads, shard.kv_heads(config))

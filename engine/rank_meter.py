@@ -1,4 +1,4 @@
-"""Where a rank's time went and how many bytes it handed on: sums over all its steps. Knows no torch and no network."""
+"""Where a rank's time went and how many bytes it sent: sums over all its steps. Knows no torch and no network."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankWork:
-    """One rank's sums. `compute_s` is what its steps took without the waits in them.
+    """One rank's sums. `compute_s` is the time of its steps without the waits in them.
 
-    Between GPUs sums and gathers are launched, not waited for, and count as computing.
+    Between GPUs all-reduces and gathers are launched, not waited for, and count as computing.
     """
 
     num_steps: int = 0  # parts of steps, where there are stages
     compute_s: float = 0.0
-    collective_s: float = 0.0  # in sums and gathers within its stage
-    pipeline_s: float = 0.0  # for another stage: its activations, its logits, or that it catches up
-    collective_bytes: int = 0  # put into sums and gathers
-    pipeline_bytes: int = 0  # activations and logits handed on
+    collective_s: float = 0.0  # in all-reduces and gathers within its stage
+    pipeline_s: float = 0.0  # waiting for another stage: for activations, logits, or acknowledgements
+    collective_bytes: int = 0  # put into all-reduces and gathers
+    pipeline_bytes: int = 0  # activations and logits sent on
 
 
 class Watch:
-    """Seconds spent in its `with`, added up. Of one thread, and not within itself."""
+    """Sums the seconds spent inside its `with`. For one thread; not reentrant."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -37,16 +37,16 @@ class Watch:
 
 
 class RankMeter:
-    """Of one rank: the thread that computes writes, any thread may read `work`."""
+    """One rank's meter. The computing thread writes; any thread may read `work`."""
 
     def __init__(self) -> None:
-        self.work = RankWork()  # a new value at the end of each step, so that its sums fit each other
+        self.work = RankWork()  # a new object at the end of each step, so that its sums are consistent
         self.collective, self.pipeline = Watch(), Watch()
         self.collective_bytes = self.pipeline_bytes = 0
         self._seconds = 0.0
 
     def end_step(self, num_steps: int, seconds: float) -> None:
-        """So many steps there were so far; those since the last call took `seconds`, waits within them included."""
+        """There were `num_steps` steps so far; those since the last call took `seconds`, including waits."""
         self._seconds += seconds
         waited_s = self.collective.seconds + self.pipeline.seconds
         self.work = RankWork(

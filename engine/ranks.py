@@ -1,9 +1,9 @@
 """A model on several ranks, as its leader calls it and as its followers run it.
 
-The leader's engine is the only one that schedules and samples. It tells each step to the others, int64 numbers as
-`engine.device_batch.pack` lays them out, and computes its own part like any of them. Where there are several stages, a
-step goes through them in as many parts, and parts that want no logits are not waited for: each stage has something to
-do while another computes.
+The leader's engine is the only one that schedules and samples. It sends each step to the others as int64 numbers in the
+layout of `engine.device_batch.pack`, and computes its own part like any of them. With several stages, a step goes
+through them in as many parts, and parts that need no logits are not waited for: each stage has work while another
+computes.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from engine.rank_meter import RankWork
 
 logger = logging.getLogger(__name__)
 
-STEP, PING, STOP = 0, 1, 2  # what the leader's word begins with; behind it, for STEP, a `BatchShape`
-MAX_PARTS_A_STAGE = 2  # under way: the one that a stage computes, and the next
+STEP, PING, STOP = 0, 1, 2  # how the leader's message begins; for STEP, a `BatchShape` follows
+MAX_PARTS_A_STAGE = 2  # in flight: the one that a stage computes, and the next
 HEAD_NUMBERS = 5
 
 
 class LedModel:
-    """Called as a `Transformer` is, by the leader."""
+    """Called by the leader, like a `Transformer`."""
 
     def __init__(self, model: Model, group: RankGroup, vocab_size: int) -> None:
         self._model, self._group, self._vocab_size = model, group, vocab_size
         self.num_told_steps = 0
 
     def __call__(self, batch: ForwardBatch, cache: Tensor) -> Tensor:
-        """Logits float32 `[R, vocab]` of `batch.logits_indices`. Raises `RuntimeError` once a rank is gone."""
+        """Logits float32 `[R, vocab]` of `batch.logits_indices`. Raises `RuntimeError` once a rank is lost."""
         pp_size = self._group.shard.pp_size
         parts = split(batch, pp_size)
         logits = []
         for part in parts:
-            if pp_size > 1:  # parts that want no logits are not waited for, so a stage could fall far behind
+            if pp_size > 1:  # parts without logits are not waited for, so a stage could fall far behind
                 self._group.begin_part(MAX_PARTS_A_STAGE * pp_size)
             self._tell(part, cache.shape[3])
             logits.append(self._model(part, cache))
@@ -51,7 +51,7 @@ class LedModel:
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
     def end_step(self, seconds: float) -> None:
-        """A call of this model has taken so long, the device's work included."""
+        """A call of this model has taken `seconds`, including the device's work."""
         self._group.meter.end_step(self.num_told_steps, seconds)
 
     @property
@@ -59,11 +59,11 @@ class LedModel:
         return self._group.meter.work
 
     def watch(self, on_failure: Callable[[BaseException], None]) -> None:
-        """Notices also between steps that a rank is gone."""
+        """Notices, between steps too, that a rank is lost, and calls `on_failure`."""
         self._group.watch(_head(PING), on_failure)
 
     def close(self) -> None:
-        """Sends the others home."""
+        """Ends the other ranks."""
         self._group.tell(_head(STOP), torch.empty(0, dtype=torch.int64))
         self._group.close()
 
@@ -78,9 +78,9 @@ class LedModel:
 
 
 def follow(model: Model, group: RankGroup, cache: Tensor, on_step: Callable[[], None] = lambda: None) -> None:
-    """Runs the leader's steps until it says stop. `on_step` hears of each one's end.
+    """Runs the leader's steps until it stops them. `on_step` is called after each one.
 
-    Raises `RuntimeError` when the leader, or another rank, is gone.
+    Raises `RuntimeError` when the leader, or another rank, is lost.
     """
     for index, batch in enumerate(_steps(group)):
         began_s = time.perf_counter()
@@ -95,7 +95,7 @@ def follow(model: Model, group: RankGroup, cache: Tensor, on_step: Callable[[], 
 
 
 def split(batch: ForwardBatch, num_parts: int) -> list[ForwardBatch]:
-    """The batch in up to `num_parts` pieces of as many rows, in order; a sequence may go on in the next one."""
+    """The batch in up to `num_parts` parts of equally many rows, in order; a sequence may continue in the next part."""
     num_rows = len(batch.token_ids)
     num_parts = min(num_parts, num_rows)
     ends = [num_rows * (part + 1) // num_parts for part in range(num_parts)]

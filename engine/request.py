@@ -1,7 +1,7 @@
-"""A request from birth to death, and what an engine says of it. Plain data: no torch, no I/O.
+"""A request from birth to death, and an engine's output for it. Plain data: no torch, no I/O.
 
 There are no phases. A request has tokens and a cursor, `num_computed_tokens`; each step lets the cursor catch up. A
-prompt, a chunk of it, a decode step and the tail behind a prefix hit are all "tokens not computed yet".
+prompt, a chunk of it, a decode step and the tail after a prefix hit are all "tokens not computed yet".
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class RequestStatus(enum.Enum):
 class FinishReason(enum.Enum):
     STOP = "stop"
     LENGTH = "length"
-    HANDOFF = "handoff"  # this leg is over, the request goes on elsewhere
+    HANDOFF = "handoff"  # this leg is over; the request continues elsewhere
     ABORT = "abort"
     FAILED = "failed"  # its mask allows no token; the output's `error` says why
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Ranges are checked here, once; `InvalidRequest` names the field and the limit.
+    """How to sample tokens. Ranges are checked here, once; `InvalidRequest` names the field and the limit.
 
     `logprobs` is the number of top alternatives to report (None: no logprobs at all). Stop strings are not here: the
-    engine knows no text, the router looks for them.
+    engine knows no text; the router matches them.
     """
 
     temperature: float = 1.0
@@ -90,7 +90,7 @@ class PromptLogprobs:
 
     num_top: int  # alternatives of each
     logprobs: list[float] = field(default_factory=list)
-    ranks: list[int] = field(default_factory=list)  # 1: there was no likelier token
+    ranks: list[int] = field(default_factory=list)  # 1: the most likely token
     top_ids: list[int] = field(default_factory=list)  # `num_top` for each token, most likely first
     top_logprobs: list[float] = field(default_factory=list)
 
@@ -103,9 +103,9 @@ class PromptLogprobs:
 
 @dataclass(eq=False)
 class Request:
-    """`token_ids` is the prompt, then every output token, also those of an earlier node before a failover.
+    """`token_ids` is the prompt, then every output token, including those of an earlier node before a failover.
 
-    `handoff_after` ends this leg after so many new tokens without ending the request (a prefill node passes 1).
+    `handoff_after` ends this leg after that many new tokens without ending the request (a prefill node passes 1).
     """
 
     request_id: str
@@ -115,22 +115,22 @@ class Request:
     root: BlockHash
     block_size: int
     handoff_after: int | None = None
-    priority: int = 0  # the smaller one is computed first; changes no token
-    mask: TokenMask | None = None  # which tokens may come; None: all
-    prompt_logprobs: PromptLogprobs | None = None  # None: not asked for
+    priority: int = 0  # smaller values are computed first; has no effect on tokens
+    mask: TokenMask | None = None  # which tokens are allowed; None: all
+    prompt_logprobs: PromptLogprobs | None = None  # None: not requested
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
     block_table: list[int] = field(default_factory=list)
-    block_hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks of token_ids
+    block_hashes: list[BlockHash] = field(default_factory=list)  # hashes of the full blocks of token_ids
     num_computed_tokens: int = 0
     num_local_hit_tokens: int = 0
     num_store_hit_tokens: int = 0
-    num_late_hit_tokens: int = 0  # computed here by others while this one waited
+    num_late_hit_tokens: int = 0  # computed here for other requests while this one waited
     num_new_tokens: int = 0  # sampled by this engine
     num_published_blocks: int = 0  # leading full blocks already reported in an output
-    arrived_s: float = 0.0  # time.perf_counter() of when an engine took it in
-    started_s: float | None = None  # time.perf_counter() of the first step that it was in; None: it still waits
+    arrived_s: float = 0.0  # time.perf_counter() when an engine accepted it
+    started_s: float | None = None  # time.perf_counter() of its first step; None: it still waits
 
     def __post_init__(self) -> None:
         self._extend_hashes()
@@ -154,7 +154,7 @@ class Request:
         return self.status is RequestStatus.FINISHED
 
     def append(self, token_id: int) -> None:
-        """Adds an output token, and the hash of the block that it fills."""
+        """Adds an output token, and the hash of the block that it completes, if any."""
         self.token_ids.append(token_id)
         if len(self.token_ids) % self.block_size == 0:
             self._extend_hashes()
@@ -168,7 +168,7 @@ class Request:
 @dataclass(frozen=True)
 class OutputToken:
     token_id: int
-    logprob: float | None = None  # None where not asked for
+    logprob: float | None = None  # None if not requested
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
 
 
@@ -182,7 +182,7 @@ class FullBlock:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one step did for one request; a chunk in the middle of a prompt has blocks but no token."""
+    """What one step did for one request; a chunk in the middle of a prompt may have blocks, but has no token."""
 
     request_id: str
     tokens: tuple[OutputToken, ...] = ()

@@ -14,7 +14,7 @@ from engine.rope_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Radians per token, float32 `[head_dim / 2]` on the CPU, and the factor that cos and sin are scaled by."""
+    """Radians per token, float32 `[head_dim / 2]` on the CPU, and the scale factor of cos and sin."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequencies = 1.0 / rope.theta**exponents
     if rope.rope_type == "linear":
@@ -27,7 +27,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
 
 
 def rotation(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cos and sin for `rotate`, `[N, 1, head_dim]` each in `dtype`, of positions int64 `[N]`.
+    """Cos and sin for `rotate`, each `[N, 1, head_dim]` in `dtype`, for positions int64 `[N]`.
 
     The first half of sin is negated: `rotate` then needs no negation of its own.
     """
@@ -37,19 +37,19 @@ def rotation(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each head `[N, heads, head_dim]` by its token's angles; pairs are `(i, i + head_dim / 2)`."""
+    """Rotates each head of `[N, heads, head_dim]` by its token's angles; pairs are `(i, i + head_dim / 2)`."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
-    """Slow turns are slowed by `factor`, fast ones stay, and those between go smoothly from one to the other."""
-    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)  # over the first training's context
+    """Divides low frequencies by `factor`, keeps high ones, and interpolates smoothly in between."""
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)  # over the original context length
     smooth = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     return (1 - smooth) * frequencies / rope.factor + smooth * frequencies
 
 
 def _yarn(rope: RopeConfig, frequencies: Tensor, head_dim: int) -> Tensor:
-    """As `_llama3`, but the way between is linear in the dimension (https://arxiv.org/abs/2309.00071, 3.2)."""
+    """Like `_llama3`, but interpolating linearly in the dimension (https://arxiv.org/abs/2309.00071, 3.2)."""
 
     def dimension(turns: float) -> float:
         context = rope.original_max_position_embeddings

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 Json = Mapping[str, Any]
 
-# What each type reads besides `theta`. transformers warns of other keys and goes on without them; so do we.
+# What each type reads besides `theta`. transformers warns of other keys and ignores them; so do we.
 KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -26,11 +26,11 @@ DEFAULT_THETA = 10_000.0
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding as in transformers' `modeling_rope_utils`. A type leaves other types' fields alone."""
+    """Rotary position embedding as in transformers' `modeling_rope_utils`. Fields of other types are unused."""
 
     rope_type: str = "default"
     theta: float = DEFAULT_THETA
-    original_max_position_embeddings: int = 0  # llama3, yarn: the context that the model was first trained on, tokens
+    original_max_position_embeddings: int = 0  # llama3, yarn: the original context length, tokens
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0

@@ -22,10 +22,10 @@ from engine.speed import RunSeconds
 
 @dataclass(frozen=True)
 class Ran:
-    """What came of a step's chunks, and what it took.
+    """The results of a step's chunks, and their timing.
 
-    `tokens`: one for each chunk that samples, None for the others, and an error where a request's mask has none.
-    `scores`: by the index of a chunk, of the chunks that score.
+    `tokens`: one for each chunk that samples, None for the others, an error if a request's mask failed.
+    `scores`: prompt logprobs, by index of the chunk.
     """
 
     tokens: Sequence[OutputToken | InvalidRequest | None]
@@ -46,7 +46,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> Ran:
-        """Computes the chunks' KV, and what is wanted of their logits."""
+        """Computes the chunks' KV, samples, and scores."""
         begin = time.perf_counter()
         batch = build_batch(chunks, self._cache.shape[3])
         built = time.perf_counter()
@@ -54,7 +54,7 @@ class Runner:
         requests = [chunk.request for chunk in chunks if chunk.samples]
         masks = fill_masks(requests, logits.shape[-1])  # while a device computes
         if self._cache.is_cuda:
-            # A step ends when it is computed, whether or not a token is wanted of it: only then may its blocks leave.
+            # A step ends when it is computed, whether or not it samples: only then may its blocks be exported.
             torch.cuda.current_stream(self._cache.device).synchronize()
         computed = time.perf_counter()
         scores: Mapping[int, PromptLogprobs] = {}
@@ -84,7 +84,7 @@ def _score(logits: Tensor, chunks: Sequence[Chunk]) -> tuple[Tensor, dict[int, P
 
 
 def build_batch(chunks: Sequence[Chunk], block_size: int) -> ForwardBatch:
-    """The chunks' tokens one behind the other, each with its position and its slot in the cache."""
+    """The chunks' tokens in order, each with its position and its slot in the cache."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []

@@ -1,10 +1,10 @@
-"""Chooses a token: a pure function of (logits, tokens so far, params, seed, position), so that a request goes on
+"""Samples a token: a pure function of (logits, tokens so far, params, seed, position), so that a request continues
 unchanged on another node, in another batch and after a preemption. Knows no generator, no state and no engine. A mask
-follows from the tokens so far, so it changes nothing of that.
+depends only on the tokens so far, so it does not change that.
 
 Randomness is counter-based: one uniform number for each (seed, position), from splitmix64. It is looked up in the
 distribution's cumulative sum over token ids. That sum is not sorted by probability, because two tokens of nearly
-equal probability would then change places, and with them the text, on the last bit of a logit.
+equal probability could then swap places, and change the text, on the last bit of a logit.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from engine.request import OutputToken, Request, SamplingParams
 
 MASK_64 = 2**64 - 1
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-NUCLEUS_START = 1024  # tokens sorted at first; a nucleus is rarely larger
+NUCLEUS_START = 1024  # tokens sorted first; a nucleus is rarely larger
 
 
 def sample_all(
     logits: Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int], masks: Masks | None = None
 ) -> list[OutputToken | InvalidRequest]:
-    """The next token of each request, as `sample` has it; `logits` is float32 `[len(requests), vocab]`, on any device.
+    """The next token of each request, as by `sample`; `logits` is float32 `[len(requests), vocab]`, on any device.
 
-    The logits stay on their device, and plain greedy requests share one search for the largest; those with a mask share
-    another one. Where a mask has failed, its error stands for a token.
+    The logits stay on their device. Plain greedy requests share one argmax; those with a mask share another. If a
+    request's mask failed, its error takes the place of the token.
     """
     is_plain = [request.mask is None and _is_greedy(request.params, request.num_output_tokens) for request in requests]
     largest = _argmax(logits) if any(is_plain) else []
@@ -47,7 +47,7 @@ def sample_all(
 def _sample_masked(
     logits: Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int], masks: Masks
 ) -> dict[int, OutputToken | InvalidRequest]:
-    """By row, of all requests that have a mask."""
+    """The tokens, by row, of all requests that have a mask."""
     sampled: dict[int, OutputToken | InvalidRequest] = dict(masks.errors)
     greedy = [row for row in masks.rows if _is_masked_greedy(requests[row])]
     if greedy:
@@ -70,26 +70,26 @@ def _sample_one(
 
 
 def _is_greedy(params: SamplingParams, num_output_tokens: int) -> bool:
-    """Whether nothing but the largest logit matters, or the largest allowed one."""
+    """Whether only the largest logit, or the largest allowed one, matters."""
     if params.temperature != 0.0 or params.logprobs is not None or params.logit_bias:
         return False
     return not _has_penalties(params) and num_output_tokens >= params.min_tokens
 
 
 def _is_masked_greedy(request: Request) -> bool:
-    """With `ignore_eos` not all of what is allowed may be taken."""
+    """Whether the largest allowed logit decides; not with `ignore_eos`, which forbids some allowed tokens."""
     return not request.params.ignore_eos and _is_greedy(request.params, request.num_output_tokens)
 
 
 def _argmax(logits: Tensor) -> list[int]:
-    """Of each row; the lowest id of equal ones. On CPUs numpy's is ten times as fast as torch's."""
+    """The argmax of each row; the lowest id among equals. On CPUs numpy's is ten times as fast as torch's."""
     ids = logits.numpy().argmax(-1) if logits.device.type == "cpu" else logits.argmax(-1)
     token_ids: list[int] = ids.tolist()
     return token_ids
 
 
 def _argmax_of(scores: Tensor, allowed: Tensor) -> list[int]:
-    """Of each row, among what is allowed: also where its logits are all minus infinity."""
+    """The argmax of each row among the allowed tokens, even if all their logits are minus infinity."""
     ids = _argmax(scores)
     is_allowed = allowed[range(len(ids)), ids].tolist()
     return [
@@ -106,13 +106,13 @@ def sample(  # noqa: PLR0913
     eos_token_ids: Sequence[int],
     allowed: Tensor | None = None,
 ) -> OutputToken:
-    """The next token of one request. `logits` is float32 `[vocab]` and is left as it is.
+    """The next token of one request. `logits` is float32 `[vocab]` and is not modified.
 
-    In this order: logit_bias, penalties, the mask, min_tokens, temperature, top_k, top_p, min_p. Temperature 0 is
-    greedy; of equal logits the lowest id wins. Log probabilities are of the raw logits.
+    Applied in this order: logit_bias, penalties, the mask, min_tokens, temperature, top_k, top_p, min_p. Temperature 0
+    is greedy; among equal logits the lowest id wins. Log probabilities are those of the raw logits.
 
-    `allowed`, bool `[vocab]`, is what a mask leaves, one token at least; None: all. No other one is ever taken.
-    min_tokens and ignore_eos put the end off only as long as the mask leaves anything else.
+    `allowed`, bool `[vocab]`, is what a mask allows, at least one token; None: all. No other token is ever sampled.
+    min_tokens and ignore_eos postpone the end only as long as the mask allows anything else.
     """
     scores = logits
     if params.logit_bias:
@@ -121,7 +121,7 @@ def sample(  # noqa: PLR0913
         scores = _penalised(scores, prompt_ids, output_ids, params)
     allowed_ids = None
     if allowed is not None:
-        # What is not allowed is left out, so that not even rounding can find it.
+        # Forbidden tokens are removed, so that not even rounding can select them.
         allowed_ids = _without_ends(allowed, len(output_ids), params, eos_token_ids).nonzero()[:, 0]
         scores = scores[allowed_ids]
     elif len(output_ids) < params.min_tokens:
@@ -137,7 +137,7 @@ def sample(  # noqa: PLR0913
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) for each (seed, position): 53 bits of splitmix64 (Steele, Lea and Flood, 2014).
 
-    The seed is mixed once by itself, or else seeds that differ by the gamma would give one sequence, shifted.
+    The seed is mixed once by itself; otherwise seeds that differ by the gamma would give the same sequence, shifted.
     """
     return (_mix(_mix(seed) + position * GOLDEN_GAMMA) >> 11) * 2.0**-53
 
@@ -150,7 +150,7 @@ def _mix(state: int) -> int:
 
 
 def _biased(scores: Tensor, logit_bias: Sequence[tuple[int, float]]) -> Tensor:
-    """Ids that the vocabulary lacks are passed over, as in `_without`."""
+    """Adds the biases; ids outside the vocabulary are ignored, as in `_without`."""
     known = [(token_id, bias) for token_id, bias in logit_bias if 0 <= token_id < scores.shape[0]]
     ids = torch.tensor([token_id for token_id, _ in known], dtype=torch.int64, device=scores.device)
     biases = torch.tensor([bias for _, bias in known], dtype=scores.dtype, device=scores.device)
@@ -160,7 +160,7 @@ def _biased(scores: Tensor, logit_bias: Sequence[tuple[int, float]]) -> Tensor:
 def _without_ends(
     allowed: Tensor, num_output_tokens: int, params: SamplingParams, eos_token_ids: Sequence[int]
 ) -> Tensor:
-    """The allowed tokens that do not end the output while it is to go on; all of them where no other is left."""
+    """The allowed tokens without the end tokens while the output must not end; all of them if no other is left."""
     is_early = num_output_tokens < params.min_tokens
     if not is_early and not params.ignore_eos:
         return allowed
@@ -175,7 +175,7 @@ def _has_penalties(params: SamplingParams) -> bool:
 
 
 def _penalised(scores: Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int], params: SamplingParams) -> Tensor:
-    """Repetition counts prompt and output (as transformers), presence and frequency the output alone (as OpenAI)."""
+    """Repetition counts prompt and output (like transformers), presence and frequency only the output (like OpenAI)."""
     scores = scores.clone()
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted({*prompt_ids, *output_ids}), dtype=torch.int64, device=scores.device)
@@ -189,13 +189,13 @@ def _penalised(scores: Tensor, prompt_ids: Sequence[int], output_ids: Sequence[i
 
 
 def _without(scores: Tensor, token_ids: Sequence[int]) -> Tensor:
-    """Ids that the vocabulary lacks are passed over: a client may name any stop id."""
+    """Excludes tokens; ids outside the vocabulary are ignored, as a client may name any stop id."""
     known = [token_id for token_id in token_ids if 0 <= token_id < scores.shape[0]]
     return scores.index_fill(0, torch.tensor(known, dtype=torch.int64, device=scores.device), -math.inf)
 
 
 def _draw(scores: Tensor, params: SamplingParams, u: float) -> int:
-    """Each filter is a lower bound for the logits, so ties with the last token that is kept are kept, too."""
+    """Samples by `u`. Each filter is a lower bound on the logits, so ties with the last kept token are kept too."""
     scores = scores.double()
     scores = (scores - scores.max()) / params.temperature  # the largest is 0: nothing overflows
     if 0 < params.top_k < scores.shape[0]:
@@ -205,9 +205,9 @@ def _draw(scores: Tensor, params: SamplingParams, u: float) -> int:
     if params.min_p > 0.0:
         scores = _cut(scores, math.log(params.min_p))
     cumulative = scores.exp().cumsum(0)
-    # The first token whose sum is beyond u. A token of probability 0 adds nothing and so is never the first.
+    # The first token whose cumulative sum exceeds u. A token of probability 0 adds nothing and so is never the first.
     index = torch.searchsorted(cumulative, u * cumulative[-1], right=True)
-    return min(int(index), scores.shape[0] - 1)  # logits that are not numbers have no such token
+    return min(int(index), scores.shape[0] - 1)  # with NaN logits there is no such token
 
 
 def _cut(scores: Tensor, bound: Tensor | float) -> Tensor:
@@ -215,7 +215,7 @@ def _cut(scores: Tensor, bound: Tensor | float) -> Tensor:
 
 
 def _nucleus_bound(scores: Tensor, top_p: float) -> Tensor:
-    """The smallest logit of the smallest set of most likely tokens whose probabilities sum up to `top_p`."""
+    """The smallest logit in the smallest set of most likely tokens whose probabilities reach `top_p`."""
     total = scores.logsumexp(0)
     size = min(NUCLEUS_START, scores.shape[0])
     while True:

@@ -1,17 +1,17 @@
 """Which tokens of which requests are computed in the next step. Pure: no torch, no clock, no I/O.
 
 The one rule: a request's `num_computed_tokens` catches up with its tokens, as far as the step's token budget and the
-free blocks allow. There are no phases, so a decode step, a chunk of a prompt and the tail behind a prefix hit are the
+free blocks allow. There are no phases, so a decode step, a chunk of a prompt and the tail after a prefix hit are the
 same thing.
 
-- A request starts only when there are blocks for all its tokens, so that only growth, a token at a time, can run short.
-- When it does, the request that came last gives its blocks up and starts again later: its tokens are kept, its full
-  blocks stay in the prefix cache while there is room. Nobody later to take from: it stalls, with its blocks.
-- Decode steps come first, then prompts, begun or not, in the order of `engine.order`; of equals in order of arrival.
-- Those that have their blocks (they were held) may overtake a head of the queue that finds no room: they take nothing
-  from it and will give blocks back.
+- A request starts only when there are blocks for all its tokens, so only its growth, a token at a time, can run short.
+- If it does, the request that came last is preempted: its tokens are kept, and its full blocks stay in the prefix cache
+  while there is room. If there is no later request to preempt, the growing one stalls and keeps its blocks.
+- Decode steps come first, then prompts, begun or not, in the order of `engine.order`; equals in order of arrival.
+- Requests that already have their blocks (they were held) may overtake a head of the queue that finds no room: they
+  take nothing from it and will give blocks back.
 - A request whose prompt is to be scored hits nothing until then, and has small chunks: each of their tokens has logits.
-- An empty batch means that only the caller can change something: abort, release or unpin. So nobody needs to poll.
+- An empty batch means that only the caller can change something: abort, release or unpin. So there is no need to poll.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.request import FinishReason, FullBlock, Request, RequestStatus
 
 logger = logging.getLogger(__name__)
 
-MAX_SCORED_TOKENS = 256  # of a step: bounds what their logits take, a whole vocabulary for each
+MAX_SCORED_TOKENS = 256  # per step: bounds the memory of their logits, a whole vocabulary for each
 NOTHING = range(0)
 
 
@@ -46,7 +46,7 @@ class Chunk:
 
 
 class Scheduler:
-    """Keeps the live requests and gives them their blocks."""
+    """Keeps the live requests and gives them blocks."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class Scheduler:
         self.requests[request.request_id] = request
 
     def hold(self, request: Request) -> None:
-        """Gives a request blocks for all its tokens and one more, and keeps it out of the steps. `NoRoom`: not kept.
+        """Gives a request blocks for all its tokens and one more, without scheduling it. Raises `NoRoom`: not kept.
 
-        What the requests before it still miss is set aside first; otherwise a stream of newcomers could starve one
+        Blocks that earlier requests still need are set aside first; otherwise a stream of newcomers could starve one
         that was preempted.
         """
         set_aside = sum(max(0, self._num_missing(earlier)) for earlier in self._catching_up())
@@ -100,8 +100,8 @@ class Scheduler:
     def advance(self, request: Request, num_tokens: int) -> list[FullBlock]:
         """Moves the cursor over `num_tokens` that are now in the cache; returns full blocks not reported before.
 
-        A local hit is reported too: the store may have evicted or lost it, and other nodes can get it from nowhere
-        else. What the store itself brought is not.
+        Local hits are reported too: the store may have evicted or lost them, and other nodes can get them nowhere
+        else. Blocks that came from the store are not.
         """
         self._move(request, num_tokens)
         end = request.num_computed_tokens // self._block_size
@@ -112,7 +112,7 @@ class Scheduler:
         return [FullBlock(request.block_hashes[index], request.block_table[index]) for index in unreported]
 
     def adopt_import(self, request: Request) -> None:
-        """Moves the cursor over the block behind it, which the store brought."""
+        """Moves the cursor over the next block, which came from the store."""
         self._move(request, self._block_size)
         request.num_store_hit_tokens += self._block_size
 
@@ -128,7 +128,8 @@ class Scheduler:
     def schedule(self, now_s: float = 0.0, prefill_tokens_per_s: float = 0.0) -> list[Chunk]:
         """The next step's batch: decode first, then whatever has more to catch up with, until the budget is spent.
 
-        `now_s` is on the clock of `Request.arrived_s`. Without a speed prompts go as they came, those begun first.
+        `now_s` is on the clock of `Request.arrived_s`. While the speed is 0.0 (unknown), prompts are computed in order
+        of arrival, those that have begun first.
         """
         running, waiting = self._with_status(RequestStatus.RUNNING), self._with_status(RequestStatus.WAITING)
         decoding = [request for request in running if _num_left(request) <= 1]
@@ -151,17 +152,17 @@ class Scheduler:
                 is_ready = is_ready and self._take_blocks(request, request.num_tokens)
                 is_blocked = is_blocked or not is_ready
             else:
-                is_ready = False  # somebody was preempted: what room there is is not for newcomers
+                is_ready = False  # a request was preempted, so the remaining room is not for new ones
             if is_ready:
                 chunks.append(self._start(request, min(budget, scorable) if is_scoring else budget))
                 budget -= chunks[-1].num_tokens
                 scorable -= chunks[-1].num_tokens if is_scoring else 0
-        # A request that was preempted for an older one after its turn is out again; its share of the budget is lost.
+        # A request scheduled and then preempted for an older one is dropped again; its share of the budget is lost.
         chunks = [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
         return chunks or self._unblock(waiting)
 
     def _unblock(self, waiting: list[Request]) -> list[Chunk]:
-        """Where nothing can run, for everyone holds what another one needs, the one that came first takes it."""
+        """If nothing can run, because all hold blocks that others need, the request that came first takes them."""
         if not waiting or not self._make_room(waiting[0]):
             return []
         budget = self._max_num_batched_tokens
@@ -183,7 +184,7 @@ class Scheduler:
     # --- blocks ---
 
     def _make_room(self, request: Request) -> bool:
-        """Gives a request blocks for all its tokens, at the cost of later ones if it must."""
+        """Gives a request blocks for all its tokens, preempting later ones if necessary."""
         while not self._take_blocks(request, request.num_tokens):
             victim = next(self._victims(request), None)
             if victim is None:
@@ -192,7 +193,7 @@ class Scheduler:
         return True
 
     def _take_blocks(self, request: Request, num_tokens: int, set_aside: int = 0) -> bool:
-        """Extends the block table to `num_tokens`, or does nothing. An empty table begins with the prefix hit."""
+        """Extends the block table to `num_tokens`, or does nothing. An empty table starts with the prefix hit."""
         hits = [] if request.block_table else self._match(request)
         num_new = max(0, self._num_blocks(num_tokens) - len(request.block_table) - len(hits))
         if num_new + self._pool.num_unreferenced(hits) + set_aside > self._pool.num_free:
@@ -204,7 +205,7 @@ class Scheduler:
         return True
 
     def _match(self, request: Request) -> list[int]:
-        """The cached blocks of a request. The block of its last token is no hit: that token must be computed."""
+        """The cached blocks of a request, without the block of its last token, which must be computed."""
         if not self._enable_prefix_caching or request.is_scoring:
             return []
         return self._pool.match(request.block_hashes[: (request.num_tokens - 1) // self._block_size])
@@ -212,13 +213,13 @@ class Scheduler:
     def _adopt(self, request: Request, num_blocks: int) -> None:
         request.num_computed_tokens = num_blocks * self._block_size
         if request.num_published_blocks == 0 and request.num_store_hit_tokens == 0:
-            # otherwise it was preempted, and finds again what it had before
+            # otherwise it was preempted, and finds its earlier blocks again
             request.num_local_hit_tokens = request.num_computed_tokens
 
     def _adopt_late(self, request: Request) -> None:
-        """Takes over blocks that another request has computed since this one got its own, which it gives back.
+        """Adopts blocks that another request has computed since this one got its own, and gives its own back.
 
-        Of a burst with a common beginning all have their blocks before the first has computed any.
+        In a burst with a common prefix, all requests have their blocks before the first has computed any.
         """
         first, end = request.num_computed_tokens // self._block_size, (request.num_tokens - 1) // self._block_size
         hits = self._pool.match(request.block_hashes[first:end])
@@ -243,7 +244,7 @@ class Scheduler:
         request.block_table.clear()
 
     def _victims(self, request: Request) -> Iterator[Request]:
-        """Who came after `request`, last first, is not held, and has a block that nobody else holds."""
+        """Requests that came after `request`, last first, are not held, and have a block that nobody else holds."""
         for later in reversed(self.requests.values()):
             if later is request:
                 return

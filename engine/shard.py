@@ -1,8 +1,8 @@
 """Which part of a model a rank holds: heads by tensor parallelism, layers by pipeline parallelism. Pure.
 
-Ranks count through the stages of a pipeline, and within each through its tensor-parallel ranks; rank 0 leads. Column
-and row parallel products as in Megatron-LM (Shoeybi et al., 2019): what a rank's heads and its share of the MLP make is
-a part of a sum, which all ranks of its stage add up.
+Ranks are numbered stage by stage, and within a stage by tensor-parallel rank; rank 0 leads. Column and row parallel
+products as in Megatron-LM (Shoeybi et al., 2019): the output of a rank's heads and of its share of the MLP is one part
+of a sum over all ranks of its stage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.errors import UnsupportedModel
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part. Sizes of 1 are a whole model."""
+    """One rank's part of a model; with sizes of 1, the whole model."""
 
     tp_rank: int = 0
     tp_size: int = 1
@@ -37,16 +37,16 @@ class Shard:
 
     @property
     def is_first(self) -> bool:
-        """Whether it embeds tokens."""
+        """Whether this rank's stage embeds tokens."""
         return self.pp_rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether it makes logits."""
+        """Whether this rank's stage computes logits."""
         return self.pp_rank == self.pp_size - 1
 
     def check(self, config: ModelConfig) -> None:
-        """Raises `UnsupportedModel` for a model that cannot be cut so; names what does not divide."""
+        """Raises `UnsupportedModel` for a model that cannot be sharded this way; names what does not divide."""
         tp, pp, kv_heads = self.tp_size, self.pp_size, config.num_kv_heads
         for name, size in (("num_attention_heads", config.num_heads), ("intermediate_size", config.intermediate_size)):
             if size % tp:
@@ -60,7 +60,7 @@ class Shard:
             )
 
     def part(self, config: ModelConfig) -> ModelConfig:
-        """The sizes of this rank's part. The vocabulary is left whole: see `vocab_rows`."""
+        """The config with the sizes of this rank's part. The vocabulary stays whole: see `vocab_rows`."""
         self.check(config)
         layers = self.layers(config)
         return dataclasses.replace(
@@ -81,12 +81,12 @@ class Shard:
         return range(self.tp_rank * size, (self.tp_rank + 1) * size)
 
     def kv_heads(self, config: ModelConfig) -> range:
-        """Where there are fewer than ranks, several ranks hold the same one."""
+        """This rank's KV heads. If there are fewer KV heads than ranks, several ranks hold the same one."""
         size = max(1, config.num_kv_heads // self.tp_size)
         first = self.tp_rank * config.num_kv_heads // self.tp_size
         return range(first, first + size)
 
     def vocab_rows(self, config: ModelConfig) -> range:
-        """As many for each rank; the last ones may lie behind the vocabulary."""
+        """This rank's rows, equally many for each rank; the last ones may lie beyond the vocabulary."""
         size = -(-config.vocab_size // self.tp_size)
         return range(self.tp_rank * size, (self.tp_rank + 1) * size)

@@ -1,4 +1,4 @@
-"""How fast an engine is, measured from its own steps: lately, and since it began. Pure: seconds are passed in."""
+"""How fast an engine is, measured on its own steps: recently, and since it started. Pure: seconds are passed in."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from engine.scheduler import Chunk
 
 PREFILL_HALF_LIFE_TOKENS = 4096
-DECODE_WEIGHT = 0.1  # of the newest step in the moving average
-LONG_TOKENS = 64  # a step of fewer takes about as long as one of a single token: it says nothing about long prompts
+DECODE_WEIGHT = 0.1  # weight of the newest step in the moving average
+LONG_TOKENS = 64  # a step of fewer takes about as long as one of a single token, so it says nothing about long prompts
 
 
 @dataclass(frozen=True)
 class RunSeconds:
-    """What the runner's part of one step took."""
+    """The seconds of the runner's part of one step."""
 
     build_s: float
     forward_s: float
@@ -27,17 +27,17 @@ class RunSeconds:
 
 @dataclass(frozen=True)
 class StepTiming:
-    """Where the seconds of steps went, and for how much work. Of one step, or, added up, of many: who looks at a sum
-    twice and subtracts has what a metric or a cost model needs.
+    """Where the seconds of steps went, and for how much work: of one step, or summed over many. Subtracting two sums
+    gives what a metric or a cost model needs.
 
     A chunk of one token is a decode step, whatever token it is; all others are prefill. Context tokens are those in
-    the cache before a chunk: the step's attention reads them, but nobody computes them.
+    the cache before a chunk: the step's attention reads them without computing them.
     """
 
     num_steps: int = 0
     schedule_s: float = 0.0
     build_s: float = 0.0
-    forward_s: float = 0.0  # up to the logits, the wait for the device included
+    forward_s: float = 0.0  # up to the logits, including the wait for the device
     sample_s: float = 0.0
     num_prefill_tokens: int = 0
     num_prefill_context_tokens: int = 0
@@ -49,7 +49,7 @@ class StepTiming:
 
     @classmethod
     def of_step(cls, chunks: Sequence[Chunk], schedule_s: float, run: RunSeconds) -> StepTiming:
-        """One step's; `chunks` before their requests' cursors move."""
+        """The timing of one step; to be called before the requests' cursors move."""
         prefill = [chunk for chunk in chunks if chunk.num_tokens > 1]
         decode = [chunk for chunk in chunks if chunk.num_tokens == 1]
         return cls(
@@ -66,7 +66,7 @@ class StepTiming:
 
 
 class _Rate:
-    """Tokens a second, a moving average; 0.0 before the first. It fades by tokens: a few short tails say little."""
+    """Tokens per second, a moving average; 0.0 before the first. Weighted by tokens: a few short tails say little."""
 
     def __init__(self) -> None:
         self._tokens = 0.0
@@ -85,11 +85,11 @@ class _Rate:
 class SpeedMeter:
     """Moving averages, 0.0 before the first measurement.
 
-    `prefill_tokens_per_s` is what prompts get, so a step that also decodes counts with all its seconds.
-    `decode_step_s` is what a running request waits for its next token, so a step that also prefills counts here too.
+    `prefill_tokens_per_s` is the speed that prompts see, so a step that also decodes counts with all its seconds.
+    `decode_step_s` is how long a running request waits for its next token, so a step that also prefills counts too.
 
-    `long_prefill_tokens_per_s` is what a prompt of many blocks would get: of steps with `long_tokens` or more alone,
-    and of those in a warm-up too. A node that runs tails behind hits has no other measurement.
+    `long_prefill_tokens_per_s` is the speed of a prompt of many blocks: measured only on steps with at least
+    `long_tokens`, including those of the warm-up. A node that only runs tails after hits has no other measurement.
     """
 
     def __init__(self, long_tokens: int = LONG_TOKENS) -> None:
@@ -107,7 +107,7 @@ class SpeedMeter:
         return self._long.tokens_per_s or self._prefill.tokens_per_s
 
     def forget(self) -> None:
-        """Begins anew with all but the speed of long prompts."""
+        """Forgets everything except the speed of long prompts."""
         self.decode_step_s = 0.0
         self._prefill = _Rate()
 

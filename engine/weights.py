@@ -1,7 +1,7 @@
 """Fills a `Transformer` from a Hugging Face folder's safetensors. Knows names and shapes, not what is computed.
 
-Every tensor of the checkpoint must have a place and every parameter a tensor: what is missing, left over or of a
-wrong shape is refused by name, because a model that runs with wrong weights looks like a bad model.
+Every tensor of the checkpoint must have a place and every parameter a tensor: anything missing, left over or of a
+wrong shape is refused by name, because a model with wrong weights just looks like a bad model.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from engine.model import Transformer
 from engine.parallel import Alone, Parallel
 from engine.shard import Shard
 
-# A parameter of ours that holds several of the checkpoint's, one below the other.
+# Our parameters that stack several of the checkpoint's tensors.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-DERIVED = ".rotary_emb.inv_freq"  # old checkpoints hold what follows from config.json
+DERIVED = ".rotary_emb.inv_freq"  # old checkpoints contain what can be derived from config.json
 NAMES_SHOWN = 5
 
 
@@ -34,9 +34,9 @@ def load_model(
     device: torch.device,
     parallel: Parallel | None = None,
 ) -> Transformer:
-    """A rank's part of the folder's model in `dtype` on `device`: no more than that is read.
+    """A rank's part of the folder's model in `dtype` on `device`; no more than that is read.
 
-    Raises `UnsupportedModel` where tensors do not fit the config, also those that are other ranks'.
+    Raises `UnsupportedModel` if tensors do not match the config, including those of other ranks.
     """
     stored = stored_tensors(folder)
     parallel = parallel or Alone()
@@ -62,7 +62,7 @@ def load_model(
 
 
 class Cuts:
-    """Which rows and columns of the checkpoint's tensors are a rank's."""
+    """Which rows and columns of the checkpoint's tensors belong to a rank."""
 
     def __init__(self, config: ModelConfig, shard: Shard) -> None:
         heads, kv_heads = shard.heads(config), shard.kv_heads(config)
@@ -88,12 +88,12 @@ class Cuts:
             columns: Tensor = tensor[:, self._columns[owner].start : self._columns[owner].stop]
             return columns
         whole: Tensor = tensor[:]
-        # The bias of a sum over the ranks is added once.
+        # The bias of an all-reduced sum is added only once.
         return whole if owner not in self._columns or self._tp_rank == 0 else torch.zeros_like(whole)
 
 
 def _whole_name(name: str, config: ModelConfig, shard: Shard) -> str:
-    """What a parameter of a rank's is called in the whole model."""
+    """The name, in the whole model, of a rank's parameter."""
     if name == "lm_head.weight" and config.tie_word_embeddings:
         return "embed_tokens.weight"
     kind, _, rest = name.partition(".")
@@ -104,7 +104,7 @@ def _whole_name(name: str, config: ModelConfig, shard: Shard) -> str:
 
 
 def _sources(parameter: str) -> tuple[str, ...]:
-    """The checkpoint's names of what a parameter of ours holds."""
+    """The checkpoint's names of the tensors that one of our parameters holds."""
     full = parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
     for fused, parts in FUSED.items():
         if f".{fused}." in full:

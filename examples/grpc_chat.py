@@ -2,7 +2,7 @@
 
     python examples/grpc_chat.py 127.0.0.1:8200            # the model's chat template must know tools, or: --no-tools
 
-A line is a turn; an empty one, or the end of the input, ends. A router with tenants wants a key: set BATON_API_KEY.
+Each line is a turn; an empty line or the end of input ends it. A router with tenants needs a key: set BATON_API_KEY.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import grpc
 
 from batonpb import inference_pb2, inference_pb2_grpc
 
-MAX_ROUNDS = 4  # of calls and their results, before the user has the word again
+MAX_ROUNDS = 4  # of calls and their results, before it is the user's turn again
 PARAMETERS = {
     "type": "object",
     "properties": {"zone": {"type": "string", "description": 'Of the IANA database, such as "Europe/Zurich".'}},
@@ -63,7 +63,7 @@ def take_turn(
     request: inference_pb2.GenerateRequest,
     metadata: tuple[tuple[str, str], ...] | None,
 ) -> bool:
-    """The model's next turn, which becomes part of the conversation. Whether it called tools, and so goes on."""
+    """Adds the model's next turn to the conversation. Returns whether it called tools, and so continues."""
     turn = inference_pb2.ChatMessage(role="assistant")
     for response in stub.Generate(request, metadata=metadata):
         print(response.text, end="", flush=True)
@@ -79,7 +79,7 @@ def take_turn(
 
 
 def answer(call: inference_pb2.ToolCall) -> str:
-    """What the called function says. A model can name any function, with any arguments: they are not checked yet."""
+    """The result of the called function. A model may name any function with any arguments, so they are checked here."""
     try:
         if call.name != TIME.name:
             raise LookupError(f"there is no {call.name}")

@@ -1,8 +1,8 @@
-"""Text from a Baton router over gRPC, as it is made.
+"""Streams text from a Baton router over gRPC.
 
     python examples/grpc_generate.py 127.0.0.1:8200 "What is a generator?" --max-tokens 60 --n 2
 
-A router with tenants wants a key: set BATON_API_KEY.
+A router with tenants needs a key: set BATON_API_KEY.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=1, help="answers to make")
     args = parser.parse_args()
 
-    # 1) The request. What is not set has the default that stands in proto/batonpb/.
+    # 1) The request. Unset fields have the defaults given in proto/batonpb/.
     sampling = common_pb2.SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature)
     if args.seed is not None:
         sampling.seed = args.seed
     request = inference_pb2.GenerateRequest(text=args.prompt, sampling=sampling, n=args.n, ttft_slo_ms=30_000)
 
-    # 2) The call, with the tenant's key where there is one. Leaving the loop early would cancel it.
+    # 2) The call, with the tenant's key if there is one. Leaving the loop early would cancel it.
     key = os.environ.get("BATON_API_KEY")
     metadata = (("authorization", f"Bearer {key}"),) if key else None
     texts = [""] * args.n
     with grpc.insecure_channel(args.address) as channel:
         try:
             for response in inference_pb2_grpc.InferenceStub(channel).Generate(request, metadata=metadata):
-                # 3) Pieces of text; of several answers they come in any order.
+                # 3) Pieces of text; those of several answers come interleaved.
                 texts[response.index] += response.text
                 if args.n == 1:
                     print(response.text, end="", flush=True)
                 if response.finish_reason:
                     show_end(response, texts[response.index] if args.n > 1 else "")
         except grpc.RpcError as error:
-            # 4) A refusal names the field and the limit, or says when to come again.
+            # 4) A refusal names the field and the limit, or says when to retry.
             hints = dict(error.trailing_metadata() or ())
             print(f"{error.code().name}: {error.details()}", file=sys.stderr)
             if "retry-after-ms" in hints:
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def show_end(last: inference_pb2.GenerateResponse, text: str) -> None:
-    """What only an answer's last response has."""
+    """Prints what only an answer's last response has."""
     reason = common_pb2.FinishReason.Name(last.finish_reason).removeprefix("FINISH_REASON_").lower()
     usage = f"{last.usage.prompt_tokens} + {last.usage.output_tokens} tokens, {last.usage.cached_tokens} cached"
     print(f"{text}\n[{last.index}: {reason}; {usage}; first token after {last.timeline.first_token_s:.3f} s]")

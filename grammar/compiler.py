@@ -1,8 +1,8 @@
 """From a grammar to a matcher: a state machine over the tokens of one model that says which may come next.
 
-The library is llguidance: Rust, derivatives of regular expressions in an Earley parser, computed as they are needed.
-It bounds its own work; `LIMITS` are set so that no client can keep a core busy or fill the memory. Everything here may
-take milliseconds, releases the interpreter's lock meanwhile, and belongs on a thread.
+The library is llguidance: Rust, derivatives of regular expressions in an Earley parser, computed lazily. It bounds its
+own work; `LIMITS` are set so that no client can keep a core busy or fill the memory. Everything here may take
+milliseconds, releases Python's lock meanwhile, and should run on a thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 MAX_REASON_CHARS = 300
-# Without a bound a model may go on with white space for ever. Pretty printing needs a line's end and its indent.
+# Without a bound a model may emit white space forever. Pretty printing needs a line break and its indent.
 JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}", "lenient": False}
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,  # 50,000 take about 1 ms
@@ -35,7 +35,7 @@ LIMITS = LLParserLimits(
 
 
 class Compiler:
-    """Compiles for one model folder's `tokenizer.json`. Safe to share by threads; reads the file when first asked."""
+    """Compiles for one model folder's `tokenizer.json`. Thread-safe; reads the file on first use."""
 
     def __init__(self, folder: Path, eos_token_ids: Sequence[int], vocab_size: int | None = None) -> None:
         """`vocab_size` is the width of the model's logits; None: that of the tokenizer."""
@@ -46,14 +46,14 @@ class Compiler:
         self._tokenizer: LLTokenizer | None = None
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
-        """A matcher at the beginning of the text, compiled anew. Raises `InvalidGrammar`, `NoGrammars`."""
+        """A newly compiled matcher at the beginning of the text. Raises `InvalidGrammar`, `NoGrammars`."""
         tokenizer = self._read_tokenizer()
         try:
             matcher = LLMatcher(tokenizer, _to_library(grammar), log_level=0, limits=LIMITS)
-        except Exception as error:  # the library's ways to say no are many
+        except Exception as error:  # the library raises many kinds of errors
             raise InvalidGrammar(grammar.field, _shortened(str(error))) from error
         check(matcher, grammar)
-        matcher.compute_bitmask()  # what no text can match, or takes too long, as a rule shows here
+        matcher.compute_bitmask()  # a grammar that nothing matches, or that is too expensive, usually shows here
         check(matcher, grammar)
         return matcher
 
@@ -74,7 +74,7 @@ class Compiler:
 
 
 def check(matcher: LLMatcher, grammar: Grammar) -> None:
-    """Raises `InvalidGrammar` for a matcher that has come to an end without one."""
+    """Raises `InvalidGrammar` for a matcher that has stopped without completing a text."""
     if matcher.is_error():
         raise InvalidGrammar(grammar.field, _reason(matcher))
 

@@ -1,9 +1,9 @@
 """What can go wrong with a grammar.
 
 GrammarError
-├── InvalidGrammar   a client's grammar is too large, no grammar, matches nothing, or asks for more than its limits
+├── InvalidGrammar   a client's grammar is too large, malformed, matches nothing, or exceeds the limits on work
 ├── NoGrammars       the model's tokenizer or its lack of end tokens allows no grammar at all
-└── TooManyGrammars  so many others wait to be compiled that this one is not taken; nothing is wrong with it
+└── TooManyGrammars  too many others wait to be compiled; nothing is wrong with this one
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class GrammarError(Exception):
 
 
 class InvalidGrammar(GrammarError):
-    """The grammar itself is refused; says by which limit, or for what reason of the library's."""
+    """The grammar itself is refused; the message names the limit, or gives the library's reason."""
 
 
 class NoGrammars(GrammarError):
-    """No grammar can be kept to with this model."""
+    """No grammar can be enforced with this model."""
 
 
 class TooManyGrammars(GrammarError):

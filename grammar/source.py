@@ -1,4 +1,4 @@
-"""A grammar as a client wrote it: its size, and nothing of what it means. Pure, and free of the library."""
+"""A grammar as a client wrote it, and limits on its size. Pure; knows nothing of its meaning, nor of the library."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grammar.together import TooIntricate, places
 
 FIELD = "sampling.grammar"
 MAX_TEXT_BYTES = 64 * 2**10
-MAX_LARK_BYTES = 128 * 2**10  # a router writes it, of all tools of a chat
+MAX_LARK_BYTES = 128 * 2**10  # written by a router, for all tools of a chat
 MAX_CHOICES = 256
 MAX_CHOICE_CHARS = 1024
-# A multiple of m is told by an automaton of m states for each digit's place, and no limit of the library's holds for
-# making it: 10,000 take 20 ms and 13 MB, 1,000,000 take 5 s and 400 MB.
+# A multiple of m is matched by an automaton with m states per digit position, and the library does not limit
+# building it: 10,000 take 20 ms and 13 MB, 1,000,000 take 5 s and 400 MB.
 MAX_MULTIPLES = 10_000
 MAX_DECIMALS = 32
 MAX_TOGETHER = 8  # patterns; see grammar.together
@@ -27,7 +27,7 @@ MAX_TOGETHER = 8  # patterns; see grammar.together
 
 @dataclass(frozen=True)
 class Grammar:
-    """What the output's text must be. `text` is the schema, the regex, the choices as a JSON list, or Lark."""
+    """What the output's text must match. `text` is the schema, the regex, the choices as a JSON list, or Lark."""
 
     kind: str  # the field's name in `SamplingParams`
     text: str
@@ -38,7 +38,7 @@ class Grammar:
 
 
 def grammar_of(sampling: common_pb2.SamplingParams) -> Grammar | None:
-    """The grammar of a request whose size is sound, or None where there is none. Raises `InvalidGrammar`."""
+    """The grammar of a request, checked for its size; None if there is none. Raises `InvalidGrammar`."""
     kind = sampling.WhichOneof("grammar")
     if kind is None:
         return None
@@ -76,7 +76,7 @@ def _check_schema(text: str) -> None:
 
 
 def check_multiples(schemas: Any, field: str) -> None:
-    """Raises `InvalidGrammar` for one schema or several whose `multipleOf` are more work than the library bounds."""
+    """Raises `InvalidGrammar` if the `multipleOf` of one schema or several are more work than allowed."""
     sizes = [_states(value) for value in _multiples(schemas)]
     limit = f"multipleOf takes {MAX_MULTIPLES} steps at most, all together, counted in units of its last decimal"
     if sum(sizes) > MAX_MULTIPLES:
@@ -84,7 +84,7 @@ def check_multiples(schemas: Any, field: str) -> None:
 
 
 def check_together(schema: Any, field: str) -> None:
-    """Raises `InvalidGrammar` where more patterns or multiples must hold together than the library can make one of."""
+    """Raises `InvalidGrammar` if more patterns or multiples must hold together than the library can combine."""
     if not isinstance(schema, dict):
         return
     try:
@@ -106,7 +106,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _multiples(schema: Any) -> Iterator[int | float]:
-    """The values of all `multipleOf`. Walks by a list: the parser allows more depth than Python's stack."""
+    """The values of all `multipleOf`. Iterative, as the JSON parser allows more depth than Python's stack."""
     waiting = [schema]
     while waiting:
         value = waiting.pop()
@@ -124,7 +124,7 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def _states(number: int | float) -> float:
-    """How many units of its last decimal a number is; 0.25 is 25. Infinite beyond what anybody could mean."""
+    """A number in units of its last decimal; 0.25 is 25. Infinite if it is too large, or has too many decimals."""
     if isinstance(number, int):
         return abs(number) if abs(number) <= MAX_MULTIPLES else math.inf
     exact = Decimal(repr(number))

@@ -1,8 +1,8 @@
-"""What of a JSON schema must hold together at one place of a text: the library makes one automaton of it. Pure.
+"""Which parts of a JSON schema must hold together at one place of a text. Pure.
 
-It bounds what it looks at, not how large each thing is that it looks at: of 14 patterns in an `allOf` it is done in
-10 ms, of 20 in 6 s, and of 30 the memory is full before. So schemas are walked as the library merges them: by `allOf`,
-`$ref` and alternatives beside other keywords, and by properties of one name in what is merged.
+The library merges those into one automaton, whose size its limits do not bound: it handles 14 patterns in an `allOf`
+in 10 ms, 20 in 6 s, and 30 fill the memory. So schemas are walked here the way the library merges them: by `allOf`,
+`$ref` and alternatives beside other keywords, and by properties of the same name in what is merged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Place = tuple[list[Schema], frozenset[int]]  # what holds there, and which lists
 
 
 class TooIntricate(Exception):
-    """There are more places than anybody looks at."""
+    """The schema has more places than are checked."""
 
 
 def places(schema: Schema) -> Iterator[list[Schema]]:
@@ -43,13 +43,13 @@ def places(schema: Schema) -> Iterator[list[Schema]]:
         done = chosen | {id(group) for group in alternatives}
         if len(alternatives) == 1:
             waiting += [([*base, branch], done) for branch in alternatives[0]]
-        elif alternatives:  # one of each holds; all of them is more, and is soon counted
+        elif alternatives:  # one of each holds; counting all of them is an upper bound, and fast
             waiting.append(([*base, *(branch for group in alternatives for branch in group)], done))
         waiting += [(children, frozenset()) for children in _children(base) if children]
 
 
 def _joined(root: Schema, given: Sequence[Any], chosen: frozenset[int]) -> tuple[list[Schema], list[list[Any]]]:
-    """All that holds where these do, each once, and the lists of alternatives that are still to be chosen from."""
+    """All subschemas that hold where these do, once each, and the lists of alternatives that are still open."""
     found: dict[int, Schema] = {}
     alternatives: list[list[Any]] = []
     waiting = list(given)
@@ -67,7 +67,7 @@ def _joined(root: Schema, given: Sequence[Any], chosen: frozenset[int]) -> tuple
 
 
 def _children(base: Sequence[Schema]) -> Iterator[list[Any]]:
-    """What holds for each property and item; of one schema each by itself, of several also further ones with each."""
+    """What must hold for each property and item, with what applies to all of them if several schemas are merged."""
     named: dict[str, list[Any]] = {}
     further: list[Any] = []
     items: list[Any] = []
@@ -89,7 +89,7 @@ def _children(base: Sequence[Schema]) -> Iterator[list[Any]]:
 
 
 def _target(root: Schema, reference: Any) -> list[Any]:
-    """What a reference names; where that is not told by a path, the whole, which is more."""
+    """What a reference names; if it is not a path, the whole schema, which is a safe upper bound."""
     value: Any = root
     if isinstance(reference, str) and reference.startswith("#/"):
         for part in reference[2:].split("/"):

@@ -1,6 +1,6 @@
-"""What a store tells its operator, and does for one: stats, list, inspect, evict, drain. Knows no socket.
+"""What a store reports to its operator, and does for it: stats, list, inspect, evict, drain. Knows no socket.
 
-Nothing here is a use of a block: who looks on changes no order of eviction.
+Nothing here counts as a use of a block, so looking does not change the order of eviction.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvstore.tiers import DiskTier
 from kvstore.told import UNKNOWN, BlockDetail, BlockRow, StoreStats, TierStats
 
 MAX_INSPECTED = 64  # blocks in one question; their bytes are read
-_PART = 1000  # blocks evicted before others have their turn
+_PART = 1000  # blocks evicted before the event loop runs other tasks
 
 Place = tuple[BlockHash, str, int]  # tier, and slot or record there
 
@@ -108,14 +108,14 @@ class Admin:
         )
 
     def _places(self) -> Iterator[Place]:
-        """Of all blocks that can be had."""
+        """The places of all readable blocks."""
         in_memory = ((block_hash, MEMORY, slot) for block_hash, slot in self._arena.blocks())
         records = self._disk.index.items() if self._disk is not None else []
         return chain(in_memory, ((block_hash, DISK, record.number) for block_hash, record in records))
 
     async def _list(self, question: Ask) -> dict[str, Any]:
-        """One page, in the order in which blocks came; what comes and goes between two pages moves the later ones."""
-        # Two copies, made here; the search through them is another thread's.
+        """One page, in the order in which blocks came; changes between two pages shift the later ones."""
+        # Two copies are made here; another thread searches them.
         found = await asyncio.to_thread(_starting_with, question.prefix, list(self._places()))
         page = islice(found, question.offset, question.offset + min(question.limit, MAX_ROWS))
         return {"blocks": [asdict(self._row(*place)) for place in page], "num_blocks": len(found)}
@@ -168,7 +168,7 @@ class Admin:
         return details
 
     async def _slot_detail(self, block_hash: BlockHash, slot: int) -> BlockDetail:
-        """What the slot's header says, as every reader of the mapping sees it, and whether that is so."""
+        """What the slot's header says, as every reader of the mapping sees it, and whether the bytes match."""
         age_s, num_reads = self._uses(block_hash, MEMORY, slot)
         header = self._map.header(slot)
         sum_ = await asyncio.to_thread(xxhash.xxh3_64_intdigest, self._map.view(slot))

@@ -1,6 +1,6 @@
 """Keeps the directory in step with one arena: heartbeats, changes in order, and everything again after a loss.
 
-All that is written goes through one task, so an announcement can never overtake the retraction that came before it.
+All writes go through one task, so an announcement can never overtake the retraction before it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from kvstore.errors import DirectoryUnavailable
 logger = logging.getLogger(__name__)
 
 _BATCH = 2000  # changes in one round trip
-# Changes wait a moment for others, so that neither the store nor Redis is busy with each of them, nor the store just
-# when a writer, who has committed, reserves again. A writer for whom blocks were evicted will commit some soon.
+# Changes are batched briefly, so that neither the store nor Redis is busy with each one, nor the store at the very
+# moment when a writer that has committed reserves again. A writer for which blocks were evicted will commit soon.
 _ADDED_S, _GONE_S = 0.0005, 0.005
 
 
@@ -48,7 +48,7 @@ class Announcer:
         self._flushes: list[asyncio.Future[None]] = []
 
     def changed(self, added: Iterable[tuple[BlockHash, int]], gone: Iterable[BlockHash] = ()) -> None:
-        """Notes changes of what the arena's store holds; blocks that went make room for those that came."""
+        """Notes changes of what the arena's store holds; `gone` made room for `added`."""
         self._changes.update(dict.fromkeys(gone))
         came = dict(added)
         self._changes.update(came)
@@ -61,7 +61,7 @@ class Announcer:
         self._wake.set()
 
     async def flushed(self) -> None:
-        """Returns when all changes so far are announced, or when the directory is away."""
+        """Returns when all changes so far are announced, or when the directory is unavailable."""
         if self._is_away:
             return
         waiting = asyncio.get_running_loop().create_future()
@@ -74,7 +74,7 @@ class Announcer:
         while True:
             try:
                 await self.round()
-            except Exception:  # without this task the arena would be forgotten
+            except Exception:  # if this task ended, the arena would be forgotten
                 logger.exception("event=announce_failed arena=%s", self._record().arena_id)
                 await asyncio.sleep(self._heartbeat_s)
             timeout_s = max(0.0, self._beat_at_s - time.monotonic())
@@ -85,7 +85,7 @@ class Announcer:
                 pass
 
     async def round(self) -> None:
-        """One heartbeat, if it is due, and all changes. Never raises for a directory that is away."""
+        """One heartbeat, if it is due, and all changes. Never raises because the directory is unavailable."""
         self._wake.clear()
         self._stop_alarm()
         flushes, self._flushes = self._flushes, []
@@ -98,7 +98,7 @@ class Announcer:
                 await self._flush()
                 self._turn(is_away=False)
         except DirectoryUnavailable as error:
-            # What arrived and what did not is unknown: when Redis is back, everything is announced again.
+            # It is unknown what arrived: when Redis is back, everything is announced again.
             self._is_complete = False
             self._turn(is_away=True, reason=str(error))
         finally:

@@ -1,6 +1,6 @@
 """The arena's books: which slot is free, being written, or holds which block. Pure: no I/O, no clock.
 
-They live in the store process; `kvstore.arena_map` is what everybody else sees of an arena.
+They live in the store process; `kvstore.arena_map` is what other processes see of an arena.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvstore.errors import ArenaFull
 from kvstore.eviction import LRU, Admission, AdmitAll, Eviction
 from kvstore.quotas import SHARED, Owner, Quotas
 
-_LENT_SHARE = 8  # all writers together have no more than one in so many slots lent
+_LENT_SHARE = 8  # at most one in this many slots is lent, over all writers
 _MIN_LENDING_SLOTS = 64  # in a smaller arena each slot counts
 
 
@@ -28,7 +28,7 @@ class Reservation:
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer says when a slot is filled."""
+    """What a writer reports when it has filled a slot."""
 
     slot: int
     generation: int  # of the reservation
@@ -37,7 +37,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Fill:
-    """A block of a chain, as its writer tells of it: filled into a slot that was lent, or None where it was there.
+    """A block of a chain as its writer reports it: filled into a lent slot, or None if it was already there.
 
     `NO_KEY` in place of a name gives the slot back.
     """
@@ -55,22 +55,22 @@ class _Pending:
 
 @dataclass(frozen=True)
 class Evicted:
-    """A block that lost its slot. Its bytes are still there until the slot's next writer hears of the slot."""
+    """A block that lost its slot. Its bytes remain until the slot's next writer gets the slot."""
 
     block_hash: BlockHash
     slot: int
     checksum: int
-    # Worth a place somewhere cheaper. Never that of a tenant with a quota, for which that place would be a way out.
+    # Worth keeping on disk. Never a block of a tenant with a quota, which the disk would circumvent.
     is_admitted: bool
 
 
 class Arena:
     """The books of an arena. Each slot is free, being written by one writer, or ready; only ready ones are evicted.
 
-    `eviction` says which; it knows all ready blocks and no others. `admission` says which of those are worth a disk.
+    `eviction` chooses which; it knows all ready blocks and no others. `admission` chooses which of those go to disk.
 
-    The headers are what other processes see; the books never read anything back from them but the time of the last
-    read, so a process that scribbles on a header harms blocks, not books.
+    The headers are what other processes see. The books read nothing back from them except the time of the last read,
+    so a process that corrupts a header harms blocks, but not the books.
     """
 
     def __init__(
@@ -98,16 +98,16 @@ class Arena:
 
     @property
     def num_writing(self) -> int:
-        """Those that are lent included."""
+        """Slots being written, including lent ones."""
         return len(self._writing)
 
     @property
     def num_lent(self) -> int:
-        """Slots that a writer has in hand, for blocks to come or for some that he has not told of."""
+        """Slots lent to writers, for blocks to come or for blocks they have not reported yet."""
         return self._num_lent
 
     def slot(self, block_hash: BlockHash) -> int | None:
-        """Where a block is that is ready or being written. Not a use, unlike `find`."""
+        """The slot of a block that is ready or being written. Does not count as a use, unlike `find`."""
         return self._slots.get(block_hash)
 
     def writers(self) -> set[str]:
@@ -115,7 +115,7 @@ class Arena:
         return {pending.writer_id for pending in self._writing.values()}
 
     def num_blocks_of(self, tenant: bytes) -> int:
-        """Slots that a tenant's blocks take, those being written included."""
+        """Slots that a tenant's blocks take, including those being written."""
         return self._quotas.num_blocks(tenant)
 
     def blocks(self) -> list[tuple[BlockHash, int]]:
@@ -123,7 +123,7 @@ class Arena:
         return [(block_hash, slot) for slot, block_hash in self._ready.items()]
 
     def find(self, block_hash: BlockHash) -> int | None:
-        """The slot of a ready block, which thereby counts as lately used."""
+        """The slot of a ready block; counts as a use."""
         slot = self._slots.get(block_hash)
         if slot is None or slot not in self._ready:
             return None
@@ -133,9 +133,9 @@ class Arena:
         return slot
 
     def find_for_copy(self, block_hash: BlockHash) -> int | None:
-        """The slot of a ready block that another machine copies, as a rule into its own arena.
+        """The slot of a ready block that another machine copies, usually into its own arena.
 
-        So this one may go first from now on: what lies in two arenas takes the room of two blocks and is one hit.
+        This copy may then be evicted first: a block in two arenas takes the room of two and gives one hit.
         """
         slot = self._slots.get(block_hash)
         if slot is None or slot not in self._ready:
@@ -145,7 +145,7 @@ class Arena:
         return slot
 
     def holds(self, block_hash: BlockHash) -> bool:
-        """Whether a block is ready. Not a use, unlike `find`."""
+        """Whether a block is ready. Does not count as a use, unlike `find`."""
         slot = self._slots.get(block_hash)
         return slot is not None and slot in self._ready
 
@@ -154,11 +154,11 @@ class Arena:
     ) -> list[Reservation | None]:
         """A slot for each block; None where it is present, is being written, or no slot is left.
 
-        Neither these blocks nor those of `beside` are evicted for it. An owner who has as many blocks as his quota
-        allows pays with the least lately used of his own, and gets no slot when there is none. `ArenaFull` when blocks
-        are missing and there is no slot for any of them, whatever the quota.
+        Neither these blocks nor those of `beside` are evicted for it. An owner whose quota is used up pays with the
+        least recently used of its own blocks, and gets no slot if there is none. Raises `ArenaFull` when blocks are
+        missing and there is no slot for any of them, whatever the quota.
         """
-        # Backwards, so that of a chain the tail is evicted first.
+        # Backwards, so that a chain's tail is evicted first.
         for block_hash in reversed(hashes):
             self.find(block_hash)
         chain = {*hashes, *beside}
@@ -177,7 +177,7 @@ class Arena:
         return answer
 
     def commit(self, writer_id: str, items: Sequence[Written]) -> list[tuple[BlockHash, int]]:
-        """Makes blocks ready and returns them. What the writer does not hold (any more) is passed over."""
+        """Makes blocks ready and returns them with their slots. What the writer does not hold (any more) is skipped."""
         done: list[tuple[BlockHash, int]] = []
         for item in reversed(items):
             pending = self._held(writer_id, item)
@@ -190,9 +190,9 @@ class Arena:
         return done
 
     def lend(self, num_slots: int, writer_id: str, beside: Sequence[BlockHash] = ()) -> list[Reservation]:
-        """Slots without a name, ahead of the blocks that the writer is going to `name` when he has filled them.
+        """Lends slots ahead, without block names; the writer gives them to `name` when it has filled them.
 
-        As many as there are, and no more than an eighth of the arena to all writers; a small arena lends none.
+        At most `num_slots`, and no more than an eighth of the arena for all writers together; a small arena lends none.
         Blocks of `beside` are not evicted for it.
         """
         num_slots = min(num_slots, self._max_lent - self._num_lent)
@@ -206,9 +206,10 @@ class Arena:
         return lent
 
     def name(self, writer_id: str, fills: Sequence[Fill], owner: Owner = SHARED) -> list[tuple[BlockHash, int]]:
-        """Makes what is in lent slots blocks of an owner without a quota, and returns those. The rest counts as used.
+        """Makes filled lent slots ready blocks of an owner without a quota, and returns them with their slots.
 
-        A slot comes back where its block has another one meanwhile. What the writer does not hold is passed over.
+        Blocks that were already there count as used. A slot whose block meanwhile has another slot comes back. What the
+        writer does not hold is skipped.
         """
         done: list[tuple[BlockHash, int]] = []
         for fill in reversed(fills):
@@ -230,16 +231,16 @@ class Arena:
         return done
 
     def abandon(self, writer_id: str) -> int:
-        """Takes back all that a writer has reserved and not committed. Only for a writer that cannot write any more."""
+        """Takes back all slots that a writer has not committed. Only for a writer that cannot write any more."""
         slots = [slot for slot, pending in self._writing.items() if pending.writer_id == writer_id]
         for slot in slots:
             self._take_back(slot)
         return len(slots)
 
     def evict(self, hashes: Iterable[BlockHash]) -> None:
-        """Drops those of these blocks that are ready, for a reason of the caller's; their slots are free then.
+        """Drops those of these blocks that are ready, and frees their slots.
 
-        They are among those that `take_evicted` returns. Who is reading one sees it by the slot's generation.
+        `take_evicted` returns them, too. A process that is reading one notices by the slot's generation.
         """
         for block_hash in hashes:
             if self.holds(block_hash):
@@ -284,7 +285,7 @@ class Arena:
         self._free.append(slot)
 
     def _make_way(self, owner: Owner, chain: Set[BlockHash]) -> bool:
-        """Evicts blocks of the owner's own until his quota allows for one more. False: it never will."""
+        """Evicts the owner's own blocks until its quota allows for one more. False: that is not possible."""
         while self._quotas.is_reached(owner):
             block_hash = self._quotas.victim(owner.tenant, chain, lambda key: self._was_read(key, self._eviction.touch))
             if block_hash is None:
@@ -293,7 +294,7 @@ class Arena:
         return True
 
     def _take_slot(self, chain: Set[BlockHash]) -> int | None:
-        """A free slot, else that of a block that is evicted for it.
+        """A free slot, else that of a block evicted for it.
 
         Blocks of `chain` stay: the head of a chain is worth more than its tail.
         """
@@ -303,9 +304,9 @@ class Arena:
         return None if block_hash is None else self._evict(block_hash)
 
     def _was_read(self, block_hash: BlockHash, tell: Callable[[BlockHash], None]) -> bool:
-        """Whether a process read the block from its mapping since anybody last looked.
+        """Whether a process read the block through the mapping since this was last asked.
 
-        Two look for victims, and a read shows once: whoever did not ask is told.
+        Eviction and quotas both ask, and a read shows only once: `tell` informs the one that did not ask.
         """
         slot = self._slots[block_hash]
         stamp = self._map.last_access(slot)
@@ -324,7 +325,7 @@ class Arena:
         return slot
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless the books balance and the headers say the same."""
+        """Raises AssertionError unless the books balance and the headers agree with them."""
         free, ready, writing = set(self._free), set(self._ready), set(self._writing)
         assert len(free) == len(self._free), "a slot is free twice"
         assert len(free) + len(ready) + len(writing) == self._map.num_slots, "a slot is lost or in two states"
@@ -336,7 +337,7 @@ class Arena:
         named = {slot: block_hash for block_hash, slot in self._slots.items()}
         for slot in range(self._map.num_slots):
             if slot in writing and self._writing[slot].block_hash is None:
-                continue  # its header is for its writer to finish
+                continue  # its writer finishes its header
             header = self._map.header(slot)
             found = (header.state, header.generation % 2, header.length, header.key, named.get(slot))
             assert found == self._expected(slot), f"slot {slot}: {found} is not {self._expected(slot)}"

@@ -1,12 +1,12 @@
-"""An arena's buffer: fixed-size slots for blocks behind their headers, as any process that maps it sees them. Pure.
+"""An arena's buffer: headers, then fixed-size slots for blocks, as any process that maps it sees them. Pure.
 
-The buffer is `num_slots` headers of 64 bytes, then, at a page's border, the slots. `ArenaMap` reads and writes that
-buffer; who may write what is for the books to say (`kvstore.arena`).
+The buffer is `num_slots` headers of 64 bytes, then, from a page boundary on, the slots. `ArenaMap` reads and writes
+that buffer; who may write what is decided by the books (`kvstore.arena`).
 
 A header's generation is a seqlock: odd while the slot is being written, even and different after each change. It is
-made odd before a writer hears of the slot, and even last of all. So a reader copies the bytes, looks at the
-generation again, and knows whether it has the block that it asked for. Who fills a slot that was lent to him without a
-name finishes its header himself; the store says the same once more when it hears of it.
+made odd before a writer gets the slot, and even last of all. So a reader copies the bytes, checks the generation again,
+and knows whether it has the block it asked for. A writer that fills a lent slot finishes the header itself; the store
+writes the same once more when it is told.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ ALIGN_BYTES = 64  # of each slot
 
 FREE, WRITING, READY = 0, 1, 2
 
-# A header as eight aligned words of 64 bits, each read or written at one go:
+# A header is eight aligned 64-bit words, each read and written atomically:
 # generation, state, length, key (two words), checksum (xxh3_64 of the payload), last access, and, of the first slot's
-# header alone, whether the store drains.
+# header only, whether the store is draining.
 _WORDS = HEADER_BYTES // 8
 _GENERATION, _STATE, _LENGTH, _KEY, _CHECKSUM, _LAST_ACCESS, _DRAINS = 0, 1, 2, 3, 5, 6, 7
 NO_KEY = bytes(HASH_BYTES)
@@ -79,7 +79,7 @@ class ArenaMap:
 
     @property
     def is_draining(self) -> bool:
-        """Whether the store takes no new blocks, so that slots which it lent are to be given back."""
+        """Whether the store takes no new blocks, so that the slots it lent must be given back."""
         return self._words[_DRAINS] != 0
 
     @is_draining.setter
@@ -111,17 +111,17 @@ class ArenaMap:
         return Header(words[_GENERATION], words[_STATE], words[_LENGTH], key, words[_CHECKSUM], words[_LAST_ACCESS])
 
     def name(self, slot: int) -> BlockHash | None:
-        """The block that the slot holds, as far as its header tells at this moment."""
+        """The block that the slot holds according to its header at this moment."""
         at = slot * _WORDS
         if self._words[at + _GENERATION] % 2 or self._words[at + _STATE] != READY:
             return None
         return BlockHash(bytes(self._headers[(at + _KEY) * 8 : (at + _KEY) * 8 + HASH_BYTES]))
 
     def read(self, slot: int, block_hash: BlockHash, now: int) -> MappedPayload | None:
-        """The block, if the slot holds it now. Stamps the slot with `now`, any number that grows, as lately used."""
+        """The block, if the slot holds it now. Stamps the slot's last use with `now`, any number that grows."""
         if not self.has(slot):
             return None
-        generation = self.generation(slot)  # first of all: what is read below belongs to it or is_valid says no
+        generation = self.generation(slot)  # first: what is read below belongs to this generation, or is_valid is False
         header = self.header(slot)
         if generation % 2 or header.state != READY or header.key != block_hash or header.length != self.slot_bytes:
             return None
@@ -137,7 +137,7 @@ class ArenaMap:
         return generation
 
     def finish(self, slot: int, generation: int, key: bytes, checksum: int) -> None:
-        """Marks a slot that was begun with `generation` as holding a block. To say so once more changes nothing."""
+        """Marks a slot that was begun with `generation` as holding a block. Idempotent."""
         self._fill(slot * _WORDS, READY, self.slot_bytes, key, checksum)
         self._words[slot * _WORDS + _GENERATION] = generation + 1
 
@@ -167,5 +167,5 @@ class MappedPayload:
         self.view = arena_map.view(slot)
 
     def is_valid(self) -> bool:
-        """Whether the slot has held the block all the time until now."""
+        """Whether the slot has held the block without interruption until now."""
         return self._map.generation(self._slot) == self._generation

@@ -2,7 +2,7 @@
 
 A block is `block_size` consecutive tokens of one prefix. Its name is a 128-bit SHA-256 chain,
 `key_i = SHA256(key_{i-1} || token ids as little-endian u32)[:16]`, so a name stands for the whole prefix that ends
-in that block, in every process alike. The chain starts at a root that names all that makes KV differ.
+in that block, in every process alike. The chain starts at a root that covers everything that makes KV differ.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LAYOUT_VERSION = 1  # [layer, k/v, token, kv head, dim]; raised whenever a block
 class KVLayout:
     """What a block's bytes mean: `[num_layers, 2, block_size, num_kv_heads, head_dim]` of `dtype`, row-major.
 
-    `model` names weights and revision (the engine takes a digest of the model's files). Two processes may exchange
-    blocks when, and only when, their roots are equal. Where blocks travel in pieces (`piece_hash`), layers and heads
+    `model` identifies weights and revision (the engine uses a digest of the model's files). Two processes may exchange
+    blocks if and only if their roots are equal. Where blocks travel in pieces (`piece_hash`), layers and heads
     are those of one piece.
     """
 
@@ -66,7 +66,7 @@ def piece_hash(block_hash: BlockHash, piece: int) -> BlockHash:
 
 
 def piece_hashes(hashes: Sequence[BlockHash], pieces: Sequence[int]) -> list[BlockHash]:
-    """The names of those pieces of each block, block by block."""
+    """The names of these pieces of each block, block by block."""
     if len(pieces) == 1 and pieces[0] == 0:
         return list(hashes)
     return [piece_hash(block_hash, piece) for block_hash in hashes for piece in pieces]
@@ -94,17 +94,17 @@ def _probe() -> str:
     return hash_blocks(salted(root, b"probe"), [1, 258, 2**31, 0, 65536, 3], 2)[-1].hex()
 
 
-PROBE = _probe()  # what this process makes of a fixed chain; where it differs, the same name means other bytes
+PROBE = _probe()  # hash of a fixed chain; if it differs between processes, equal names mean different bytes
 
 
 class Payload(Protocol):
-    """The bytes of one block, on their way into an engine."""
+    """The bytes of one block on its way into an engine."""
 
     @property
     def view(self) -> memoryview:
-        """`block_bytes` bytes. May belong to a slot that is reused at any time: copy, then ask `is_valid`."""
+        """`block_bytes` bytes. They may be in a slot that is reused at any time: copy, then ask `is_valid`."""
         ...
 
     def is_valid(self) -> bool:
-        """Whether what was copied out of `view` before this call is the block that was asked for."""
+        """Whether what was copied from `view` before this call is the block that was asked for."""
         ...

@@ -1,8 +1,8 @@
-"""Questions and answers over one ZeroMQ socket: many under way at once.
+"""Questions and answers over one ZeroMQ socket, many in flight at once.
 
 An answer is matched by the id of its question; one that comes too late is dropped. When the other side goes away, as a
-killed process does, all questions under way fail at once. So they do when it sends what is no answer, or much that
-nobody asked for: in whole messages, or in one that never ends.
+killed process does, all questions in flight fail at once. So they do when it sends something that is not an answer, or
+too much that was not requested, be it in whole messages or in one that never ends.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 _EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
 _EVENT = struct.Struct("=HI")  # event, value: of EVENT_CONNECTED the descriptor
-_MAX_UNASKED = 64  # messages in a row that answer no question under way
-_UNASKED_BYTES = 8 << 20  # and bytes, beyond what was asked for
+_MAX_UNASKED = 64  # consecutive messages that answer no question in flight
+_UNASKED_BYTES = 8 << 20  # and bytes, beyond what was requested
 _FRAME_BYTES = 16 + CURVE_BYTES  # what the wire adds to a frame, at most
 _METER_S = 0.05
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer; `payloads` are the frames behind it, in memory of their own."""
+    """One answer; `payloads` are the frames after it, in memory of their own."""
 
     message: Message
     payloads: list[memoryview]
@@ -49,9 +49,9 @@ class _Question:
 
 
 class Channel:
-    """A connection to one store. Whoever gets an `ArenaUnavailable` closes it and makes a new one.
+    """A connection to one store. A caller that gets an `ArenaUnavailable` must close it and make a new one.
 
-    With `curve` it is encrypted, and a store that cannot prove to be one of the cluster's is no store.
+    With `curve` it is encrypted, and a store that cannot prove that it belongs to the cluster is not accepted.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Channel:
                 socket.close(linger=0)
             raise ArenaUnavailable(f"{address}: {error}") from error
         self.arrived_s = 0.0  # when the last message came, by the monotonic clock
-        self.is_broken = False  # the other side went away; a new channel may find it again
+        self.is_broken = False  # the other side went away; a new channel may reach it again
         self._inboxes = [Inbox(self._socket, self._take), Inbox(self._monitor, self._watch)]
         self._limiter: asyncio.Task[None] | None = None
 
@@ -84,9 +84,9 @@ class Channel:
         return len(self._waiting)
 
     def ask(self, question: Callable[[int], Message], max_payloads: int = 0) -> asyncio.Future[Answer]:
-        """Sends `question(request id)`, and returns at once what will be the answer, with at most so many payloads.
+        """Sends `question(request id)` and returns a future of the answer, with at most `max_payloads` payloads.
 
-        `ArenaUnavailable` when the connection is broken; the answer fails with it when that happens meanwhile.
+        Raises `ArenaUnavailable` when the connection is broken; the future fails with it if that happens later.
         """
         if self.is_broken:
             raise ArenaUnavailable("the connection is broken")
@@ -104,7 +104,7 @@ class Channel:
         return answer
 
     async def request(self, question: Callable[[int], Message], timeout_s: float) -> Answer:
-        """The answer to `question(request id)`. `ArenaUnavailable` after `timeout_s`, or when closed."""
+        """The answer to `question(request id)`. Raises `ArenaUnavailable` after `timeout_s`, or when closed."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await self.ask(question)
@@ -112,7 +112,7 @@ class Channel:
             raise ArenaUnavailable(f"no answer within {timeout_s:.1f} s") from error
 
     def close(self) -> None:
-        """Closes the connection; questions under way fail with `ArenaUnavailable`. Idempotent."""
+        """Closes the connection; questions in flight fail with `ArenaUnavailable`. Idempotent."""
         if self._socket.closed:
             return
         if self._limiter is not None:
@@ -146,7 +146,7 @@ class Channel:
                 question.answer.set_exception(ArenaUnavailable(reason))
 
     def _cut_off(self, reason: str) -> None:
-        """What the other side sends is not even kept until somebody notices."""
+        """Disconnects at once, so that nothing more of what the other side sends is buffered."""
         logger.warning("event=cut_off address=%s error=%r", self._address, reason)
         self._break(reason)
         self.close()
@@ -159,7 +159,7 @@ class Channel:
             self._limiter = asyncio.create_task(self._limit(value))
 
     async def _limit(self, descriptor: int) -> None:
-        """Looks now and then whether more came than was asked for, also of a message that is not whole yet."""
+        """Checks periodically whether more came than was requested, including parts of incomplete messages."""
         try:
             meter = Meter(descriptor)
         except OSError:  # it is gone again

@@ -1,7 +1,7 @@
 """The store as a node sees it: match, fetch, publish. Every failure is a miss within a bounded time, never an error.
 
-One `KVClient` a process. The arena of its own machine is mapped and read without any call; other arenas are read over
-a wire (`kvstore/wire.py`), many blocks a transfer.
+One `KVClient` per process. The arena of its own machine is mapped and read without any call; other arenas are read
+over a wire (`kvstore/wire.py`), many blocks per transfer.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from kvstore.wires import default_wire
 
 logger = logging.getLogger(__name__)
 
-_HERE_BYTES = 4 << 20  # what one thread would copy alone: waking it, and hearing from it, takes longer than 1 MiB
-_MIN_BYTES_PER_S = 1e6  # a slower transfer counts as broken, where nobody said how long it may take
-_AVOID_S = 5.0  # a store that did not answer is left alone for so long
+_HERE_BYTES = 4 << 20  # what a single thread would copy alone: waking one takes longer than copying 1 MiB
+_MIN_BYTES_PER_S = 1e6  # a slower transfer counts as broken, if no limit was given
+_AVOID_S = 5.0  # how long a store that did not answer is avoided
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Match:
 
 
 class KVClient:
-    """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; with None all
-    goes over the wire and nothing is published. `timeout_s` bounds each wait for a store in which nothing comes.
-    Where no `wire` is given, stores with the same `wire_key` are read, "" being a key like others (`kvstore/wires.py`).
+    """Reads and writes blocks of `slot_bytes`. `local_dir` is the directory of this machine's store; if None, all goes
+    over the wire and nothing is published. `timeout_s` bounds each wait for a store that sends nothing. Without a
+    `wire`, stores with the same `wire_key` are read; "" (no encryption) is a key like any other (`kvstore/wires.py`).
     """
 
     def __init__(  # noqa: PLR0913
@@ -77,7 +77,7 @@ class KVClient:
         self._publish_after_s = 0.0
         self._publishing: set[asyncio.Task[int]] = set()
         self._avoided: dict[str, float] = {}  # arena id -> until when
-        self._troubles: set[str] = set()  # what was logged and has not ended
+        self._troubles: set[str] = set()  # problems that were logged and have not ended
 
     @property
     def local_arena_id(self) -> str:
@@ -91,26 +91,26 @@ class KVClient:
         return self._mapped() is not None and time.monotonic() >= self._publish_after_s
 
     async def open(self) -> None:
-        """Maps the arena if the store is up; a store that comes later is found by later calls."""
+        """Maps the arena if the store is up; a store that comes up later is found by later calls."""
         self._mapped()
 
     async def close(self) -> None:
-        """Waits for copies under way, then lets go of everything."""
+        """Waits for running copies, then releases everything."""
         await asyncio.gather(*self._publishing, return_exceptions=True)
         await asyncio.to_thread(self._copier.close)
         self._retire()
         await self._wire.close()
 
     def match_local(self, hashes: Sequence[BlockHash]) -> Match:
-        """The leading run of `hashes` in this machine's arena, as its headers tell it: asks nobody, never raises."""
+        """The leading run of `hashes` in this machine's arena, according to its headers. No call; never raises."""
         local = self._mapped()
         places = () if local is None else tuple((local.arena_id, slot) for slot in local.index.run(hashes))
         return Match(tuple(hashes[: len(places)]), places)
 
     async def match(self, hashes: Sequence[BlockHash]) -> Match:
-        """The leading run of `hashes` that can be had: from this machine's arena, then what the directory knows of.
+        """The leading run of `hashes` that can be fetched: in this machine's arena, then in those the directory names.
 
-        Never raises; without Redis it ends where this machine's arena does.
+        Never raises; without Redis the run ends where this machine's arena does.
         """
         here = self.match_local(hashes)
         if here.num_blocks == len(hashes):
@@ -122,28 +122,28 @@ class KVClient:
     async def fetch(
         self, match: Match, limit_s: float = math.inf, into: Sequence[memoryview] | None = None
     ) -> list[Payload]:
-        """The leading run of `match` that could be had, in order. Never raises; failures shorten the run.
+        """Payloads of the leading run of `match` that arrived, in order. Never raises; failures shorten the run.
 
-        What other machines have not sent within `limit_s` is a miss, and who sent nothing is left alone for a while:
-        whoever can compute the blocks by then need not find out whether a wire that hangs will ever move again. Who is
-        only slow is not left alone; `links` knows its speed.
+        What other machines have not sent within `limit_s` is a miss: a caller who can compute the blocks by then need
+        not find out whether a hanging wire will ever move again. A store that sent nothing is avoided for a while; one
+        that is only slow is not, as `links` knows its speed.
 
-        `into` has for each block where it is to lie in the end. What comes over a wire that can is received there, and
-        the payload's view is that one; nothing is written any more when `fetch` ends, also by a cancellation.
+        `into` has each block's final place. A wire that can receives blocks there, and the payload's view is that
+        place. Nothing is written there any more once `fetch` has ended, even by a cancellation.
         """
         deadline_s = time.monotonic() + limit_s
         found: dict[int, Payload] = {}
-        remote: dict[tuple[str, bool], list[int]] = {}  # what lies in memory does not wait for the disk behind it
+        remote: dict[tuple[str, bool], list[int]] = {}  # blocks in memory do not wait for those on disk
         local = self._mapped()
         for index, (arena_id, slot) in enumerate(match.places):
             if local is None or arena_id != local.arena_id or slot == ON_DISK:
                 if arena_id not in match.arenas:
-                    break  # this machine's arena, given up meanwhile
+                    break  # this machine's arena was given up meanwhile
                 remote.setdefault((arena_id, slot == ON_DISK), []).append(index)
                 continue
             payload = local.map.read(slot, match.hashes[index], time.monotonic_ns())
             if payload is None:
-                break  # the run ends here, whatever others hold of the rest
+                break  # the run ends here, even if others hold the rest
             found[index] = payload
         runs = [
             self._fetch_from(match.arenas[name], match, part, deadline_s, into) for (name, _), part in remote.items()
@@ -151,7 +151,7 @@ class KVClient:
         if len(runs) == 1:
             found.update(await runs[0])
         elif runs:
-            async with asyncio.TaskGroup() as group:  # which ends behind the last of them: `into` is written by all
+            async with asyncio.TaskGroup() as group:  # it ends after the last of them, as all write to `into`
                 tasks = [group.create_task(run) for run in runs]
             for task in tasks:
                 found.update(task.result())
@@ -161,12 +161,12 @@ class KVClient:
         return payloads
 
     async def publish(self, hashes: Sequence[BlockHash], write: Write, owner: Owner = SHARED) -> int:
-        """Stores blocks, within their owner's quota; returns how many were committed (those present do not count).
+        """Stores blocks, within their owner's quota; returns how many were committed (not counting those present).
 
-        `write(indices, views)` is called with the indices into `hashes` of the blocks to write and as many writable
-        views of `slot_bytes`; it returns xxh3_64 of each block that it wrote. Of many blocks, two threads call it for
-        some of them each, at the same time; for up to 4 MiB it may be called on the event loop itself. `publish` does
-        not end before `write` has, not even when cancelled, so what `write` reads may be freed afterwards. Only errors
+        `write(indices, views)` gets the indices into `hashes` of the blocks to write, and as many writable views of
+        `slot_bytes`; it returns the xxh3_64 of each block that it wrote. For many blocks, two threads call it at the
+        same time, each for some of them; for up to 4 MiB it may be called on the event loop itself. `publish` does
+        not end before `write` has, even when cancelled, so what `write` reads may be freed afterwards. Only errors
         of `write` itself are raised.
         """
         num_committed = self._publish_here(hashes, write, owner)
@@ -193,7 +193,7 @@ class KVClient:
         num_done = num_committed = 0
         while num_done < len(hashes):
             if self._local is not None and self._local.is_broken:
-                self._retire()  # perhaps it is there again
+                self._retire()  # it may be back
             local = self._mapped()
             if local is None or time.monotonic() < self._publish_after_s:
                 break
@@ -204,7 +204,7 @@ class KVClient:
                 self._troubles.discard("publish")
             except ArenaFull as error:
                 self._begin_trouble("publish", error)
-                if isinstance(error, ArenaDraining):  # `can_publish` says so meanwhile, and nobody waits for blocks
+                if isinstance(error, ArenaDraining):  # meanwhile `can_publish` is False, and nobody waits for blocks
                     self._publish_after_s = time.monotonic() + self._timeout_s
                 break
             except ArenaUnavailable as error:
@@ -216,9 +216,9 @@ class KVClient:
     async def _publish_part(
         self, local: LocalArena, hashes: Sequence[BlockHash], part: range, write: Write, owner: Owner
     ) -> tuple[int, int]:
-        """Slots, copy, commit; how many blocks of `part` that was, from its first on, and how many are committed now.
+        """Slots, copy, commit. Returns how many leading blocks of `part` that covered, and how many were committed.
 
-        A failure in between retires `local`: its slots go back once no copy is under way.
+        A failure in between retires `local`: its slots go back once no copy is running.
         """
         is_whole, names = False, hashes[part.start : part.stop]
         try:
@@ -242,7 +242,7 @@ class KVClient:
                 self._retire(local)
 
     def _publish_here(self, hashes: Sequence[BlockHash], write: Write, owner: Owner) -> int | None:
-        """Publishes a few blocks on this very thread, without waiting for anything. None: that is not possible now."""
+        """Publishes a few blocks on this thread, without waiting for anything. None: that is not possible now."""
         if len(hashes) * self._slot_bytes > _HERE_BYTES or not self.can_publish or self._local is None:
             return None
         local, is_whole = self._local, False
@@ -287,7 +287,7 @@ class KVClient:
         return local
 
     def _retire(self, local: LocalArena | None = None) -> None:
-        """Gives up the mapped arena, or `local`. The next call maps what is there then."""
+        """Gives up the mapped arena, or `local`. The next call maps whatever arena exists then."""
         local = local or self._local
         if local is not None:
             local.retire()
@@ -325,7 +325,7 @@ class KVClient:
         deadline_s: float,
         into: Sequence[memoryview] | None,
     ) -> Outcome:
-        """Brings the leading run of `hashes`. An arena that failed, or sent nothing, is left alone for a while."""
+        """Fetches the leading run of `hashes`. An arena that failed, or sent nothing, is avoided for a while."""
         began_s, outcome = time.monotonic(), Outcome(State.PENDING)
         longest_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
         limit_s = max(0.0, min(longest_s, deadline_s - began_s))
@@ -346,7 +346,7 @@ class KVClient:
         return outcome
 
     def _begin_trouble(self, name: str, error: Exception) -> None:
-        """Logs a trouble when it begins, not each time that it shows."""
+        """Logs a problem when it begins, not each time it shows."""
         if name not in self._troubles:
             self._troubles.add(name)
             logger.warning("event=store_trouble what=%s error=%r", name, str(error))

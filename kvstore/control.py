@@ -1,10 +1,10 @@
-"""The control socket of a store: questions and answers between processes of one machine, over a unix stream.
+"""The control socket of a store: questions and answers between processes of one machine, over a Unix stream.
 
-Reserve and commit lie on the way of each block that is published, so what counts here is the time of a round trip: a
-stream of the event loop's own takes a quarter of what ZeroMQ does with its threads. `ControlChannel` is the writer's
-side, and the operator's; `ControlDoor` is the store's.
+Reserve and commit are on the path of each block that is published, so what counts is the time of a round trip: a
+stream on the event loop takes a quarter of what ZeroMQ takes with its threads. `ControlChannel` is the side of writers
+and operators; `ControlDoor` is the store's.
 
-The kernel closes a dead process's sockets. So the end of the stream means that the other side is gone, at once.
+The kernel closes a dead process's sockets, so the end of the stream says at once that the other side is gone.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from kvstore.stream import Unpacker, pack
 
 logger = logging.getLogger(__name__)
 
-MAX_QUESTIONS = 64  # of one connection under way
+MAX_QUESTIONS = 64  # in flight on one connection
 MAX_POSTED = 16  # of these, for whose answers nobody waits
 MAX_PEERS = 512
-_MAX_UNREAD_BYTES = 1 << 20  # that are kept for one who does not read
+_MAX_UNREAD_BYTES = 1 << 20  # buffered for a peer that does not read
 _BACKLOG = 16
 _RETRY_S = 0.005
 
-# The answer to a question, packed; one that takes time is awaited. `BadFrame` for what is no question to this store.
+# The packed answer to a question, or an awaitable of it. Raises `BadFrame` for what is not a question to this store.
 Serve = Callable[[Message], bytes | Coroutine[Any, Any, bytes]]
 
 
 class ControlChannel(asyncio.Protocol):
-    """A connection to this machine's store. Whoever gets an `ArenaUnavailable` closes it and makes a new one."""
+    """A connection to this machine's store. After an `ArenaUnavailable` it must be closed, and a new one made."""
 
     def __init__(self, path: Path) -> None:
         """Connects with the first question."""
@@ -47,10 +47,10 @@ class ControlChannel(asyncio.Protocol):
         self._unpacker = Unpacker(MAX_TOLD_BYTES)
         self._connecting: asyncio.Task[None] | None = None
         self._transport: asyncio.Transport | None = None
-        self.is_broken = False  # the store went away; a new channel may find it again
+        self.is_broken = False  # the store went away; a new channel may reach it again
 
     async def request(self, question: Callable[[int], Message], timeout_s: float) -> Answer:
-        """The answer to `question(request id)`. `ArenaUnavailable` after `timeout_s`, or when closed."""
+        """The answer to `question(request id)`. Raises `ArenaUnavailable` after `timeout_s`, or when closed."""
         try:
             async with asyncio.timeout(timeout_s), self._turns:
                 transport = self._transport or await self._connect()
@@ -67,13 +67,13 @@ class ControlChannel(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a connection: the first question makes it."""
+        """Whether there is a connection; the first question opens it."""
         return self._transport is not None
 
     def post(self, question: Callable[[int], Message], heard: Callable[[Message], None]) -> None:
-        """Sends `question(request id)` at once, and waits for nothing: `heard` is told the answer, if one comes.
+        """Sends `question(request id)` without waiting; `heard` is called with the answer, if one comes.
 
-        Only while `is_open`, and no more than `MAX_POSTED` at a time. What follows the answer's frame is passed over.
+        Only while `is_open`, and at most `MAX_POSTED` at a time. Anything after the answer's frame is ignored.
         """
         if self._transport is None:
             raise ArenaUnavailable("there is no connection")
@@ -89,7 +89,7 @@ class ControlChannel(asyncio.Protocol):
         self._send(self._transport, pack(question(request_id)))
 
     def close(self) -> None:
-        """Closes the connection; questions under way fail with `ArenaUnavailable`. Idempotent."""
+        """Closes the connection; questions in flight fail with `ArenaUnavailable`. Idempotent."""
         self._break("the connection was given up")
         if self._connecting is not None:
             self._connecting.cancel()
@@ -163,7 +163,7 @@ class ControlChannel(asyncio.Protocol):
 class ControlDoor:
     """Answers all who connect, from `open` to `close`, both on one event loop.
 
-    `refuse` is told of each peer that sends what is no message, or more than a peer may: it is cut off.
+    `refuse` is told of each peer that sends an invalid message, or more than a peer may; the peer is disconnected.
     """
 
     def __init__(self, serve: Serve, refuse: Callable[[BadFrame], None]) -> None:
@@ -173,11 +173,11 @@ class ControlDoor:
         self._server: asyncio.Server | None = None
 
     async def open(self, path: Path) -> None:
-        """Listens at `path`, where only this user can connect. OSError where it cannot."""
+        """Listens at `path`, where only this user can connect. Raises OSError if it cannot."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listener.bind(str(path))
-            path.chmod(0o600)  # before anybody can connect; the folder may be older than this store, and open
+            path.chmod(0o600)  # before anybody can connect: the folder may be older than this store, with a wider mode
             loop = asyncio.get_running_loop()
             self._server = await loop.create_unix_server(lambda: _Peer(self), sock=listener, backlog=_BACKLOG)
         except OSError:
@@ -185,7 +185,7 @@ class ControlDoor:
             raise
 
     async def close(self) -> None:
-        """Lets go of everybody. Idempotent."""
+        """Disconnects everybody. Idempotent."""
         if self._server is not None:
             self._server.close()
         answers = [task for peer in self.peers for task in peer.cut_off()]
@@ -220,7 +220,7 @@ class _Peer(asyncio.Protocol):
         except BadFrame as error:
             self.cut_off()
             self._door.refuse(error)
-        except Exception:  # whatever one message does, others are served
+        except Exception:  # whatever one message causes, others are served
             logger.exception("event=message_failed socket=control")
             self.cut_off()
 
@@ -229,7 +229,7 @@ class _Peer(asyncio.Protocol):
         self.cut_off()
 
     def cut_off(self) -> list[asyncio.Task[bytes]]:
-        """Answers that were under way are cancelled: nobody waits for them. Returns them."""
+        """Disconnects; cancels the answers in preparation, for which nobody waits any more, and returns them."""
         self._transport.abort()
         for task in self._under_way:
             task.cancel()

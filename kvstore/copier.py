@@ -1,4 +1,4 @@
-"""Copies of blocks into slots, on threads beside the event loop; a few blocks are copied where they are wanted."""
+"""Copies of blocks into slots, on threads beside the event loop; a few blocks are copied on the calling thread."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvstore.local import LocalArena, to_end
 Write = Callable[[Sequence[int], Sequence[memoryview]], Sequence[int]]
 Todo = Sequence[tuple[int, Reservation, BlockHash | None]]  # index of a block, its slot, and its name if that was lent
 
-_NUM_COPIERS = 2  # a single thread does not use up what memory can do
-_PART_BYTES = 4 << 20  # that one of them takes at a time: where cores are busy, one may come late, or not at all
+_NUM_COPIERS = 2  # a single thread does not saturate memory bandwidth
+_PART_BYTES = 4 << 20  # that a thread takes at a time: on busy cores one thread may start late, or not at all
 
 
 class Copier:
@@ -27,7 +27,7 @@ class Copier:
         self._threads = ThreadPoolExecutor(max_workers=_NUM_COPIERS, thread_name_prefix="kv-copy")
 
     async def fill(self, local: LocalArena, todo: Todo, write: Write) -> list[Written]:
-        """Fills slots. Returns when nothing is being copied any more, also when it fails."""
+        """Fills slots. Returns, or raises, only when nothing is being copied any more."""
         step = self._part_blocks
         parts = deque((at, todo[at : at + step]) for at in range(0, len(todo), step))
         filled: dict[int, list[Written]] = {}
@@ -45,7 +45,7 @@ class Copier:
 
 
 def fill_here(local: LocalArena, todo: Todo, write: Write) -> list[Written]:
-    """Fills slots on the thread that calls."""
+    """Fills slots on the calling thread."""
     return local.copy(partial(_fill, local, todo, write)) if todo else []
 
 
@@ -55,7 +55,7 @@ def _copy(local: LocalArena, parts: deque[tuple[int, Todo]], filled: dict[int, l
         while parts:
             try:
                 at, part = parts.popleft()
-            except IndexError:  # the other one has it
+            except IndexError:  # the other thread has it
                 return
             filled[at] = fill_here(local, part, write)
     except BaseException:

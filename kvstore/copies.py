@@ -1,7 +1,7 @@
-"""Copies of a block's bytes past the caches, with their checksum on the way where it is wanted.
+"""Copies of a block's bytes that bypass the CPU caches, with a checksum computed on the way if wanted.
 
-They are compiled from `kvstore/csrc/copies.c`. Where nothing was compiled at installation, plain copies do the same.
-Other threads run meanwhile.
+They are compiled from `kvstore/csrc/copies.c`. If nothing was compiled at installation, plain copies do the same.
+Python's lock is released meanwhile.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 Buffer = memoryview | NDArray[np.uint8]
 
-_MIN_STREAM_BYTES = 1 << 16  # smaller copies may well be read from the cache before they leave it
+_MIN_STREAM_BYTES = 1 << 16  # smaller copies may well be read again while they are in the cache
 
 
 def copy(destination: Buffer, source: Buffer) -> None:
-    """Copies `source` into `destination` of the same length; ValueError where it has another."""
+    """Copies `source` into `destination`. Raises ValueError when their lengths differ."""
     target, bytes_ = _pair(destination, source)
     if _library is None or len(bytes_) < _MIN_STREAM_BYTES:
         np.copyto(target, bytes_)

@@ -1,4 +1,4 @@
-"""The leading run of blocks that several arenas hold together, and whom to ask for which of them. Pure."""
+"""The leading run of blocks that several arenas hold between them, and which arena to ask for which block. Pure."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from kvstore.records import ArenaRecord
 
 @dataclass(frozen=True)
 class Cover:
-    """The leading run of blocks that all arenas hold together: for each block, one arena and the slot there."""
+    """The leading run of blocks that all arenas hold between them: for each block, one arena and its slot there."""
 
     places: tuple[tuple[str, int], ...] = ()  # (arena id, slot)
     arenas: Mapping[str, ArenaRecord] = field(default_factory=dict)  # those that occur in places
 
 
 def stitch(runs: Mapping[str, Sequence[int | None]], prefer: str = "") -> list[tuple[str, int]]:
-    """For each block of the leading run of all arenas together, one arena and its slot.
+    """For each block of the combined leading run, one arena and its slot.
 
-    `runs[arena]` has a slot or None for each block. The preferred arena wherever it holds the block; else the one
-    that was used for the block before; else the one that goes on longest from here: few arenas, few requests.
+    `runs[arena]` has a slot or None for each block. Chooses the preferred arena wherever it holds the block; else the
+    one used for the previous block; else the one whose run from here is longest: few arenas, few requests.
     """
     places: list[tuple[str, int]] = []
     preferred = runs.get(prefer, ())

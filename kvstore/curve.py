@@ -1,8 +1,8 @@
 """Who may read from a store over the network: holders of the cluster's wire key, and nobody else.
 
-The wire key is one secret. Two CURVE key pairs follow from it, one of all stores and one of all readers, so whoever
-holds it can check the other side, and whoever does not can neither ask, answer nor listen. Sockets inside a machine
-need none of this: the mode of their folder is their lock.
+The wire key is one secret. Two CURVE key pairs are derived from it, one for all stores and one for all readers, so a
+holder can authenticate the other side, and anyone else can neither ask, answer nor eavesdrop. Sockets within a machine
+need none of this: they are protected by the mode of their folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils import z85
 
-CURVE_BYTES = 64  # a frame is longer by fewer than these when it is encrypted
+CURVE_BYTES = 64  # encryption makes a frame longer by less than this
 
 _KEY_BYTES = 32
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"  # of RFC 27: where ZeroMQ itself asks
@@ -32,7 +32,7 @@ def new_wire_key() -> str:
 
 
 class Curve:
-    """Both ends of a cluster's encrypted connections. ValueError for a wire key that is none."""
+    """Both ends of a cluster's encrypted connections. Raises ValueError for an invalid wire key."""
 
     def __init__(self, wire_key: str) -> None:
         try:
@@ -45,14 +45,14 @@ class Curve:
         self._reader = _pair(b"reader", secret)
 
     def guard(self, socket: zmq.Socket[Any]) -> None:
-        """Makes a store's socket, before it is bound, ask its context's `Doorkeeper` about each peer."""
+        """Makes a store's socket ask its context's `Doorkeeper` about each peer. To be called before it is bound."""
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._store[1])
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
-        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it, nobody at the door means: everybody in
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it, a missing ZAP handler would admit everybody
 
     def identify(self, socket: zmq.Socket[Any]) -> None:
-        """Makes a reader's socket, before it connects, prove who it is, and ask for the same."""
+        """Makes a reader's socket authenticate itself and the store. To be called before it connects."""
         socket.setsockopt(zmq.CURVE_SERVERKEY, self._store[0])
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self._reader[0])
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._reader[1])
@@ -62,7 +62,7 @@ class Curve:
 
 
 class Doorkeeper:
-    """Answers for all guarded sockets of a context. To be made before they are bound; goes with the context."""
+    """Authenticates the peers of all guarded sockets of a context. Create it before they are bound."""
 
     def __init__(self, context: zmq.asyncio.Context, curve: Curve) -> None:
         self._curve = curve
@@ -77,7 +77,7 @@ class Doorkeeper:
 
 
 def zap_answer(question: Sequence[bytes], curve: Curve) -> list[bytes]:
-    """Version, request id, status, reason, user, metadata. Whatever is not understood is a no."""
+    """Version, request id, status, reason, user, metadata. Anything that is not understood is refused."""
     request_id = question[1] if len(question) > 1 else b""
     is_welcome = (
         len(question) == _ZAP_FRAMES
@@ -91,7 +91,7 @@ def zap_answer(question: Sequence[bytes], curve: Curve) -> list[bytes]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine can reach `host`. A name other than localhost may mean anything."""
+    """Whether only this machine can reach `host`. False for names other than localhost, which may mean anything."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -99,6 +99,6 @@ def is_loopback(host: str) -> bool:
 
 
 def _pair(name: bytes, wire_key: bytes) -> tuple[bytes, bytes]:
-    """Public and secret key, in the text form that ZeroMQ takes. Any 32 bytes are a secret key of Curve25519."""
+    """Public and secret key, in ZeroMQ's text form. Any 32 bytes are a valid secret key of Curve25519."""
     secret_key = z85.encode(hashlib.sha256(b"baton-wire\0" + name + b"\0" + wire_key).digest())
     return zmq.curve_public(secret_key), secret_key

@@ -1,12 +1,12 @@
 """The directory: which arena holds which block, and who is alive. A thin shell over Redis, and a hint, never the truth.
 
-Who holds a block is one field of one hash (`kvstore/scripts.py` has the layout). What an arena holds counts for as long
-as its record does, whose time to live its heartbeat refreshes, so it is forgotten with a dead arena. The hash carries a
-marker for each arena that has announced all: where Redis was emptied it is lost, and everything is announced again.
-Every failure is a `DirectoryUnavailable` within the time-out.
+The holders of a block are one field of one Redis hash (`kvstore/scripts.py` has the layout). An arena's entries count
+as long as its record lives; its heartbeat refreshes the record's time to live, so a dead arena's entries expire. The
+hash has a marker for each arena that has announced everything: if Redis is emptied, the marker is lost, and the arena
+announces everything again. Every failure is a `DirectoryUnavailable` within the time-out.
 
-Each record carries the probe of who wrote it (`kvstore.blocks.PROBE`). One with another probe names blocks in another
-way, so nobody reads it.
+Each record carries its writer's probe (`kvstore.blocks.PROBE`). A record with a different probe comes from a process
+that names blocks differently, and is not read.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ __all__ = ["ArenaRecord", "Cover", "Directory", "NodeRecord", "Run"]
 
 logger = logging.getLogger(__name__)
 
-ON_DISK = 2**32 - 1  # in place of a slot: the arena's store has the block, and brings it back when it is asked for it
-_PAUSE_S = 0.5  # after a time-out, look-ups fail at once for so long
+ON_DISK = 2**32 - 1  # in place of a slot: the store has the block on disk, and promotes it on request
+_PAUSE_S = 0.5  # after a time-out, look-ups fail at once for this long
 _BATCH_BLOCKS = 1000  # announced in one round trip
-_SWEPT_FIELDS = 200  # of the inventory, looked at with each heartbeat for what the dead have left
-_MAX_PARSED = 1024  # records that are kept as they were read
+_SWEPT_FIELDS = 200  # of the hash, swept with each heartbeat for entries of dead arenas
+_MAX_PARSED = 1024  # parsed records that are cached
 
 
 class Directory:
-    """A client of the directory. Safe to share by the tasks of one event loop.
+    """A client of the directory. The tasks of one event loop may share it.
 
     `url` is redis://host:port or unix:///path. All methods but `close` raise `DirectoryUnavailable` when Redis does
     not answer within `timeout_s`. `probe` is this process's; tests set another one.
     """
 
     def __init__(self, url: str, cluster: str = "default", timeout_s: float = 1.0, probe: str = PROBE) -> None:
-        # One retry, and only where the connection broke: after a restart of Redis every pooled one is dead.
+        # One retry, and only for broken connections: after a restart of Redis every pooled one is dead.
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
             max_connections=16,
@@ -75,7 +75,7 @@ class Directory:
         self._sweep = self._redis.register_script(scripts.SWEEP)
 
     async def runs(self, hashes: Sequence[BlockHash]) -> dict[str, Run]:
-        """How many of the leading blocks each living arena holds, in one round trip; arenas with none are left out."""
+        """How many leading blocks each living arena holds, in one round trip; arenas with none are left out."""
         counts = parse_counts(await self._look_up(self._count, hashes) or b"")
         found = [(self._arena(text), run) for text, run in counts]
         return {record.arena_id: run for record, run in found if record is not None}
@@ -90,7 +90,7 @@ class Directory:
         return {arena_id: run for arena_id, run in runs.items() if run}
 
     async def cover(self, hashes: Sequence[BlockHash], prefer: str = "", avoid: Collection[str] = ()) -> Cover:
-        """The longest leading run that can be put together from all living arenas but those of `avoid`."""
+        """The longest leading run that can be assembled from all living arenas except those in `avoid`."""
         found = [(record, slots) for record, slots in await self._places(hashes) if record.arena_id not in avoid]
         places = stitch({record.arena_id: with_holes(slots) for record, slots in found}, prefer)
         used = {arena_id for arena_id, _ in places}
@@ -99,12 +99,12 @@ class Directory:
     async def announce(
         self, arena_id: str, blocks: Sequence[tuple[BlockHash, int]], gone: Sequence[BlockHash] = ()
     ) -> bool:
-        """Adds (hash, slot) pairs to an inventory and drops `gone`. False: the inventory is lost, announce all."""
+        """Adds (hash, slot) pairs to an inventory and removes `gone`. False: the inventory is lost, announce all."""
         async with self._bounded():
             return bool(await self._update(args=[self._prefix, arena_id, "", b"".join(gone), pack_places(blocks)]))
 
     async def announce_all(self, arena_id: str, blocks: Sequence[tuple[BlockHash, int]], ttl_s: float) -> None:
-        """Replaces the whole inventory of an arena whose heart beats. Until all of it is there, it counts as lost."""
+        """Replaces the whole inventory of an arena that has a heartbeat. Until it is complete, it counts as lost."""
         ttl_ms = int(ttl_s * 1000)
         async with self._bounded():
             await self._begin(args=[self._prefix, arena_id, ttl_ms])
@@ -147,7 +147,7 @@ class Directory:
             await batch.execute()
 
     async def check_scheme(self) -> None:
-        """To be called before joining. Raises `OtherScheme` when someone who lives names blocks in another way."""
+        """To be called before joining. Raises `OtherScheme` when a living member names blocks differently."""
         for kind, is_there in (
             ("arena", await self._has_strangers("arena", ArenaRecord)),
             ("node", await self._has_strangers("node", NodeRecord)),
@@ -183,7 +183,7 @@ class Directory:
         return f"{self._prefix}{kind}:{record_id}"
 
     def _parse(self, cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
-        """None for what is no record, and, with a word about it, for one of another scheme."""
+        """None for what is not a record, and, with a log line, for a record of another scheme."""
         record, probe = parse_signed(cls, text)
         if record is None or probe == self._probe:
             return record
@@ -205,7 +205,7 @@ class Directory:
             ids = sorted(_text(member) for member in await self._redis.smembers(self._set(kind)))
             texts = await self._redis.mget([self._record(kind, record_id) for record_id in ids]) if ids else []
             dead = [record_id for record_id, text in zip(ids, texts, strict=True) if text is None]
-            if dead:  # their time to live ran out; one that comes back adds itself again
+            if dead:  # expired; one that comes back adds itself again
                 await self._redis.srem(self._set(kind), *dead)
         return texts
 
@@ -218,13 +218,13 @@ class Directory:
         return self._parsed[text]
 
     async def _places(self, hashes: Sequence[BlockHash]) -> list[tuple[ArenaRecord, Slots]]:
-        """Each living arena, and where it has which of the leading blocks."""
+        """Each living arena, and the slots of the leading blocks that it has."""
         answer = await self._look_up(self._locate, hashes)
         found = [(self._arena(text), slots) for text, slots in parse_places(*answer)] if answer else []
         return [(record, slots) for record, slots in found if record is not None]
 
     async def _look_up(self, script: AsyncScript, hashes: Sequence[BlockHash]) -> Any:
-        """The script's answer in one round trip; None, and none, where that is vain."""
+        """The script's answer in one round trip; None, without a round trip, when there is nothing to look up."""
         if not hashes:
             return None
         if time.monotonic() < self._paused_until_s:
@@ -239,7 +239,7 @@ class Directory:
             async with asyncio.timeout(self._timeout_s):
                 yield
         except (TimeoutError, redis.exceptions.TimeoutError) as error:
-            # A Redis that hangs must not cost each request its time-out.
+            # A hanging Redis must not cost each request its time-out.
             self._paused_until_s = time.monotonic() + _PAUSE_S
             raise DirectoryUnavailable(f"Redis did not answer within {self._timeout_s} s") from error
         except (redis.exceptions.RedisError, OSError) as error:

@@ -2,12 +2,12 @@
 
 KVStoreError
 ├── DirectoryUnavailable   Redis does not answer; callers go on as if nothing were cached
-├── OtherScheme            the cluster names blocks in another way; who wants to join must not
+├── OtherScheme            the cluster names blocks differently; this process must not join
 ├── ArenaUnavailable       the store process does not answer
 ├── ArenaFull              every slot is being written; nothing can be evicted
 │   └── ArenaDraining      the store takes no new blocks, because an operator said so
 ├── AskFailed              a store could not do what its operator asked for
-└── BadFrame               a message that breaks the wire format or a limit; its sender is refused, nothing else happens
+└── BadFrame               a message breaks the wire format or a limit; it is refused, and nothing else happens
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class DirectoryUnavailable(KVStoreError):
 
 
 class OtherScheme(KVStoreError):
-    """The cluster's members and this process make different names of the same tokens."""
+    """The cluster's members and this process derive different names from the same tokens."""
 
 
 class ArenaUnavailable(KVStoreError):
@@ -34,11 +34,11 @@ class ArenaFull(KVStoreError):
 
 
 class ArenaDraining(ArenaFull):
-    """The store takes no new blocks until it is told otherwise; those that it holds can be read."""
+    """The store takes no new blocks until an operator ends it; those it holds can be read."""
 
 
 class AskFailed(KVStoreError):
-    """A store answered its operator that it cannot."""
+    """A store refused what its operator asked for."""
 
 
 class BadFrame(KVStoreError):

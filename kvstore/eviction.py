@@ -1,7 +1,7 @@
-"""Which block goes when room is needed, and which of those that go are worth a place on disk. Pure: no I/O, no clock.
+"""Which block to evict when room is needed, and which evicted blocks go to disk. Pure: no I/O, no clock.
 
-A policy keeps the names of all blocks that may go; whoever owns the bytes asks it for a victim. Every call takes
-constant time, amortised: a sweep passes over blocks that were touched since the last one, and each touch pays for it.
+A policy keeps the names of all blocks that may be evicted; the owner of the bytes asks it for a victim. Every call
+takes amortised constant time: a sweep passes over blocks touched since the last one, and each touch pays for it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, Generic, Protocol, TypeVar
 K = TypeVar("K", bound=Hashable)
 K_contra = TypeVar("K_contra", bound=Hashable, contravariant=True)
 
-MAX_USES = 3  # that S3-FIFO counts of a block: two bits, as in the paper
-GAP = 0.05  # of the capacity: what follows within so many arrivals belongs to the same request
+MAX_USES = 3  # the most uses that S3-FIFO counts per block: two bits, as in the paper
+GAP = 0.05  # of the capacity: uses within this many arrivals belong to the same request
 _PROVEN = -1
 
 
@@ -25,32 +25,32 @@ def _never(_: object) -> bool:
 
 
 class Eviction(Protocol[K]):
-    """What the owner of the bytes tells a policy, and asks of it. A key is inserted at most once at a time."""
+    """What the owner of the bytes tells a policy and asks of it. A key must not be inserted twice."""
 
     def insert(self, key: K) -> None:
-        """The block is there and may go."""
+        """The block is present and may be evicted."""
         ...
 
     def touch(self, key: K) -> None:
-        """The block, which is there, was used."""
+        """A present block was used."""
         ...
 
     def lend(self, key: K) -> None:
-        """Another arena takes a copy of the block, which is there: unless this one is used again, it goes first.
+        """Another arena copies a present block: unless this copy is used again, it is evicted first.
 
-        A block that was used a moment ago stays as it is: that is a hand-off within a request, and its next turn may
-        well come here. Of a chain the tail is to be lent last: it goes before the others.
+        A block that was used a moment ago keeps its place: that is a hand-off within a request, and the next turn may
+        well come here. Lend the tail of a chain last: it is evicted before the others.
         """
         ...
 
     def remove(self, key: K) -> None:
-        """The block, which is there, is gone for a reason of its owner's."""
+        """The owner dropped a present block for a reason of its own."""
         ...
 
     def victim(self, kept: Collection[K] = (), was_read: Callable[[K], bool] = _never) -> K | None:
-        """Removes and returns the block that goes; None when there is none, or all are in `kept`.
+        """Removes and returns the block to evict; None when there is none, or all are in `kept`.
 
-        `was_read` tells once of each use that nobody called `touch` for. Ends however often it says so.
+        `was_read` reports, once each, uses for which `touch` was not called. Terminates however often it is true.
         """
         ...
 
@@ -83,7 +83,7 @@ class LRU(Generic[K]):
     def __init__(self, capacity: int = 0, gap: float = GAP) -> None:
         self._gap = int(capacity * gap)
         self._num_arrivals = 0
-        self._keys: OrderedDict[K, int] = OrderedDict()  # least lately used first, with the arrivals until then
+        self._keys: OrderedDict[K, int] = OrderedDict()  # least recently used first; arrivals at its last use
 
     def insert(self, key: K) -> None:
         self._num_arrivals += 1
@@ -176,7 +176,7 @@ class S3FIFO(Generic[K]):
             key = self._look(kept, was_read)
             if key is not None:
                 return key
-        key = next((key for key in self if key not in kept), None)  # all of these are being read all the time
+        key = next((key for key in self if key not in kept), None)  # all blocks are being read continuously
         if key is not None:
             self.remove(key)
         return key
@@ -186,7 +186,7 @@ class S3FIFO(Generic[K]):
         is_new = len(self._small) >= self._small_size or not self._main
         key, uses = (self._small if is_new else self._main).popitem(last=False)
         uses.count += was_read(key)
-        if key not in kept and uses.count <= is_new:  # the one use of a new block may be its hand-off
+        if key not in kept and uses.count <= is_new:  # a new block's single use may be its hand-off
             if is_new:
                 self._remember(key)
             return key

@@ -1,7 +1,7 @@
-"""Cuts off whoever sends a store a message that never ends.
+"""Disconnects peers that send a store a message that never ends.
 
-ZeroMQ hands out whole messages and bounds each of their frames, but not how many there are; until the last one it keeps
-them all. The kernel counts what came over each connection, so what is more than was handed out can be told.
+ZeroMQ delivers whole messages and bounds the size of each frame, but not their number; it keeps them all until the last
+one. The kernel counts the bytes of each connection, so the excess over what was delivered can be determined.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _EVENT = struct.Struct("=HI")  # event, value: the descriptor
 _FRAME_BYTES = 16 + CURVE_BYTES  # what the wire adds to a frame, at most
-_UNTAKEN_BYTES = 8 << 20  # beyond what was handed out: whole questions may wait for their turn
+_UNTAKEN_BYTES = 8 << 20  # beyond what was delivered: whole questions may be queued
 _LOOK_S = 0.1
 
 
@@ -32,7 +32,7 @@ class FloodGuard:
     """Watches all connections of a listening socket. Holds a descriptor for each while it is open."""
 
     def __init__(self, context: zmq.asyncio.Context, listener: zmq.Socket[Any]) -> None:
-        """To be made before the socket is bound."""
+        """To be created before the socket is bound."""
         address = f"inproc://flood-{id(self)}"
         listener.monitor(address, _EVENTS)
         self._listener = listener
@@ -44,10 +44,10 @@ class FloodGuard:
         self._taken_bytes: dict[int, int] = {}
 
     def took(self, frames: Sequence[zmq.Frame]) -> None:
-        """A message was handed out."""
+        """ZeroMQ delivered a message."""
         try:
             descriptor = int(frames[-1].get(zmq.SRCFD))
-        except zmq.ZMQError:  # ZeroMQ does not know any more
+        except zmq.ZMQError:  # ZeroMQ does not know it any more
             return
         if descriptor in self._meters:
             self._taken_bytes[descriptor] += sum(len(frame) + _FRAME_BYTES for frame in frames)

@@ -1,6 +1,6 @@
-"""The folder of a store on its machine, as the store process sees it: taken, swept, and left as if it had never been.
+"""The folder of a store on its machine, as the store process sees it: taken over, cleaned, and removed at the end.
 
-What lies in it is said in `kvstore.local`.
+Its contents are described in `kvstore.local`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 
 class StoreFolder:
-    """Held from `take` to `leave`; the kernel lets go of it when the process dies."""
+    """Held from `take` to `leave`; the kernel releases it when the process dies."""
 
     def __init__(self, paths: StorePaths) -> None:
         self.paths = paths
         self._lock: FileLock | None = None
 
     def take(self) -> str:
-        """Takes the folder over, and removes what a store that was killed has left there: its arena's id, or "".
+        """Takes the folder over, and removes what a killed store left there; returns that store's arena id, or "".
 
-        `ArenaUnavailable` while it belongs to a store that is alive.
+        Raises `ArenaUnavailable` while the folder belongs to a living store.
         """
         self.paths.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.paths.lock.touch(mode=0o600)
@@ -44,11 +44,11 @@ class StoreFolder:
             self._lock.remove()
         try:
             self.paths.dir.rmdir()
-        except OSError as error:  # somebody else keeps files there
+        except OSError as error:  # somebody else has files there
             logger.info("event=dir_kept dir=%s error=%r", self.paths.dir, error)
 
     def dead_writers(self, known: set[str]) -> list[str]:
-        """Writers of `known`, or with a file, whose lock is gone. One that is merely stopped keeps its lock."""
+        """Writers in `known`, or with a file, whose lock is free. A writer that is merely stopped keeps its lock."""
         dead = []
         for writer_id in known | {path.stem for path in self.paths.writers.glob("*.lock")}:
             try:

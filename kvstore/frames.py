@@ -1,12 +1,12 @@
-"""The wire: what stores and their clients say to each other, as bytes. Pure; knows no socket.
+"""The wire format: the messages between stores and their clients, as bytes. Pure; knows no socket.
 
 Each message is one frame: a header (magic, version, kind, status, count, request id), fixed fields of its kind, then
 `count` items of fixed size. The answer to `Get` is followed by one frame of raw bytes for each block that it names,
-that to an operator's `Ask` by one frame of JSON (`kvstore.told` says of what). Everything read is checked: what breaks
-the format, or a limit, is a `BadFrame` and nothing else.
+the answer to an operator's `Ask` by one frame of JSON (see `kvstore.told`). Everything read is checked: a message that
+breaks the format, or a limit, is a `BadFrame` and nothing else.
 
 A reader that wants more than `part_blocks` asks several times and need not wait in between: while one part is on its
-way, the one before it can be checked.
+way, the one before it can be verified.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from kvstore.quotas import NO_TENANT, SHARED, Owner
 MAGIC = b"BATN"
 VERSION = 4
 MAX_BLOCKS = 4096  # in one message
-MAX_QUESTIONS = 32  # of one reader that a store has to answer at a time; what is beyond, it may drop
+MAX_QUESTIONS = 32  # of one reader that a store must answer at a time; it may drop those beyond
 _PART_BLOCKS = 256  # frames of one answer
 _PART_BYTES = 1 << 21
-_LATER_PARTS = 4  # of an answer on a stream are so many times as long as its first one
+_LATER_PARTS = 4  # later parts of a streamed answer are this many times as long as the first
 _HEADER = struct.Struct("<4sBBHIQ")  # magic, version, kind, status, count, request id
 _IDS = struct.Struct("<16s16s")  # arena and writer; 32 hex digits each everywhere else
 _IDS_AND_OWNER = struct.Struct("<16s16s16sI")  # arena, writer, tenant, quota in blocks
@@ -42,12 +42,12 @@ MAX_ROWS = 200  # blocks in one answer to an operator
 
 
 def part_blocks(slot_bytes: int) -> int:
-    """How many blocks one answer brings at most. One at a time where they are large."""
+    """The most blocks in one answer; 1 if they are large."""
     return max(1, min(_PART_BLOCKS, _PART_BYTES // slot_bytes))
 
 
 def stream_parts(num_blocks: int, slot_bytes: int) -> Iterator[range]:
-    """How an answer on a stream is split up: a short part first, whose blocks set out soon, then few long ones."""
+    """How an answer on a stream is divided: a short part first, so that sending starts soon, then a few long ones."""
     first, step = 0, part_blocks(slot_bytes)
     while first < num_blocks:
         yield range(first, min(first + step, num_blocks))
@@ -56,13 +56,13 @@ def stream_parts(num_blocks: int, slot_bytes: int) -> Iterator[range]:
 
 class Status(enum.IntEnum):
     OK = 0
-    STALE = 1  # the message is for an arena that is no more
+    STALE = 1  # the message is for an arena that no longer exists
     FULL = 2
     DRAINING = 3  # the store takes no new blocks; what it holds can be read
 
 
 class Verb(enum.IntEnum):
-    """What an operator wants of a store."""
+    """What an operator asks of a store."""
 
     STATS = 1
     LIST = 2
@@ -75,7 +75,7 @@ class Verb(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Message:
-    """What all messages share; `request_id` ties an answer to its question."""
+    """What all messages share; `request_id` matches an answer to its question."""
 
     request_id: int
 
@@ -84,7 +84,7 @@ class Message:
     item: ClassVar[struct.Struct]
 
     def encode(self) -> bytes:
-        """The message's frame. ValueError when it is over a limit."""
+        """The message's frame. Raises ValueError when it exceeds a limit."""
         items = list(self._items())
         if len(items) > MAX_BLOCKS:
             raise ValueError(f"{len(items)} blocks in one message; at most {MAX_BLOCKS}")
@@ -107,7 +107,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Reserve(Message):
-    """Writer to store: slots for these blocks, all of one owner."""
+    """Writer to store: asks for slots for these blocks, all of one owner."""
 
     arena_id: str
     writer_id: str
@@ -134,7 +134,7 @@ class Reserve(Message):
 
 @dataclass(frozen=True)
 class Reserved(Message):
-    """Store to writer: for each block its slot, or None where nothing is to be written."""
+    """Store to writer: for each block its slot, or None if it need not be written."""
 
     status: Status
     reservations: Sequence[Reservation | None] = ()
@@ -203,7 +203,7 @@ class Committed(Message):
 
 @dataclass(frozen=True)
 class Get(Message):
-    """Reader to store: send the leading run of these blocks that is there, and no more than `part_blocks`."""
+    """Reader to store: send the leading run of these blocks that you have, at most `part_blocks`."""
 
     hashes: Sequence[BlockHash]
 
@@ -220,7 +220,7 @@ class Get(Message):
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """What a payload frame has to be."""
+    """What a payload frame must match."""
 
     key: BlockHash
     length: int  # bytes
@@ -229,7 +229,7 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class Got(Message):
-    """Store to reader: for each block of the run what its frame holds; then come the frames."""
+    """Store to reader: what each block's frame holds; the frames follow."""
 
     blocks: Sequence[BlockInfo]
 
@@ -246,7 +246,7 @@ class Got(Message):
 
 @dataclass(frozen=True)
 class Ask(Message):
-    """Operator to store. `prefix`, `offset` and `limit` choose a LIST's page, `hashes` are for INSPECT and EVICT."""
+    """Operator to store. `prefix`, `offset` and `limit` select a page of LIST; `hashes` are for INSPECT and EVICT."""
 
     verb: Verb
     hashes: Sequence[BlockHash] = ()
@@ -297,9 +297,9 @@ class Told(Message):
 
 @dataclass(frozen=True)
 class Filled(Message):
-    """Writer to store: what became of slots that were lent, all of one owner without a quota; and how many to lend now.
+    """Writer to store: how lent slots were used, all by one owner without a quota, and how many more to lend.
 
-    The answer is a `Reserved` with the slots that are lent.
+    The answer is a `Reserved` with the newly lent slots.
     """
 
     arena_id: str
@@ -336,7 +336,7 @@ _KINDS: dict[int, type[Message]] = {
 
 
 def decode(frame: bytes | memoryview) -> Message:
-    """The message in a frame of any origin. `BadFrame` when it is not exactly one."""
+    """The message in a frame of untrusted origin. Raises `BadFrame` unless it is exactly one message."""
     if not _HEADER.size <= len(frame) <= MAX_FRAME_BYTES:
         raise BadFrame(f"frame of {len(frame)} bytes")
     magic, version, kind, status, count, request_id = _HEADER.unpack_from(frame)

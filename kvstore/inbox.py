@@ -1,6 +1,6 @@
-"""A ZeroMQ socket on an event loop, without a future a message: what came is handed on at once, in bursts.
+"""A ZeroMQ socket on an event loop without a future per message: messages are handed on at once, in bursts.
 
-Small parts of many blocks need this: pyzmq's own asyncio sockets take longer for a message than checking it does.
+Small parts of many blocks need this: pyzmq's own asyncio sockets take longer for a message than verifying it takes.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import zmq.asyncio
 
 Take = Callable[[list[zmq.Frame]], None]
 
-_BURST = 64  # messages, before the loop sees to others
+_BURST = 64  # messages, before the event loop runs other tasks
 
 
 def plain_socket(context: zmq.asyncio.Context, kind: zmq.SocketType) -> zmq.Socket[bytes]:
-    """A socket whose methods do not wait. `zmq.ZMQError` when no descriptor is left."""
+    """A socket whose methods do not wait. Raises `zmq.ZMQError` when no file descriptor is left."""
     return context.socket(kind, zmq.Socket)  # type: ignore[arg-type, return-value]
 
 
 class Inbox:
     """Calls `take` with each message that `socket` receives, until it is closed. `take` must not raise.
 
-    The socket's descriptor tells of a change once, and sending may take that in: whoever sends calls `wake`.
+    The socket's descriptor signals a change only once, and sending may consume the signal: call `wake` after sending.
     """
 
     def __init__(self, socket: zmq.Socket[Any], take: Take) -> None:
@@ -38,7 +38,7 @@ class Inbox:
         self.wake()
 
     def wake(self) -> None:
-        """Looks soon whether something is there."""
+        """Looks for messages soon."""
         if not self._is_woken:
             self._is_woken = True
             self._loop.call_soon(self._receive)

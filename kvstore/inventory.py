@@ -1,6 +1,6 @@
-"""What the directory's scripts answer, taken apart: who holds which blocks, and how many of them. Pure.
+"""Parses the answers of the directory's scripts: who holds which blocks, and how many of them. Pure.
 
-`kvstore/scripts.py` says how it is packed. Slots are read by numpy, all at one go.
+`kvstore/scripts.py` describes the packing. Slots are read by numpy, all at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Run:
 
 
 def pack_places(blocks: Iterable[tuple[BlockHash, int]]) -> bytes:
-    """Blocks that came, and their slots."""
+    """Packs new blocks and their slots."""
     return b"".join([_CAME.pack(block_hash, slot) for block_hash, slot in blocks])
 
 
@@ -48,7 +48,7 @@ def parse_counts(answer: bytes) -> list[tuple[bytes, Run]]:
 
 
 def parse_places(arenas: bytes, values: bytes) -> list[tuple[bytes, Slots]]:
-    """The record of each living arena, and where it has the leading blocks: slots, and `NOWHERE` for holes."""
+    """The record of each living arena, and the slots of the leading blocks there, with `NOWHERE` for holes."""
     records, numbers, at = list[bytes](), list[int](), 0
     while at + _LOCATED.size <= len(arenas):
         number, length = _LOCATED.unpack_from(arenas, at)
@@ -59,7 +59,7 @@ def parse_places(arenas: bytes, values: bytes) -> list[tuple[bytes, Slots]]:
 
 
 def leading(slots: Slots) -> list[int]:
-    """Up to the first hole."""
+    """The slots up to the first hole."""
     holes = np.flatnonzero(slots == NOWHERE)
     run: list[int] = slots[: holes[0] if len(holes) else len(slots)].tolist()
     return run
@@ -99,7 +99,7 @@ def _table(numbers: Slots, values: bytes) -> Slots:
 
 
 def _of_same_holders(values: bytes) -> tuple[list[int], Slots] | None:
-    """Where all blocks have the same holders, as most runs do: these, and the slots, [block, holder]."""
+    """If all blocks have the same holders, as in most runs: the holders, and the slots `[block, holder]`."""
     count = int.from_bytes(values[:2])
     if not count or len(values) % (2 + 8 * count):
         return None
@@ -112,7 +112,7 @@ def _of_same_holders(values: bytes) -> tuple[list[int], Slots] | None:
 
 
 def _values(words: Slots) -> tuple[Slots, Slots]:
-    """At which word each block's value begins, and how many holders it has. What is not whole is left out."""
+    """The word at which each block's value begins, and its number of holders. Incomplete values are left out."""
     starts, ends, sizes, at = list[int](), list[int](), words.tolist(), 0
     while at < len(sizes) and (end := at + 1 + 4 * sizes[at]) <= len(sizes):
         starts.append(at)

@@ -1,7 +1,7 @@
-"""How fast blocks come from each arena, measured from what came, and what is on its way. Pure: times are passed in.
+"""How fast blocks come from each arena, measured on those that came, and what is in flight. Pure: times are passed in.
 
-The mapped arena is a link too: there the copy into the reader's memory is what takes time. So is the disk behind an
-arena, also behind the mapped one: its blocks come over the wire like another machine's, and later than those in memory.
+The mapped arena is a link too: there, the copy into the reader's memory takes the time. So is the disk behind an
+arena, even the mapped one: its blocks come over the wire like another machine's, and later than those in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from kvstore.directory import ON_DISK
 
 HALF_LIFE_BYTES = 64 * 2**20
-# A link that nobody used for so long counts as unknown: one that was slow once would never be measured again.
+# After this long without use a link counts as unknown; otherwise a link once slow would never be measured again.
 MEMORY_S = 30.0
 
 
@@ -24,24 +24,24 @@ def link_of(place: tuple[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Blocks of a row that come over one link."""
+    """Consecutive blocks that come over one link."""
 
     num_blocks: int
-    bytes_per_s: float = 0.0  # of the link; 0.0: not known
-    in_flight_bytes: int = 0  # that it has to bring before
+    bytes_per_s: float = 0.0  # of the link; 0.0: unknown
+    in_flight_bytes: int = 0  # that it has to deliver first
 
 
 @dataclass
 class Traffic:
-    """Sums over all that came: ask twice and subtract."""
+    """Sums over all that came; subtract two readings for a rate."""
 
     num_blocks: int = 0
     num_bytes: int = 0
-    seconds: float = 0.0  # while something was on its way
+    seconds: float = 0.0  # while something was in flight
 
 
 class Link:
-    """One way in. It brings one thing after the other, so waiting for those before is no part of its speed."""
+    """One source of blocks. It transfers one thing after the other, so time spent queueing is not part of its speed."""
 
     def __init__(self) -> None:
         self.in_flight_bytes = 0
@@ -50,18 +50,18 @@ class Link:
         self._seconds = 0.0
 
     def bytes_per_s(self, now_s: float) -> float:
-        """A moving average, 0.0 when nothing is known. It fades by bytes: small transfers say little about large."""
+        """A moving average, 0.0 if unknown. It is weighted by bytes: small transfers say little about large ones."""
         is_known = self._seconds > 0.0 and now_s - self.used_at_s < MEMORY_S
         return self._bytes / self._seconds if is_known else 0.0
 
     def begin(self, num_bytes: int) -> None:
-        """So many bytes are asked for."""
+        """`num_bytes` have been requested."""
         self.in_flight_bytes += num_bytes
 
     def end(self, num_bytes: int, arrived_bytes: int, began_s: float, ended_s: float) -> float:
-        """Of `num_bytes` asked for, so many came; returns the seconds that the link was busy with them alone.
+        """Of `num_bytes` requested, `arrived_bytes` came; returns the seconds that the link was busy with them alone.
 
-        A transfer that brought nothing is no measurement.
+        A transfer that brought nothing is not a measurement.
         """
         self.in_flight_bytes -= num_bytes
         if not arrived_bytes:
@@ -78,7 +78,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Blocks on their way over one link."""
+    """Blocks in flight over one link."""
 
     link: Link
     traffic: Traffic
@@ -86,7 +86,7 @@ class Transfer:
     slot_bytes: int
 
     def end(self, num_arrived: int, began_s: float, ended_s: float) -> None:
-        """So many of them came, between these two moments."""
+        """`num_arrived` of them came, between these two moments."""
         num_bytes = num_arrived * self.slot_bytes
         self.traffic.seconds += self.link.end(self.num_blocks * self.slot_bytes, num_bytes, began_s, ended_s)
         self.traffic.num_blocks += num_arrived
@@ -104,13 +104,13 @@ class Links:
         self._links: dict[str, Link] = {}
 
     def begin(self, name: str, num_blocks: int, is_local: bool = False) -> Transfer:
-        """So many blocks are asked for; its `end` must follow."""
+        """`num_blocks` have been requested; `Transfer.end` must follow."""
         link = self._link(name)
         link.begin(num_blocks * self._slot_bytes)
         return Transfer(link, self.local if is_local else self.remote, num_blocks, self._slot_bytes)
 
     def stretches(self, places: Sequence[tuple[str, int]]) -> list[Stretch]:
-        """What would bring blocks from these places (arena id, slot), one a block."""
+        """The links that would bring blocks from these places (arena id, slot), one place per block."""
         stretches: list[Stretch] = []
         last = None
         for name in map(link_of, places):

@@ -2,7 +2,7 @@
 
     arena.json          which arena lives here now; replaced in one go, so that a changed file is a new arena
     arena-*.mem         the arena's memory, mapped by everyone
-    control             socket of the store process, for who writes and for its operator
+    control             socket of the store process, for writers and its operator
     store.lock          held by the store process as long as it lives
     writers/<id>.lock   held by a writer as long as it may write
 
@@ -37,9 +37,9 @@ from kvstore.memory import touch_behind
 from kvstore.quotas import NO_TENANT, Owner
 from kvstore.slot_index import SlotIndex
 
-_LENT_BYTES = 32 << 20  # that a writer has ahead: what a node copies at a time, and once more
-_HOPE_S = 1.0  # after which a store that had not enough to lend is asked for more again
-_MAX_UNTOLD = MAX_POSTED - 2  # takes that the store has not confirmed; a wish and what is given back come beside them
+_LENT_BYTES = 32 << 20  # lent ahead to a writer: twice what a node copies at a time
+_HOPE_S = 1.0  # how long until a store that had too few slots is asked for more again
+_MAX_UNTOLD = MAX_POSTED - 2  # unconfirmed takes; requests for slots, and returned slots, come on top
 
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit for a unix socket
 
@@ -75,21 +75,21 @@ class StorePaths:
 
 @dataclass(frozen=True)
 class Description:
-    """What arena.json says."""
+    """The contents of arena.json."""
 
     arena_id: str
     num_slots: int
     slot_bytes: int
 
     def write(self, path: Path) -> None:
-        """Puts the file in place in one go."""
+        """Puts the file in place atomically."""
         new = path.with_suffix(".new")
         new.write_text(json.dumps(asdict(self)))
         new.rename(path)
 
     @classmethod
     def read(cls, path: Path) -> Description:
-        """OSError when there is none, ValueError when it is none."""
+        """Raises OSError when there is no file, ValueError when it is not a description."""
         data = json.loads(path.read_text())
         try:
             description = cls(uuid.UUID(data["arena_id"]).hex, int(data["num_slots"]), int(data["slot_bytes"]))
@@ -101,9 +101,9 @@ class Description:
 
 
 def map_memory(path: Path, description: Description) -> memoryview:
-    """Maps an arena's memory. OSError when it is gone, ValueError when it is too small.
+    """Maps an arena's memory. Raises OSError when it is gone, ValueError when it is too small.
 
-    The mapping is never closed by hand: it goes with its last view, and a file that was removed stays readable.
+    The mapping is never closed explicitly: it ends with its last view, and stays readable when the file is removed.
     """
     with path.open("r+b") as file:
         memory = mmap.mmap(file.fileno(), arena_bytes(description.num_slots, description.slot_bytes))
@@ -112,7 +112,7 @@ def map_memory(path: Path, description: Description) -> memoryview:
 
 
 class FileLock:
-    """A lock that the kernel takes away when the process dies."""
+    """A lock that the kernel releases when the process dies."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
@@ -120,7 +120,7 @@ class FileLock:
 
     @classmethod
     def take(cls, path: Path) -> FileLock | None:
-        """The lock on a file that exists; None while somebody else has it. OSError when there is no such file."""
+        """The lock on an existing file; None while another process holds it. Raises OSError without such a file."""
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +131,7 @@ class FileLock:
 
     @classmethod
     def create(cls, path: Path) -> FileLock:
-        """A new file that nobody ever sees unlocked."""
+        """A new file that is never visible unlocked."""
         new = path.with_suffix(".new")
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,7 +139,7 @@ class FileLock:
         return cls(path, fd)
 
     def remove(self) -> None:
-        """Removes the file, then lets go of the lock."""
+        """Removes the file, then releases the lock."""
         self.path.unlink(missing_ok=True)
         os.close(self._fd)
 
@@ -147,12 +147,12 @@ class FileLock:
 class LocalArena:
     """One process's mapping of its machine's arena, and its right to write to it.
 
-    After any doubt (a time-out, an error between `reserve` and `commit`) it is retired and another one is opened:
-    once no copy is under way its lock is gone, and the store takes back what it had reserved.
+    When in doubt (a time-out, an error between `reserve` and `commit`) it is retired and another one is opened:
+    once no copy is running its lock is released, and the store takes back what it had reserved.
     """
 
     def __init__(self, paths: StorePaths, timeout_s: float) -> None:
-        """OSError or ValueError when there is no store. Whether it can be called shows when it is."""
+        """Raises OSError or ValueError when there is no store. Whether it answers shows only at the first call."""
         description = Description.read(paths.description)
         self.arena_id = description.arena_id
         memory = map_memory(paths.memory(self.arena_id), description)
@@ -171,11 +171,12 @@ class LocalArena:
         self._is_retired = False
 
     def take(self, hashes: Sequence[BlockHash], owner: Owner, all_or_none: bool = False) -> list[Reservation | None]:
-        """Slots that were lent ahead, without a question, for the leading blocks, as far as they go.
+        """Slots lent ahead for the leading blocks, as far as they suffice, without a call.
 
-        None where a block is there, or being written here. Nothing for an owner who has a quota, from a store that
-        drains, and with `all_or_none` where there may not be enough: then the store has to be asked. Whoever got
-        something fills and finishes the slots, and says so to `tell`, or retires this arena.
+        None in place of a slot for a block that is already there, or being written by this process. An empty list for
+        an owner with a quota, from a draining store, and, with `all_or_none`, if there may be too few slots: then the
+        store has to be asked. A caller that got slots fills and finishes them and reports with `tell`, or retires this
+        arena.
         """
         is_bounded = owner.quota_blocks is not None
         if is_bounded or self.map.is_draining or not self._channel.is_open or self._num_untold >= _MAX_UNTOLD:
@@ -187,9 +188,9 @@ class LocalArena:
         return slots
 
     def finish(self, items: Iterable[tuple[BlockHash, Written]]) -> None:
-        """Completes the headers of slots that were lent and are filled now: from here on, readers see the blocks.
+        """Completes the headers of lent slots that have been filled: from here on, readers see the blocks.
 
-        Within `copy`, which is what keeps the slots this writer's.
+        To be called within `copy`, which keeps the slots this writer's.
         """
         for block_hash, item in items:
             if self.map.generation(item.slot) != item.generation:
@@ -203,13 +204,13 @@ class LocalArena:
         written: Sequence[Written],
         owner: Owner,
     ) -> None:
-        """Tells the store of blocks for which `take` gave `slots`, and does not wait for it; more slots come behind."""
+        """Reports the blocks for which `take` gave `slots` to the store, without waiting; more slots come later."""
         self._post(self._lent.settle(hashes, slots, written), owner.tenant, num_told=1)
 
     def borrow(self, num_blocks: int) -> None:
-        """Asks for slots to be lent to who writes so many blocks at a time. They come behind.
+        """Asks the store to lend slots to a writer of `num_blocks` at a time, without waiting for them.
 
-        Not yet after the first time: many a writer writes once.
+        Does nothing at the first call: many writers write only once.
         """
         if self._is_regular:
             self._lent.need(num_blocks)
@@ -218,7 +219,7 @@ class LocalArena:
         self._is_regular = True
 
     async def reserve(self, hashes: Sequence[BlockHash], owner: Owner) -> list[Reservation | None]:
-        """See `Arena.reserve`. `ArenaUnavailable` when the store does not answer, `ArenaFull`, `ArenaDraining`."""
+        """See `Arena.reserve`. Raises `ArenaUnavailable` without an answer, `ArenaFull`, `ArenaDraining`."""
         question = partial(Reserve, arena_id=self.arena_id, writer_id=self._writer_id, hashes=hashes, owner=owner)
         answer = (await self._channel.request(question, self._timeout_s)).message
         if not isinstance(answer, Reserved) or answer.status is Status.STALE:
@@ -235,7 +236,7 @@ class LocalArena:
         return list(answer.reservations)
 
     async def commit(self, written: Sequence[Written]) -> int:
-        """How many blocks are ready now. `ArenaUnavailable` when the store does not answer."""
+        """How many of these blocks are ready now. Raises `ArenaUnavailable` when the store does not answer."""
         question = partial(Commit, arena_id=self.arena_id, writer_id=self._writer_id, written=written)
         answer = (await self._channel.request(question, self._timeout_s)).message
         if not isinstance(answer, Committed) or answer.status is not Status.OK:
@@ -243,7 +244,7 @@ class LocalArena:
         return answer.num_blocks
 
     def copy(self, fill: Callable[[], list[Written]]) -> list[Written]:
-        """Runs `fill`, on whatever thread; the writer's lock is held until it ends."""
+        """Runs `fill` on the calling thread; the writer's lock is held until it ends."""
         with self._guard:
             if self._lock is None:
                 raise ArenaUnavailable("retired")
@@ -275,11 +276,11 @@ class LocalArena:
 
     @property
     def is_broken(self) -> bool:
-        """The store process went away. What is mapped stays readable."""
+        """Whether the store process is gone. What is mapped stays readable."""
         return self._channel.is_broken
 
     def retire(self) -> None:
-        """Ends all questions under way, and the right to write once no copy is under way. Payloads stay readable."""
+        """Ends all pending calls, and the right to write once no copy is running. Payloads stay readable."""
         self._channel.close()
         with self._guard:
             self._is_retired = True
@@ -292,7 +293,7 @@ class LocalArena:
 
 
 async def to_end(futures: Sequence[asyncio.Future[Any]]) -> None:
-    """Waits until all `futures` are done, even when cancelled; the cancellation goes on afterwards."""
+    """Waits until all `futures` are done, even when cancelled; the cancellation is raised afterwards."""
     cancelled: asyncio.CancelledError | None = None
     while not all(future.done() for future in futures):
         try:

@@ -1,4 +1,4 @@
-"""An arena's memory: a file, mapped, taken whole and touched at the start, in huge pages where the kernel grants them.
+"""An arena's memory: a mapped file, allocated and touched at the start, in huge pages where the kernel grants them.
 
 The first touch of a page costs far more than a copy into it, so it is not left to a request. Most kernels give files
 in shared memory no huge pages unless the mount asks for them (`huge=advise`); asking costs nothing.
@@ -23,13 +23,13 @@ _MAX_HEAP_BLOCK_BYTES = 32 << 20  # the C library takes no more
 
 
 def create_memory(path: Path, size: int) -> memoryview:
-    """A new file of `size` bytes, mapped. All of it is taken now, so that no write can ever find the disk full."""
+    """A new mapped file of `size` bytes. All of it is allocated now, so no write can ever find the mount full."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         _check_room(path.parent, size)
         os.ftruncate(fd, size)
         memory = mmap.mmap(fd, size)
-        is_touched = touch(memory)  # before the file has pages: those that it has already would stay small
+        is_touched = touch(memory)  # before the file has pages, as existing ones would stay small
         os.posix_fallocate(fd, 0, size)
         if not is_touched:
             for start in range(0, size, _STEP):
@@ -45,7 +45,7 @@ def create_memory(path: Path, size: int) -> memoryview:
 
 
 def touch(memory: mmap.mmap) -> bool:
-    """Maps all pages of a mapping, huge ones where they may be. False where the kernel is too old, or has no room."""
+    """Populates all pages of a mapping, huge ones if possible. False if the kernel is too old, or has no room."""
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except (OSError, AttributeError) as error:  # a kernel without them
@@ -60,15 +60,15 @@ def touch(memory: mmap.mmap) -> bool:
 
 
 def touch_behind(memory: mmap.mmap) -> None:
-    """The same on a thread: whoever maps an arena while it serves requests does not wait for it."""
+    """The same on a thread, for a process that maps an arena while it serves requests."""
     threading.Thread(target=touch, args=(memory,), name="kv-touch", daemon=True).start()
 
 
 def reuse_freed_memory(kept_bytes: int) -> None:
-    """Lets the C library keep up to so much freed memory a thread, of this whole process, for what is allocated next.
+    """Lets the C library keep up to `kept_bytes` of freed memory per thread, in this whole process, for reuse.
 
-    It would return large pieces to the kernel at once otherwise, and whoever receives block after block would touch
-    new pages all the time, which takes longer than receiving. Does nothing where the C library has no such thing.
+    Otherwise it returns large pieces to the kernel at once, and a process that receives block after block would touch
+    new pages all the time, which takes longer than receiving. Does nothing if the C library has no such option.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -79,14 +79,14 @@ def reuse_freed_memory(kept_bytes: int) -> None:
 
 
 def _check_room(folder: Path, size: int) -> None:
-    """A file system that says that it has too little is believed before anything is taken from it."""
+    """Raises if the file system reports too little room, before anything is allocated."""
     status = os.statvfs(folder)
     if status.f_blocks and status.f_bavail * status.f_frsize < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _huge_bytes(path: Path) -> int:
-    """How much of a mapped file lies in huge pages; 0 where nobody tells."""
+    """How much of a mapped file is in huge pages; 0 if unknown."""
     try:
         lines = Path("/proc/self/smaps").read_text(errors="replace").splitlines()
     except OSError:

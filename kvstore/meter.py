@@ -1,6 +1,6 @@
 """Bytes that came over a TCP connection, as the kernel counts them.
 
-ZeroMQ hands out whole messages and keeps the parts of one that never ends; nothing of its own tells how many it keeps.
+ZeroMQ delivers whole messages and keeps the parts of one that never ends, and offers no way to see how many it keeps.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _BYTES_RECEIVED = struct.Struct("=Q")
 
 
 class Meter:
-    """Of one connection, for as long as it is open. Holds a descriptor of its own until `close`."""
+    """Counts one connection for as long as it is open. Holds a file descriptor of its own until `close`."""
 
     def __init__(self, descriptor: int) -> None:
-        """OSError when that is no TCP connection, or not any more."""
+        """Raises OSError when that is not a TCP connection, or not any more."""
         self._socket = socket.socket(fileno=os.dup(descriptor))
         try:
             self.received_bytes()
@@ -26,7 +26,7 @@ class Meter:
             raise
 
     def received_bytes(self) -> int:
-        """All since the connection was made. OSError when the kernel does not tell."""
+        """All bytes since the connection was made. Raises OSError when the kernel does not tell."""
         size = _BYTES_RECEIVED_AT + _BYTES_RECEIVED.size
         info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
         if len(info) < size:
@@ -34,7 +34,7 @@ class Meter:
         return int(_BYTES_RECEIVED.unpack_from(info, _BYTES_RECEIVED_AT)[0])
 
     def cut_off(self) -> None:
-        """Ends the connection, for both sides. OSError when it has ended."""
+        """Ends the connection, for both sides. Raises OSError when it has already ended."""
         self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:

@@ -1,5 +1,5 @@
-"""A store's numbers for Prometheus, read when they are asked for: the sums that operators see too. No name, no arena
-and no writer becomes a label, so there are as many series after a year as after a minute.
+"""A store's metrics for Prometheus, read when it scrapes: the sums that operators see too. No block, arena or writer
+becomes a label, so there are as many series after a year as after a minute.
 """
 
 from __future__ import annotations
@@ -113,6 +113,6 @@ class StoreCollector(Collector):
 
 
 def _buckets(gaps: Gaps) -> list[tuple[str, float]]:
-    """Bounds and how many lie at or below each, as Prometheus has them."""
+    """Bounds, and the number of values at or below each, as Prometheus counts them."""
     bounds = [*(str(bound) for bound in GAP_BOUNDS_S), "+Inf"]
     return list(zip(bounds, accumulate(gaps.counts), strict=True))

@@ -15,7 +15,7 @@ from kvstore.frames import MAX_BLOCKS, MAX_ROWS, Ask, Message, Told, Verb
 from kvstore.told import BlockDetail, BlockRow, StoreStats, TierStats
 
 TIMEOUT_S = 10.0
-EVICT_TIMEOUT_S = 120.0  # all blocks of a large arena, and their records
+EVICT_TIMEOUT_S = 120.0  # enough to evict all blocks of a large arena, and their records
 
 
 class Line(Protocol):

@@ -1,4 +1,4 @@
-"""How long to wait for something that moves: as long as it does. Pure: no clock."""
+"""A time-out for transfers: waits as long as something moves. Pure: no clock."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whose a block is, and how many each tenant has in one arena. Pure: no I/O, no clock.
+"""Which tenant owns which blocks of an arena, and how many it may have. Pure: no I/O, no clock.
 
-A tenant is an opaque id of 16 bytes that came with the request. Nobody here knows who it is, and a block's name is
-what keeps tenants from reading each other's blocks; these books only bound how many blocks each of them has.
+A tenant is an opaque id of 16 bytes that came with the request. The names of blocks keep tenants from reading each
+other's; these books only bound how many blocks each of them has.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ NO_TENANT = bytes(16)
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose blocks are to be written, and how many of his an arena may hold. A quota without a tenant is none."""
+    """The owner of blocks to be written, and how many of them an arena may hold. Without a tenant there is no quota."""
 
     tenant: bytes = NO_TENANT  # 16 bytes
     quota_blocks: int | None = None  # None: as many as there is room for
 
     @classmethod
     def of_salt(cls, salt: bytes, quota_blocks: int | None = None) -> Owner:
-        """The owner of blocks whose names are salted so; without a salt they are everybody's."""
+        """The owner of blocks whose names have this salt; without a salt they are shared by everybody."""
         return cls(hashlib.sha256(salt).digest()[:16], quota_blocks) if salt else SHARED
 
 
@@ -34,9 +34,9 @@ SHARED = Owner()
 
 
 class Quotas:
-    """Which tenant has which blocks, ready or being written. A tenant's quota is what he last reserved with.
+    """Which tenant has which blocks, ready or being written. A tenant's quota is that of its last reservation.
 
-    Only blocks that have a tenant are known here; of all others every method says or does nothing.
+    Only blocks with a tenant are known here; for all others, every method does nothing.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Quotas:
         return self._num_blocks[tenant]
 
     def is_reached(self, owner: Owner) -> bool:
-        """Whether the owner may have no more blocks than he has."""
+        """Whether the owner's quota is used up."""
         quota_blocks = owner.quota_blocks
         if owner.tenant == NO_TENANT or quota_blocks is None:
             return False
@@ -72,7 +72,7 @@ class Quotas:
             self._bounded.discard(owner.tenant)
 
     def finished(self, block_hash: BlockHash) -> None:
-        """The block is ready: it may go from now on, and was used last."""
+        """The block is ready: it may be evicted from now on, and is the most recently used."""
         if block_hash in self._tenants:
             self._ready.setdefault(self._tenants[block_hash], LRU()).insert(block_hash)
 
@@ -98,7 +98,7 @@ class Quotas:
     def victim(
         self, tenant: bytes, kept: Collection[BlockHash], was_read: Callable[[BlockHash], bool]
     ) -> BlockHash | None:
-        """The tenant's ready block that was not used for longest, but none of `kept`. It stays until it is `gone`."""
+        """The tenant's least recently used ready block that is not in `kept`. It stays in the books until `gone`."""
         ready = self._ready.get(tenant)
         block_hash = None if ready is None else ready.victim(kept, was_read)
         if ready is not None and block_hash is not None:

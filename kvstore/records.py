@@ -1,4 +1,4 @@
-"""What the directory knows of arenas and nodes: records, and how they are read back from text of any origin. Pure."""
+"""The directory's records of arenas and nodes, and how they are parsed from untrusted text. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaRecord:
-    """One arena, as its heartbeat describes it. A store that starts again is another arena."""
+    """One arena, as its heartbeat describes it. A restarted store is another arena."""
 
     arena_id: str  # 32 hex digits, new at each start
     address: str  # "tcp://ip:port" that blocks are read from
@@ -22,7 +22,7 @@ class ArenaRecord:
     free_slots: int = 0
     draining: bool = False  # takes no new blocks
     metrics_address: str = ""  # "ip:port" of its /metrics; "" is none
-    tcp_address: str = ""  # "tcp://ip:port" that blocks are read from in the clear; "": over ZeroMQ alone
+    tcp_address: str = ""  # "tcp://ip:port" of unencrypted reads; "": ZeroMQ only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class NodeRecord:
     model: str  # served name
     kv_root: str  # hex of KVLayout.root()
     block_size: int  # tokens
-    block_bytes: int  # of a whole block, whichever part of it one rank moves
+    block_bytes: int  # of a whole block, even if a rank moves only a part of it
     vocab_size: int
     max_model_len: int  # tokens
     arena_id: str = ""  # of the arena it maps; "" is none
@@ -57,26 +57,26 @@ T = TypeVar("T")
 
 
 def parse_record(cls: type[RecordT], text: bytes | str | None) -> RecordT | None:
-    """A record out of its JSON; None where a field is missing, of another type, or a value that nobody can work with.
+    """A record from its JSON; None if a field is missing, has another type, or an unusable value.
 
-    Unknown fields are let pass.
+    Unknown fields are ignored.
     """
     return parse_signed(cls, text)[0]
 
 
 def parse_signed(cls: type[RecordT], text: bytes | str | None) -> tuple[RecordT | None, object]:
-    """The same, with the probe of who wrote it; None where there is none."""
+    """The same, with its writer's probe; None if it has none."""
     data = _object(text)
     return build(cls, data), data.get("probe")
 
 
 def sign(record: ArenaRecord | NodeRecord, probe: str) -> str:
-    """The record's JSON, with the probe of who writes it."""
+    """The record's JSON, with its writer's probe."""
     return json.dumps(asdict(record) | {"probe": probe})
 
 
 def _object(text: bytes | str | None) -> dict[str, Any]:
-    """Empty for what is no JSON object."""
+    """Empty if the text is not a JSON object."""
     try:
         data = json.loads(text or b"null")
     except (ValueError, RecursionError):
@@ -84,7 +84,7 @@ def _object(text: bytes | str | None) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-_types_of: dict[type, dict[str, Any]] = {}  # each look-up reads records; evaluating annotations is the most of that
+_types_of: dict[type, dict[str, Any]] = {}  # cached, as evaluating annotations is most of the cost of a record
 
 
 def _types(cls: type) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _types(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[T], data: Mapping[str, Any]) -> T | None:
-    """A dataclass of numbers, texts and truths out of a JSON object, by the rules of `parse_record`."""
+    """A dataclass of numbers, strings and booleans from a JSON object, by the rules of `parse_record`."""
     values: dict[str, Any] = {}
     for name, expected in _types(cls).items():
         if name in data:
@@ -113,7 +113,7 @@ def build(cls: type[T], data: Mapping[str, Any]) -> T | None:
 
 
 def _is_usable(value: object) -> bool:
-    """JSON lets pass what breaks its reader later: NaN compares with nothing, half a surrogate pair has no bytes."""
+    """Excludes values that JSON allows but that fail later: NaN equals nothing, a lone surrogate has no bytes."""
     if isinstance(value, int | float):
         return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
     return not isinstance(value, str) or value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)

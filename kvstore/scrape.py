@@ -1,4 +1,4 @@
-"""A door for Prometheus: `GET /metrics` over HTTP, on the event loop, and nothing else."""
+"""An HTTP server for Prometheus: `GET /metrics` on the event loop, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_VISITORS = 16
 
 
 class ScrapeDoor:
-    """Shows what a collector collects, from `open` to `close`, both on one event loop."""
+    """Serves what a collector collects, from `open` to `close`, both on one event loop."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -25,7 +25,7 @@ class ScrapeDoor:
         self._server: asyncio.Server | None = None
 
     async def open(self, collector: Collector, bind_host: str, advertise_host: str, port: int = 0) -> str:
-        """Listens, for port 0 where the kernel chooses; returns "ip:port". "" and a line in the log where it cannot."""
+        """Listens; port 0 lets the kernel choose. Returns "ip:port", or "" with a log line if it cannot listen."""
         self._registry.register(collector)
         host = None if bind_host == "*" else bind_host.strip("[]")
         try:

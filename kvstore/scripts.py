@@ -14,7 +14,7 @@ store has the block on disk (`ON_DISK` for a slot says so too): who counts block
 
 from __future__ import annotations
 
-STEP_BLOCKS = 256  # asked for at a time; the first time fewer, for many prompts are new
+STEP_BLOCKS = 256  # looked up at a time; fewer at first, because many prompts are new
 
 # The living arenas, and the values of some blocks. ARGV: prefix, all hashes in one string: an argument each would cost
 # both sides more than the look-up itself.

@@ -1,7 +1,7 @@
-"""The store: one process on each machine that owns an arena in shared memory and the two sockets in front of it.
+"""The store: one process per machine that owns an arena in shared memory and the sockets in front of it.
 
-Writers of this machine reserve and commit over a unix stream (`kvstore/control.py`); readers of other machines get
-blocks over ZeroMQ or plain TCP, sent from the slots without a copy. It knows nothing of what the bytes mean, and no
+Writers on this machine reserve and commit over a Unix stream (`kvstore/control.py`); readers on other machines get
+blocks over ZeroMQ or plain TCP, sent from the slots without a copy. It does not know what the bytes mean, and no
 message can make it fail.
 """
 
@@ -65,37 +65,37 @@ logger = logging.getLogger(__name__)
 
 _REAP_S = 0.5
 _MAX_KEPT_FRAMES = 1 << 16
-_HANDSHAKE_MS = 5_000  # who connects and does not say who he is holds a descriptor for so long
+_HANDSHAKE_MS = 5_000  # how long a peer that connects and does not authenticate holds a descriptor
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """How to run a store. `dir` is its own, short (a unix socket lives in it), and best under /dev/shm."""
+    """How to run a store. `dir` is its own folder, with a short path (it holds a Unix socket), best under /dev/shm."""
 
     dir: str
     redis_url: str = field(repr=False)  # may have a password in it
     slot_bytes: int  # block_bytes of the model
-    memory_bytes: int  # of the arena, taken whole at the start
+    memory_bytes: int  # of the arena, allocated in full at the start
     eviction: str = "s3fifo"  # or "lru"
     disk_bytes: int = 0  # for blocks that the arena has no room for; 0: none
     disk_dir: str = ""  # kept from one start to the next; no two stores may share it
-    disk_admission: str = "all"  # or "second-touch": which of the blocks that are evicted it gets
-    disk_root: str = ""  # hex of KVLayout.root(): blocks of other models that lie there are not taken over
+    disk_admission: str = "all"  # which evicted blocks go to disk: "all" or "second-touch"
+    disk_root: str = ""  # hex of KVLayout.root(): blocks of other models found there are not used
     cluster: str = "default"
     advertise_host: str = "127.0.0.1"  # where other machines find it
     bind_host: str = ""  # "": advertise_host
     host: str = ""  # label of the machine; "": its host name
-    wire_key: str = field(default="", repr=False)  # see kvstore/curve.py; "": readers are not asked who they are
+    wire_key: str = field(default="", repr=False)  # see kvstore/curve.py; "": readers are not authenticated
     trusts_network: bool = False  # without a wire_key, only this allows an address that other machines reach
     tcp: bool = True  # without a wire_key, blocks can also be read over plain TCP, which is faster
-    metrics: bool = True  # for Prometheus, over HTTP, at a port of their own where blocks are read from
+    metrics: bool = True  # for Prometheus, over HTTP, at a port of their own on the data socket's address
     metrics_port: int = 0  # 0: the kernel chooses
     heartbeat_s: float = 1.0
     ttl_s: float = 5.0
 
 
 class StoreServer:
-    """A store process's one object. Everything happens on the event loop that `start` is called on."""
+    """A store process. Everything happens on the event loop that `start` is called on."""
 
     def __init__(self, config: StoreConfig) -> None:
         self.config = config
@@ -117,16 +117,16 @@ class StoreServer:
         self._curve = Curve(config.wire_key) if config.wire_key else None
 
     async def start(self) -> ArenaRecord:
-        """Makes the arena, opens the sockets, announces itself; works without Redis, and announces when it comes.
+        """Creates the arena, opens the sockets, announces itself; if Redis is down, announces once it comes up.
 
-        ValueError for a config that cannot work, OSError when there is not enough memory or an address cannot be
-        bound, `ArenaUnavailable` when the directory belongs to another store that is alive, `OtherScheme` when the
-        cluster names blocks in another way.
+        Raises ValueError for a config that cannot work, OSError when there is not enough memory or an address cannot
+        be bound, `ArenaUnavailable` when `dir` belongs to another living store, `OtherScheme` when the cluster names
+        blocks differently.
         """
         self._check()
         predecessor = self._folder.take()
         self._context = zmq.asyncio.Context()
-        self._context.linger = 0  # of all its sockets: nothing waits for a peer that went away
+        self._context.linger = 0  # for all its sockets: closing does not wait for a peer that went away
         try:
             memory = await asyncio.to_thread(create_memory, self._paths.memory(self._arena_id), self._arena_bytes)
             self._service = await self._make_service(memory)
@@ -138,7 +138,7 @@ class StoreServer:
                 )
             Description(self._arena_id, self._num_slots, self.config.slot_bytes).write(self._paths.description)
             await self._forget(predecessor)
-            with suppress(DirectoryUnavailable):  # then it is told when it comes, and readers check each record
+            with suppress(DirectoryUnavailable):  # checked once Redis comes up; and readers check each record
                 await self._directory.check_scheme()
             await self._announcer.round()
         except BaseException:
@@ -225,7 +225,7 @@ class StoreServer:
             raise ValueError(f"disk_admission: {self.config.disk_admission!r} is none of {', '.join(ADMISSIONS)}")
 
     async def _forget(self, predecessor: str) -> None:
-        """The arena of a store that was killed is gone now, not only when its time to live ends."""
+        """Removes the arena of a killed store from the directory at once, without waiting for its time to live."""
         try:
             if predecessor:
                 await self._directory.remove_arena(predecessor)
@@ -258,7 +258,7 @@ class StoreServer:
         self._bind(self._data, f"tcp://{self._bind_host}:*")
         port = str(self._data.getsockopt_string(zmq.LAST_ENDPOINT)).rsplit(":", 1)[1]
         self._address = f"tcp://{self.config.advertise_host}:{port}"
-        if self.config.tcp and self._curve is None:  # with a key nobody gets a block in the clear
+        if self.config.tcp and self._curve is None:  # with a key no block is sent unencrypted
             self._tcp_door = TcpDoor(self._find, self._map.view, self.config.slot_bytes, partial(self._refuse, DATA))
             self._tcp_address = await self._tcp_door.open(self._bind_host, self.config.advertise_host)
 
@@ -324,7 +324,7 @@ class StoreServer:
             self._readers.wake()
 
     def _frame(self, slot: int) -> zmq.Frame:
-        """The slot's bytes. Kept, as each frame that is let go of costs a turn of a thread and of Python's lock."""
+        """The slot's bytes. Cached, because releasing a frame costs a switch of threads and of Python's lock."""
         frame = self._frames.get(slot)
         if frame is None:
             frame = zmq.Frame(self._map.view(slot), copy=False, copy_threshold=0)
@@ -364,7 +364,7 @@ class StoreServer:
 
 
 def decode_question(frames: list[bytes]) -> tuple[bytes, Message]:
-    """Sender and message of what a ROUTER received. `BadFrame` unless it is exactly one frame."""
+    """Sender and message of what a ROUTER socket received. Raises `BadFrame` unless it is exactly one frame."""
     if len(frames) != 2:
         raise BadFrame(f"{len(frames)} frames")
     return frames[0], decode_frame(frames[1])

@@ -1,4 +1,4 @@
-"""What a store answers to each message: the arena's books, the disk behind them and the directory, without a socket."""
+"""A store's answer to each message: the arena's books, the disk behind them and the directory, without a socket."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kvstore.tiers import DiskTier
 
 
 class StoreService:
-    """Answers for one arena. All methods are called on one event loop; none waits for more than disk and directory."""
+    """Answers for one arena. All methods are called on one event loop; they wait for disk and directory at most."""
 
     def __init__(  # noqa: PLR0913
         self,
@@ -48,7 +48,7 @@ class StoreService:
         self.is_draining = False  # takes no new blocks; promotions go on
 
     def inventory(self) -> list[tuple[BlockHash, int]]:
-        """All blocks that can be had here, and their slots."""
+        """All blocks that can be read here, and their slots."""
         return [*self._arena.blocks(), *(self._disk.inventory() if self._disk else ())]
 
     def reserve(self, question: Reserve) -> Reserved:
@@ -68,7 +68,7 @@ class StoreService:
         return Reserved(question.request_id, Status.OK, reservations)
 
     def commit(self, question: Commit) -> Committed:
-        """From here on the headers tell readers of the mapping; others hear from the directory, a moment later."""
+        """Makes blocks readable through the mapping at once; the directory announces them to others a moment later."""
         if question.arena_id != self.arena_id:
             return Committed(question.request_id, Status.STALE)
         blocks = self._arena.commit(question.writer_id, question.written)
@@ -77,7 +77,7 @@ class StoreService:
         return Committed(question.request_id, Status.OK, len(blocks))
 
     def filled(self, question: Filled) -> Reserved:
-        """What is in lent slots is committed, and more are lent. Nobody waits for the answer: he may have some left."""
+        """Commits what is in lent slots, and lends more. The writer does not wait for the answer."""
         if question.arena_id != self.arena_id:
             return Reserved(question.request_id, Status.STALE)
         hashes = [fill.block_hash for fill in question.fills if fill.block_hash != NO_KEY]
@@ -93,11 +93,11 @@ class StoreService:
         return Reserved(question.request_id, Status.OK, lent)
 
     def needs_disk(self, question: Get) -> bool:
-        """Whether `promote` has something to do, and the answer has to wait for it."""
+        """Whether `promote` has work to do that the answer must wait for."""
         return self._disk is not None and self._disk.is_needed(question.hashes)
 
     async def promote(self, question: Get) -> frozenset[BlockHash]:
-        """Brings what is asked for, and only the disk has, back into slots; returns what that is."""
+        """Brings the requested blocks that only the disk has back into slots; returns those."""
         if self._disk is None:
             return frozenset()
         on_disk = frozenset(block_hash for block_hash in question.hashes if self._tier_of(block_hash) == DISK)
@@ -105,28 +105,28 @@ class StoreService:
         return on_disk
 
     def get(self, question: Get, promoted: Set[BlockHash] = frozenset()) -> tuple[Got, list[int]]:
-        """What there is, and in which slots; those of `promoted` count as the disk's.
+        """The leading run that is present, and its slots; blocks of `promoted` count as hits of the disk.
 
-        One that is evicted while it is on its way fails the reader's check of the bytes.
+        A block that is evicted while it is being sent fails the reader's checksum.
         """
         infos, slots = [], []
         for block_hash in question.hashes:
             slot = self._arena.find_for_copy(block_hash)
             if slot is None:
                 self._tally.missed(block_hash, self._disk is not None)
-                break  # whoever asks wants a run
+                break  # a reader only wants a leading run
             self._tally.read(block_hash, DISK if block_hash in promoted else MEMORY)
             infos.append(BlockInfo(block_hash, self._map.slot_bytes, self._map.checksum(slot)))
             slots.append(slot)
         return Got(question.request_id, infos), slots
 
     def drain(self, is_draining: bool) -> None:
-        """Takes no new blocks from now on, or takes them again; the directory is told."""
+        """Stops or resumes accepting new blocks; the directory is told."""
         self.is_draining = self._map.is_draining = is_draining
         self._announcer.beat_soon()
 
     async def remove(self, hashes: Sequence[BlockHash]) -> tuple[int, int]:
-        """Drops blocks, but none that is being written; how many from memory, and how many from disk."""
+        """Drops blocks, except those being written; returns how many from memory, and how many from disk."""
         self._arena.evict(hashes)
         in_memory = [block.block_hash for block in self._arena.take_evicted()]
         self._tally.removed(in_memory, MEMORY)
@@ -142,12 +142,12 @@ class StoreService:
         return len(in_memory), len(on_disk)
 
     def abandon(self, writer_id: str) -> int:
-        """Takes back what a writer that is dead had reserved."""
+        """Takes back what a dead writer had reserved; returns how many slots."""
         self._tally.num_reaped += 1
         return self._arena.abandon(writer_id)
 
     def writers(self) -> set[str]:
-        """Writers that hold slots and whose locks tell whether they live."""
+        """Writers that hold slots, and whose locks tell whether they are alive."""
         return self._arena.writers() - ({self._disk.writer_id} if self._disk else set())
 
     def _let_go(self) -> None:
@@ -155,7 +155,7 @@ class StoreService:
         evicted = self._arena.take_evicted()
         if self._disk is not None:
             self._disk.demote(evicted)
-        elif evicted:  # noted behind the answer, for which a writer waits, and before any other message
+        elif evicted:  # noted after the answer, for which a writer waits, but before any other message
             asyncio.get_running_loop().call_soon(self._lost, evicted)
 
     def _lost(self, evicted: Sequence[Evicted]) -> None:

@@ -1,7 +1,7 @@
 """Which slot of a mapped arena holds which block, read from the slots' headers: no call, no directory, no delay.
 
-A hint like the directory's, but fresh: a block is found as soon as it is committed. Looking again costs one pass over
-the generations, by numpy; only slots whose generation has changed since are read.
+A hint like the directory's, but up to date: a block is found as soon as it is committed. A look-up makes one numpy pass
+over the generations; only slots whose generation has changed are read again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class SlotIndex:
     def __init__(self, arena_map: ArenaMap, headers: memoryview) -> None:
         self._map = arena_map
         self._generations = np.frombuffer(headers, np.uint64)[::_WORDS]
-        self._seen = np.zeros_like(self._generations)  # generations at the last look; those of empty slots are 0
+        self._seen = np.zeros_like(self._generations)  # generations when last read; 0 for empty slots
         self._slots: dict[BlockHash, int] = {}
         self._blocks: dict[int, BlockHash] = {}  # by slot
-        self._twins: dict[BlockHash, set[int]] = {}  # where else a block lies that two have written at the same time
+        self._twins: dict[BlockHash, set[int]] = {}  # further slots of blocks that two writers wrote at the same time
 
     def run(self, hashes: Sequence[BlockHash]) -> list[int]:
         """The slots of the leading run of `hashes` that the arena holds now."""
@@ -46,7 +46,7 @@ class SlotIndex:
     def _look(self) -> None:
         now = self._generations.copy()
         changed: list[int] = np.flatnonzero(now != self._seen).tolist()
-        self._seen = now  # what changes while it is read below is read again next time
+        self._seen = now  # a slot that changes while it is read below is read again next time
         for slot in changed:
             self._forget(slot)
         for slot in changed:
@@ -57,7 +57,7 @@ class SlotIndex:
     def _remember(self, slot: int, block_hash: BlockHash) -> None:
         self._blocks[slot] = block_hash
         if self._slots.setdefault(block_hash, slot) != slot:
-            self._twins.setdefault(block_hash, set()).add(slot)  # the store takes one of them back, soon
+            self._twins.setdefault(block_hash, set()).add(slot)  # the store will soon take one of them back
 
     def _forget(self, slot: int) -> None:
         block_hash = self._blocks.pop(slot, None)

@@ -39,7 +39,7 @@ def record_stride(slot_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Record:
-    """Where a block is on disk, and what it sums up to."""
+    """Where a block is on disk, and its checksum."""
 
     number: int
     checksum: int  # xxh3_64 of the block
@@ -47,7 +47,7 @@ class Record:
 
 
 class DiskIndex:
-    """Which block is in which record. A record is free, being written, or held; only held ones are given to others."""
+    """Which block is in which record. A record is free, being written, or held; only held ones are evicted."""
 
     def __init__(self, num_records: int) -> None:
         self.num_records = num_records
@@ -57,7 +57,7 @@ class DiskIndex:
         self._eviction: Eviction[BlockHash] = LRU()
 
     def restore(self, found: Iterable[tuple[BlockHash, Record]]) -> None:
-        """Takes over what a file holds. Of a block that is there twice the later write counts."""
+        """Takes over what a file holds. If a block is there twice, the later write counts."""
         latest: dict[BlockHash, Record] = {}
         for block_hash, record in sorted(found, key=lambda item: item[1].sequence):
             latest.pop(block_hash, None)
@@ -86,18 +86,18 @@ class DiskIndex:
         return list(self._held.items())
 
     def peek(self, block_hash: BlockHash) -> Record | None:
-        """Where a block is. Not a use, unlike `find`."""
+        """Where a block is. Does not count as a use, unlike `find`."""
         return self._held.get(block_hash)
 
     def find(self, block_hash: BlockHash) -> Record | None:
-        """Where a block is; it thereby counts as lately used."""
+        """Where a block is; counts as a use."""
         record = self._held.get(block_hash)
         if record is not None:
             self._eviction.touch(block_hash)
         return record
 
     def begin(self, block_hash: BlockHash) -> tuple[int, BlockHash | None] | None:
-        """A record to write the block to, and the block that had to go for it; None where there is nothing to do."""
+        """A record to write the block to, and the block evicted for it, if any; None if there is nothing to do."""
         if block_hash in self._held or block_hash in self._writing:
             return None
         lost = None
@@ -121,7 +121,7 @@ class DiskIndex:
             self._eviction.insert(block_hash)
 
     def drop(self, block_hash: BlockHash) -> None:
-        """Forgets a block; nothing happens where it is not held."""
+        """Forgets a block; does nothing if it is not held."""
         record = self._held.pop(block_hash, None)
         if record is not None:
             self._eviction.remove(block_hash)
@@ -138,7 +138,7 @@ class BlockFile:
     """The file. All methods raise OSError, and are called by one thread at a time."""
 
     def __init__(self, folder: Path, max_bytes: int, slot_bytes: int, root: bytes) -> None:
-        """BlockingIOError when another store has the folder; ValueError when not one block fits in `max_bytes`."""
+        """Raises BlockingIOError when another store has the folder, ValueError when `max_bytes` holds no block."""
         self.num_records = max_bytes // record_stride(slot_bytes)
         if self.num_records < 1:
             raise ValueError(f"disk_bytes: {max_bytes} hold no block of {slot_bytes} bytes")
@@ -156,7 +156,7 @@ class BlockFile:
             raise
 
     def records(self) -> list[tuple[BlockHash, Record]]:
-        """All records whose headers verify. Reads headers alone."""
+        """All records whose headers verify. Reads headers only."""
         found = []
         last = min(self.num_records, -(-os.fstat(self._fd).st_size // record_stride(self._slot_bytes)))
         for number in range(last):
@@ -167,7 +167,7 @@ class BlockFile:
         return found
 
     def write(self, number: int, block_hash: BlockHash, checksum: int, payload: bytes | memoryview) -> Record:
-        """Puts a block into a record. The header comes last: a write that was cut short leaves a free record."""
+        """Puts a block into a record. The header is written last: an interrupted write leaves a free record."""
         self.erase(number)
         self._write(payload, self._at(number) + HEADER_BYTES)
         self._sequence += 1
@@ -176,7 +176,7 @@ class BlockFile:
         return Record(number, checksum, self._sequence)
 
     def read(self, record: Record, target: memoryview) -> bool:
-        """Fills `target` with the block. False: it is not (any more) what was written."""
+        """Fills `target` with the block. False: it is not what was written, or not any more."""
         num_read = os.preadv(self._fd, [target], self._at(record.number) + HEADER_BYTES)
         return num_read == len(target) and xxhash.xxh3_64_intdigest(target) == record.checksum
 
@@ -202,5 +202,5 @@ class BlockFile:
         return BlockHash(key), Record(number, checksum, sequence)
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
-        if os.pwrite(self._fd, data, offset) != len(data):  # as a disk does that is just now full
+        if os.pwrite(self._fd, data, offset) != len(data):  # as by a disk that is full
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,6 +1,6 @@
-"""Messages on a stream of bytes: each as two lengths, its frame, and what follows the frame. Pure; knows no socket.
+"""Messages on a byte stream: each is two lengths, its frame, and what follows the frame. Pure; knows no socket.
 
-The frames are those of `kvstore.frames`; only a `Told` is followed by anything, its JSON.
+The frames are those of `kvstore.frames`; only a `Told` is followed by anything, namely its JSON.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ HEAD_BYTES = _LENGTHS.size
 
 
 def pack(message: Message, tail: bytes = b"") -> bytes:
-    """What is sent. ValueError when the message is over a limit."""
+    """The bytes to send. Raises ValueError when the message exceeds a limit."""
     frame = message.encode()
     return b"".join((_LENGTHS.pack(len(frame), len(tail)), frame, tail))
 
 
 def parse_head(head: bytes | bytearray) -> tuple[int, int]:
-    """The lengths of a frame and of what follows it, of the `HEAD_BYTES` before them. Nobody has checked them."""
+    """The lengths of a frame and of what follows it, from the `HEAD_BYTES` before them. They are not checked yet."""
     frame_bytes, tail_bytes = _LENGTHS.unpack(head)
     return frame_bytes, tail_bytes
 
 
 class Unpacker:
-    """One direction of one connection. It keeps no more than one message that is not whole, and what was fed last."""
+    """One direction of one connection. It keeps at most one incomplete message, and what was fed last."""
 
     def __init__(self, max_tail_bytes: int = 0) -> None:
         self._max_tail_bytes = max_tail_bytes
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Takes what arrived; `take` has to be called until it returns None."""
+        """Adds received bytes; afterwards `take` must be called until it returns None."""
         self._buffer += data
 
     def take(self) -> tuple[Message, bytes] | None:
-        """The next message and what follows it; None while it is not whole.
+        """The next message and what follows it; None while it is incomplete.
 
-        `BadFrame` when there is none, as soon as that is known: with the lengths. What comes then cannot be told apart.
+        Raises `BadFrame` for an invalid message as soon as that is known, which may be with its lengths. The stream
+        cannot be parsed after that.
         """
         if len(self._buffer) < _LENGTHS.size:
             return None

@@ -1,4 +1,4 @@
-"""What a store counts: what was asked for, found and lost in each tier, and how long after the last time. Pure: the
+"""A store's counters: requests, hits, misses and evictions of each tier, and the gaps between uses. Pure: the
 clock is passed in.
 
 One set of sums with two readers: Prometheus (`kvstore.metrics`) and operators (`kvstore.admin`).
@@ -26,7 +26,7 @@ V = TypeVar("V")
 
 @dataclass
 class Gaps:
-    """A histogram of seconds: how many lie at or below each bound and above the one before; the last are above all."""
+    """A histogram of seconds: counts of values up to each bound and above the one before; the last is the rest."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(GAP_BOUNDS_S) + 1))
     total_s: float = 0.0
@@ -38,14 +38,14 @@ class Gaps:
 
 @dataclass
 class TierTally:
-    """Sums of one tier. What is not in memory is asked of the disk: each such question is a miss of memory first."""
+    """Sums of one tier. A block that is not in memory is looked up on disk, and counts as a miss of memory first."""
 
     num_hits: int = 0  # blocks sent to readers
-    num_misses: int = 0  # blocks that readers asked for in vain
+    num_misses: int = 0  # blocks that readers requested and were not here
     num_evicted: int = 0  # to make room
-    num_removed: int = 0  # because an operator said so
+    num_removed: int = 0  # by an operator
     reuse: Gaps = field(default_factory=Gaps)  # between two uses of a block that is here
-    evict_to_reuse: Gaps = field(default_factory=Gaps)  # between a block's eviction and somebody asking for it again
+    evict_to_reuse: Gaps = field(default_factory=Gaps)  # between a block's eviction and the next request for it
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class StoreTally:
         return self._clock() - self._began_s
 
     def uses(self, block_hash: BlockHash) -> Uses | None:
-        """None for a block that is not known, or not any more."""
+        """None for a block that is unknown, or forgotten."""
         return self._uses.get(block_hash)
 
     def age_s(self, uses: Uses) -> float:
@@ -106,13 +106,13 @@ class StoreTally:
         self._uses[block_hash].num_reads += 1
 
     def missed(self, block_hash: BlockHash, has_disk: bool) -> None:
-        """A reader asked for a block in vain."""
+        """A reader asked for a block that is not here."""
         for tier in TIERS if has_disk else (MEMORY,):
             self.tiers[tier].num_misses += 1
         self.asked(block_hash, None)
 
     def asked(self, block_hash: BlockHash, tier: str | None) -> None:
-        """Somebody, reader or writer, asked for a block, which is in `tier`, or nowhere."""
+        """A reader or writer asked for a block, which is in `tier`, or nowhere (None)."""
         now_s = self._clock()
         for other in TIERS:
             if other == tier:
@@ -124,7 +124,7 @@ class StoreTally:
             self._use(block_hash, tier, now_s)
 
     def stamped(self, block_hash: BlockHash, stamp_ns: int) -> None:
-        """A slot bears this stamp: whoever mapped it read the block then, or, before the last use, another block."""
+        """A slot bears this stamp: a process read it through the mapping then; before the last use, another block."""
         uses, at_s = self._uses.get(block_hash), stamp_ns / 1e9
         if uses is not None and uses.at_s < at_s <= self._clock():
             self.num_mapped_reads += 1
@@ -137,18 +137,18 @@ class StoreTally:
             self.evicted(block_hash, MEMORY)
 
     def evicted(self, block_hash: BlockHash, tier: str) -> None:
-        """A block went to make room."""
+        """A block was evicted to make room."""
         self.tiers[tier].num_evicted += 1
         self._remember(self._gone[tier], block_hash, self._clock())
 
     def removed(self, hashes: Iterable[BlockHash], tier: str) -> None:
-        """An operator removed these blocks. Who asks for one again says nothing about the policy."""
+        """An operator removed these blocks, so a later request for one says nothing about the eviction policy."""
         for block_hash in hashes:
             self.tiers[tier].num_removed += 1
             self._uses.pop(block_hash, None)
 
     def refused(self, socket: str) -> int:
-        """A frame was refused. How many to write into the log now: they may come by the million."""
+        """A frame was refused. Returns how many to report in the log now, as they may come by the million."""
         self.refused_frames[socket] += 1
         self._num_unlogged += 1
         now_s = self._clock()

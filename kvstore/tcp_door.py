@@ -1,9 +1,9 @@
-"""Where other machines read blocks over plain TCP: questions in, blocks out of the slots, without a copy of our own.
+"""The store's side of the TCP wire: questions in, blocks straight out of the slots, without a copy of our own.
 
 A question is a `Get` of any number of blocks, with its lengths before it; the answer is described in
-`kvstore/tcp_receiver.py`. A slot may be used again while it is sent: the reader's checksum tells. Whoever sends
-anything else, or does not read, is cut off. What a reader costs is bounded: one question at a time is looked up, a
-window of it ahead, and the kernel keeps one send buffer of bytes.
+`kvstore/tcp_receiver.py`. A slot may be reused while it is being sent; the reader's checksum catches that. A peer that
+sends anything else, or does not read, is disconnected. A reader's cost is bounded: one question at a time is looked up,
+a window of it ahead, and the kernel keeps one send buffer.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ Find = Callable[[Get], Awaitable[tuple[Got, Sequence[int]]]]
 
 _MAX_READERS = 128  # connections at a time; each may make the kernel keep `SEND_BUFFER_BYTES`
 _THREADS = 2  # that send
-_WINDOW_BYTES = (
-    18 << 20
-)  # three parts are looked up ahead: what is looked up late was evicted less likely while it was sent
-_FIRST_QUESTION_S = 5.0  # who connects and asks nothing holds a descriptor for so long
+# Three parts are looked up ahead: the later a part is looked up, the less likely it is evicted while being sent.
+_WINDOW_BYTES = 18 << 20
+_FIRST_QUESTION_S = 5.0  # how long a peer that asks nothing may hold a descriptor
 _NEXT_QUESTION_S = 120.0
-_STALL_S = 5.0  # for so long a reader may take nothing of its answer
+_STALL_S = 5.0  # how long a reader may accept nothing of its answer
 _READ_BYTES = 1 << 16
-_MAX_BUFFERS = 512  # of one call; the kernel takes 1024
+_MAX_BUFFERS = 512  # per call; the kernel takes 1024
 _ACCEPT_PAUSE_S = 0.1  # when no descriptor is left
 
 
@@ -51,7 +50,7 @@ class TcpDoor:
         slot_bytes: int,
         refuse: Callable[[BadFrame], None],
     ) -> None:
-        """`view` gives a slot's bytes; `refuse` hears of what was no question."""
+        """`view` gives a slot's bytes; `refuse` is told of invalid questions."""
         self._find = find
         self._view = view
         self._slot_bytes = slot_bytes
@@ -63,11 +62,11 @@ class TcpDoor:
 
     @property
     def num_readers(self) -> int:
-        """Connections that are open."""
+        """The number of open connections."""
         return len(self._readers)
 
     async def open(self, bind_host: str, advertise_host: str) -> str:
-        """Listens at a port that the kernel chooses; returns the address for others. OSError when it cannot."""
+        """Listens at a port that the kernel chooses; returns the address for others. Raises OSError if it cannot."""
         self._listener = await asyncio.to_thread(_listen, bind_host)
         self._accepting = asyncio.create_task(self._accept(self._listener))
         return f"tcp://{advertise_host}:{self._listener.getsockname()[1]}"
@@ -119,7 +118,7 @@ class TcpDoor:
             stream.close()
 
     async def _answer(self, stream: socket.socket, question: Get) -> None:
-        """The first part is on its way while the next ones are looked up."""
+        """Sends the first part while the next ones are looked up."""
         outbox = _Outbox(stream, self._threads)
         try:
             num_ahead = 0
@@ -139,7 +138,7 @@ class TcpDoor:
 
 
 class _Outbox:
-    """What is to be sent over one connection, in order. After an error it is of no further use."""
+    """What is to be sent over one connection, in order. Not usable after an error."""
 
     def __init__(self, stream: socket.socket, threads: ThreadPoolExecutor) -> None:
         self._stream = stream
@@ -149,9 +148,9 @@ class _Outbox:
         self._is_begun = False
 
     def put(self, buffers: Sequence[memoryview]) -> None:
-        """Sends behind what was put before, and returns at once. OSError when the reader is gone.
+        """Queues buffers behind earlier ones, and returns at once. Raises OSError when the reader is gone.
 
-        What the kernel takes of the first part goes from here: another thread would come to it later than the reader.
+        As much of the first part as the kernel takes is sent from here: another thread would be slower to start.
         """
         self._rest.extend(buffers)
         if self._pushing is not None:
@@ -166,7 +165,7 @@ class _Outbox:
             self._push()
 
     async def drain(self) -> None:
-        """Waits until all is sent. OSError when the reader is gone, TimeoutError when it takes nothing."""
+        """Waits until all is sent. Raises OSError when the reader is gone, TimeoutError when it takes nothing."""
         while self._pushing is not None:
             await asyncio.shield(self._pushing)
             self._pushing = None
@@ -176,7 +175,7 @@ class _Outbox:
                 self._push()
 
     async def close(self) -> None:
-        """Returns when no thread has the connection any more. What was not drained is given up, and the connection."""
+        """Returns when no thread uses the connection any more. Undrained data is given up, with the connection."""
         if self._pushing is not None:
             with suppress(OSError):
                 self._stream.shutdown(socket.SHUT_RDWR)
@@ -189,7 +188,7 @@ class _Outbox:
 
 
 def _push(stream: socket.socket, rest: deque[memoryview]) -> None:
-    """Sends for as long as anything moves; `rest` is left with what did not. OSError when the reader is gone."""
+    """Sends while the reader accepts data; the remainder stays in `rest`. Raises OSError when the reader is gone."""
     with lingering(stream), suppress(BlockingIOError):
         while rest:
             _send_some(stream, rest)
@@ -204,7 +203,7 @@ def _send_some(stream: socket.socket, rest: deque[memoryview]) -> None:
 
 
 async def _question(stream: socket.socket, unpacker: Unpacker) -> Get:
-    """The next question. `BadFrame` for anything else, OSError when the reader went away."""
+    """The next question. Raises `BadFrame` for anything else, OSError when the reader went away."""
     loop = asyncio.get_running_loop()
     while (taken := unpacker.take()) is None:
         data = await loop.sock_recv(stream, _READ_BYTES)

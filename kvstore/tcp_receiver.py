@@ -1,7 +1,7 @@
-"""One answer of a store as it comes over TCP: block after block into memory, checked as it goes. Knows no event loop.
+"""Receives one answer of a store over TCP: block after block into memory, verified on the way. Knows no event loop.
 
-An answer is one message (`Got`, with lengths before it) for each of `stream_parts`, with the blocks that it
-names behind it; one that names fewer than its part is the last. Nothing that comes says where it goes or how much: the
+An answer is one message (`Got`, with lengths before it) for each of `stream_parts`, followed by the blocks it names;
+one that names fewer than its part is the last. Nothing received decides where data goes or how much of it: the
 reader knows the size of a block and how many it asked for.
 """
 
@@ -22,23 +22,23 @@ from kvstore.stream import HEAD_BYTES, pack, parse_head
 from kvstore.tcp_sockets import lingering
 from kvstore.wire import ReceivedPayload
 
-_PIECE_BYTES = 512 << 10  # received at a time: small enough to be summed up from the cache, and to be stopped soon
+_PIECE_BYTES = 512 << 10  # received at a time: small enough to be checksummed from the cache, and stopped soon
 
 
 class Receiver:
-    """What the answer to `hashes` brings. `payloads` is the leading run that came and is right; it only grows."""
+    """Receives the answer to `hashes`. `payloads` is the leading run that has come and was verified; it only grows."""
 
     def __init__(
         self, request_id: int, hashes: Sequence[BlockHash], slot_bytes: int, into: Sequence[memoryview] | None = None
     ) -> None:
-        """Blocks go `into` those views of `slot_bytes`, one a hash, or into memory of their own."""
+        """Blocks go `into` these views of `slot_bytes`, one per hash, or into memory of their own."""
         self.payloads: list[ReceivedPayload] = []
         self.num_bytes = 0  # that came, right or not
-        self.is_in_step = False  # the answer came to its end, and what comes behind it is the next one
+        self.is_in_step = False  # the answer is complete, and the connection can be reused
         self._request_id = request_id
         self._hashes = hashes
         self._slot_bytes = slot_bytes
-        # All of it here: memory that was freed by the thread which allocated it is the soonest used again.
+        # Allocated here: memory freed by the thread that allocated it is reused soonest.
         self._into = into if into is not None else [np.empty(slot_bytes, np.uint8).data for _ in hashes]
         self._is_stopped = False
         self._guard = threading.Lock()
@@ -46,9 +46,9 @@ class Receiver:
         self._rest = next(self._steps)
 
     def pull(self, stream: socket.socket) -> bool:
-        """Receives for as long as anything comes, on whatever thread; whether there is nothing more to wait for.
+        """Receives while anything comes, on the calling thread. Returns whether the answer is complete.
 
-        `BadFrame` for what is no answer, OSError when the connection ends. After an error it must not be called again.
+        Raises `BadFrame` for an invalid answer, OSError when the connection ends; must not be called again after that.
         """
         with lingering(stream), suppress(BlockingIOError):
             while self._receive_some(stream):
@@ -61,9 +61,9 @@ class Receiver:
         return False
 
     def stop(self) -> None:
-        """When this returns, nothing is written any more, whoever pulls. Any thread may call it, any number of times.
+        """When this returns, nothing is written any more by any thread. May be called by any thread, repeatedly.
 
-        It waits for one call of the kernel at most: a piece, or `LINGER_S`.
+        It waits for one kernel call at most: one piece, or `LINGER_S`.
         """
         with self._guard:
             self._is_stopped = True
@@ -80,7 +80,7 @@ class Receiver:
         return True
 
     def _receive(self) -> Iterator[memoryview]:
-        """What is to be filled next, time after time; each has been when it goes on."""
+        """Yields the next memory to fill; when it is resumed, that has been filled."""
         for indices in stream_parts(len(self._hashes), self._slot_bytes):
             part = self._hashes[indices.start : indices.stop]
             got = yield from self._receive_message(part)
@@ -92,7 +92,7 @@ class Receiver:
                     yield piece
                     digest.update(piece)
                 if digest.intdigest() != block.checksum:
-                    return  # the slot was used again meanwhile; the rest is not worth its way
+                    return  # the slot was reused meanwhile; the rest is useless
                 self.payloads.append(ReceivedPayload(view))
             if len(got.blocks) < len(part):
                 break

@@ -1,7 +1,7 @@
-"""What both ends of the TCP wire do with a socket: wait for it on the event loop, and move bytes on a thread meanwhile.
+"""Socket handling of both ends of the TCP wire: wait on the event loop, move bytes on threads.
 
-Bytes move on threads, in calls of the kernel that take many at a time, and a thread is with a connection only while
-they do: once nothing moved for `LINGER_S` it comes back, and the event loop waits for all that are silent.
+Bytes move on threads, in large kernel calls, and a thread stays with a connection only while they move: once nothing
+has moved for `LINGER_S` it returns, and the event loop waits for all silent connections.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ async def _event(stream: socket.socket, add: Callable[..., None], remove: Callab
 
 @contextmanager
 def lingering(stream: socket.socket) -> Iterator[None]:
-    """For a thread: calls wait meanwhile, `LINGER_S` at most; where nothing moved they raise BlockingIOError then."""
+    """For a thread: inside, calls block for at most `LINGER_S`, then raise BlockingIOError if nothing moved."""
     stream.setblocking(True)
     try:
         yield
@@ -53,7 +53,7 @@ def lingering(stream: socket.socket) -> Iterator[None]:
 
 
 def tune(stream: socket.socket) -> None:
-    """Sends at once, and much ahead where the machine allows it. The kernel's own choice is better than a small one."""
+    """Disables Nagle, and enlarges the send buffer if the machine allows it; the default is better than a small one."""
     stream.setblocking(False)
     with suppress(OSError):  # not a TCP connection any more
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

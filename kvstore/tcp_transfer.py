@@ -1,7 +1,7 @@
-"""A transfer over plain TCP, from its turn to its end, and the connections to one arena that transfers take turns at.
+"""A transfer over plain TCP, from its turn to its end, and the connections to one arena that transfers share.
 
-What lies between a reader and its blocks is kept short: where a connection is free the question is sent at once, a
-thread receives from then on, and its last word is the outcome; the event loop turns once in between.
+The path between a reader and its blocks is kept short: if a connection is free the question is sent at once, a
+thread receives from then on, and sets the outcome at the end; the event loop runs only once in between.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CONNECTIONS = 2  # to one arena
 
 
 class Link:
-    """To one arena: connections without a transfer, and turns for those that need one."""
+    """The way to one arena: idle connections, and a queue of transfers that wait for one."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -43,16 +43,16 @@ class Link:
         self._received_bytes = 0  # by others before them
 
     def num_bytes(self) -> int:
-        """That came over it so far."""
+        """Bytes received over it so far."""
         return self._received_bytes + sum(transfer.receiver.num_bytes for transfer in self._moving)
 
     def enter(self, transfer: Transfer) -> None:
-        """`begin` is called when it is its turn, perhaps at once."""
+        """Queues a transfer; its `begin` is called when it is its turn, perhaps at once."""
         self._queue.append(transfer)
         self._next()
 
     def leave(self, transfer: Transfer, stream: socket.socket | None) -> None:
-        """Before its turn, or after it; then with a connection that another one may use, or None."""
+        """Removes a transfer, before its turn or after it; `stream` is a connection others may reuse, or None."""
         if transfer in self._moving:
             self._moving.remove(transfer)
             self._received_bytes += transfer.receiver.num_bytes
@@ -65,7 +65,7 @@ class Link:
         self._next()
 
     def take(self) -> socket.socket | None:
-        """A connection that the store has not closed meanwhile."""
+        """An idle connection that the store has not closed, or None."""
         while self._idle:
             stream = self._idle.pop()
             try:
@@ -74,7 +74,7 @@ class Link:
                 return stream
             except OSError:
                 pass
-            stream.close()  # closed, or it says what nobody asked for
+            stream.close()  # closed, or has sent unrequested data
         return None
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class Link:
             self._idle.pop().close()
 
     def _next(self) -> None:
-        """Who fails at once leaves at once: then the loop that is running goes on, however many wait."""
+        """A transfer that fails at once also leaves at once; the running loop then continues with the next."""
         if self._is_choosing:
             return
         self._is_choosing = True
@@ -95,9 +95,9 @@ class Link:
 
 
 class Transfer:
-    """One transfer. It has an outcome as soon as there is one, and is `over` when nothing of it is left.
+    """One transfer. `over` says that it has ended and nothing of it is left.
 
-    All methods but `_receive` are the event loop's.
+    All methods except `_receive` run on the event loop.
     """
 
     def __init__(
@@ -118,18 +118,18 @@ class Transfer:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, link: Link, threads: ThreadPoolExecutor, patience_s: float) -> None:
-        """Waits for its turn."""
+        """Queues for its turn."""
         self._link, self._threads = link, threads
         self._patience = Patience(patience_s, link.num_bytes(), time.monotonic())
         self._timer = self._loop.call_later(self._patience.look_s, self._look)
         link.enter(self)
 
     def begin(self) -> None:
-        """It is its turn. Where a connection is free the question goes out now, before anything else is made ready."""
+        """It is its turn. If a connection is idle the question is sent now, before anything else is prepared."""
         assert self._link is not None
         self._stream = self._link.take()
         if self._stream is not None:
-            with suppress(OSError):  # no room, or what is wrong shows when the rest is sent
+            with suppress(OSError):  # no room, or an error that shows again when the rest is sent
                 self._question = self._question[self._stream.send(self._question) :]
             if not self._question:
                 self._pull()
@@ -138,7 +138,7 @@ class Transfer:
         self._preparing.add_done_callback(self._prepared)
 
     async def wait(self, wait_s: float) -> None:
-        """Returns as soon as there is an outcome, and after `wait_s` at the latest."""
+        """Returns as soon as there is an outcome, or after `wait_s` at the latest."""
         if self.outcome is not None:
             return
         waiting = self._loop.create_future()
@@ -154,19 +154,19 @@ class Transfer:
         return Outcome(state, list(self.receiver.payloads), reason)
 
     def finish(self, state: State, reason: str = "") -> None:
-        """From here on nothing is written for it. The first outcome counts."""
+        """Sets the outcome (the first one counts); nothing is written for this transfer any more."""
         self.receiver.stop()
         if self._preparing is not None:
             self._preparing.cancel()
         if not self._has_thread and self._preparing is None:
-            self._let_go()  # first: whoever reads on at once finds the connection
+            self._let_go()  # first, so that a reader that continues at once finds the connection
         if self.outcome is None:
             self.outcome = self.so_far(state, reason)
             for waiting in self._waiting:
                 _wake(waiting)
 
     async def _prepare(self, address: str) -> socket.socket:
-        """A connection over which the question went."""
+        """A connection over which the question was sent."""
         stream, self._stream = self._stream or await _connect(address), None
         try:
             await self._loop.sock_sendall(stream, self._question)
@@ -194,7 +194,7 @@ class Transfer:
         self._threads.submit(self._receive, self._stream)
 
     def _receive(self, stream: socket.socket) -> None:
-        """On a thread, for as long as anything comes."""
+        """Runs on a thread while anything comes."""
         is_done = True
         error: Exception | None = None
         try:
@@ -252,7 +252,7 @@ def _wake(waiting: asyncio.Future[None]) -> None:
 
 
 async def _connect(address: str) -> socket.socket:
-    """A connection to "tcp://host:port". OSError or `ArenaUnavailable` when there is none."""
+    """A connection to "tcp://host:port". Raises OSError or `ArenaUnavailable` when it cannot be made."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ArenaUnavailable("is no address")

@@ -1,7 +1,7 @@
-"""Blocks over plain TCP: received where they are to lie, and checked while the next ones come.
+"""Blocks over plain TCP: received into their final place, and verified while the next ones come.
 
-A connection carries one transfer at a time. An arena has two at most, so that one fills the other's gaps; a transfer
-that ends before its answer does costs its connection. Nothing is encrypted: see `kvstore/wires.py` for who may use it.
+A connection carries one transfer at a time. An arena has at most two, so that one fills the other's gaps; a transfer
+that ends before its answer does costs its connection. Nothing is encrypted: see `kvstore/wires.py` for when it is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvstore.wire import Capabilities, Outcome, State, Ticket
 _TRANSFER_BYTES = 32 << 20
 _KEPT_BYTES = 64 << 20  # of freed memory: what a node fetches in one go
 _THREADS = 2  # that receive
-_IDLE_S = 60.0  # an arena that nobody read from for so long is left when the next one is read from
+_IDLE_S = 60.0  # connections to an arena unused for this long are closed when another is read from
 
 
 class TcpWire:

@@ -1,12 +1,12 @@
-"""What happens between an arena and the disk behind it: demotion of what is evicted, promotion of what is asked for.
+"""Between an arena and the disk behind it: demotion of blocks that are evicted, promotion of blocks that are requested.
 
-A block that is evicted and worth a place on disk (`eviction.ADMISSIONS`) is copied at once, before its slot's next
-writer hears of the slot, and written behind. The directory is told that this arena has it `ON_DISK`; a reader then asks
-the store for it, also one on the same machine, and the store brings it back into a slot before it answers.
+An evicted block that is worth a place on disk (`eviction.ADMISSIONS`) is copied at once, before its slot's next writer
+gets the slot, and written in the background. The directory is told that this arena has it `ON_DISK`; a reader, even on
+the same machine, then asks the store for it, and the store brings it back into a slot before it answers.
 
-All I/O runs on one thread, so no record is overwritten under a reader. Writes come to it one at a time, so a read waits
-for one of them at most; those that it overtakes are to other records, for the one that it reads is held. A disk that is
-full or broken is left alone for a while, and nobody but the log hears of it: every failure is a miss.
+All I/O runs on one thread, so no record is overwritten under a reader. Writes are given to it one at a time, so a read
+waits for at most one of them; the writes it overtakes are to other records, because the one it reads is held. A disk
+that is full or broken is left alone for a while, with a log line: every failure is a miss.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Changed = Callable[[Iterable[tuple[BlockHash, int]], Iterable[BlockHash]], None]
 
-_MAX_PENDING_BYTES = 64 << 20  # copies on their way to the disk; what is evicted beyond that is lost
+_MAX_PENDING_BYTES = 64 << 20  # copies waiting for the disk; what is evicted beyond that is lost
 _PAUSE_S = 30.0  # after an error
-# Of one question: less than a reader waits who could compute the blocks soon. The rest comes when it is asked for.
+# Per question: less than a reader waits that could compute the blocks soon. It can ask again for the rest.
 _READ_S = 0.15
 
 
 class DiskTier:
-    """The disk behind one arena. All methods are called on one event loop, and none fails for the disk's sake."""
+    """The disk behind one arena. All methods are called on one event loop, and none raises because of the disk."""
 
     def __init__(self, file: BlockFile, arena: Arena, arena_map: ArenaMap, changed: Changed, tally: StoreTally) -> None:
         self._file = file
@@ -55,7 +55,7 @@ class DiskTier:
         self._tasks: set[asyncio.Task[None]] = set()
         self._promoting = asyncio.Lock()
         self._writing = asyncio.Lock()
-        self._writer_id = ""  # under which a promotion holds slots
+        self._writer_id = ""  # writer id under which a promotion holds slots
         self._pending_bytes = 0
         self._paused_until_s = 0.0
 
@@ -68,7 +68,7 @@ class DiskTier:
         changed: Changed,
         tally: StoreTally,
     ) -> DiskTier | None:
-        """The tier, with what an earlier store has left; None, and a line in the log, where the disk cannot be used."""
+        """The tier, with what an earlier store left there; None, with a log line, if the disk cannot be used."""
         try:
             tier = cls(make_file(), arena, arena_map, changed, tally)
         except OSError as error:
@@ -84,7 +84,7 @@ class DiskTier:
         return tier
 
     async def stop(self) -> None:
-        """Waits for what is being read or written."""
+        """Waits for running reads and writes."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._thread.shutdown)
         self._file.close()
@@ -96,15 +96,15 @@ class DiskTier:
 
     @property
     def index(self) -> DiskIndex:
-        """The books, to be looked at."""
+        """The books, for reading only."""
         return self._index
 
     def inventory(self) -> list[tuple[BlockHash, int]]:
-        """What only the disk holds."""
+        """Blocks that only the disk holds, with the slot `ON_DISK`."""
         return [(block_hash, ON_DISK) for block_hash in self._index if not self._arena.holds(block_hash)]
 
     def demote(self, evicted: Sequence[Evicted]) -> None:
-        """Takes what is worth it from slots that nobody writes to yet, and tells where each block is now."""
+        """Copies the blocks worth keeping, before their slots are written again, and announces where each block is."""
         self._tally.lost((block.block_hash, self._map.last_access(block.slot)) for block in evicted)
         kept = [(block.block_hash, ON_DISK) for block in evicted if block.block_hash in self._index]
         self._changed(kept, [block.block_hash for block in evicted if block.block_hash not in self._index])
@@ -117,7 +117,7 @@ class DiskTier:
         return any(block_hash in self._index and not self._arena.holds(block_hash) for block_hash in hashes)
 
     async def promote(self, hashes: Sequence[BlockHash]) -> None:
-        """Brings blocks back into the arena, in order, as many as the time allows."""
+        """Brings blocks back into the arena, in order, as many as time allows."""
         deadline_s = time.monotonic() + _READ_S
         try:
             async with asyncio.timeout(_READ_S):
@@ -134,14 +134,14 @@ class DiskTier:
         records = {block_hash: record for block_hash in hashes if (record := self._index.peek(block_hash)) is not None}
         for block_hash in records:
             self._index.drop(block_hash)
-        # Handed over now, before anybody else can have a write to one of these records.
+        # Submitted now, before any other write to one of these records.
         erasing = asyncio.get_running_loop().run_in_executor(
             self._thread, self._erase_all, [record.number for record in records.values()]
         )
         return list(records), erasing
 
     async def verifies(self, record: Record) -> bool:
-        """Whether the record's bytes sum up to its checksum."""
+        """Whether the record's bytes match its checksum."""
 
         def check() -> bool:
             try:
@@ -180,7 +180,7 @@ class DiskTier:
     def _read_all(
         self, todo: Sequence[tuple[BlockHash, Reservation, Record]], deadline_s: float
     ) -> tuple[list[Written], list[BlockHash]]:
-        """On the disk's thread: fills slots. Returns those that are whole, and blocks that are not (any more)."""
+        """On the disk's thread: fills slots. Returns those read correctly, and the blocks that were not."""
         written: list[Written] = []
         damaged: list[BlockHash] = []
         for block_hash, item, record in todo:
@@ -221,7 +221,7 @@ class DiskTier:
             self._changed([(block.block_hash, ON_DISK)], ())
 
     def _write_one(self, number: int, block: Evicted, payload: bytes) -> Record | None:
-        """On the disk's thread. A copy that does not sum up to what its writer said is not kept."""
+        """On the disk's thread. A copy that does not match its writer's checksum is not kept."""
         if self._is_paused() or xxhash.xxh3_64_intdigest(payload) != block.checksum:
             return None
         try:

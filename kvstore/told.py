@@ -1,6 +1,6 @@
-"""What a store tells its operator, as JSON and back. Pure; who reads it checks every type, and is told of what is not.
+"""A store's answers to its operator, to JSON and back. Pure; the reader checks every type, and raises on a mismatch.
 
-Each answer is one object. It has `error`, in words, or what its verb asks for:
+Each answer is one object. It has `error`, as text, or what its verb asks for:
 
     stats             store (`StoreStats`), tiers (a list of `TierStats`)
     list              blocks (a list of `BlockRow`), num_blocks (that match, on all pages)
@@ -22,7 +22,7 @@ from kvstore.frames import MAX_TOLD_BYTES
 from kvstore.records import build
 from kvstore.tally import TIERS
 
-UNKNOWN = -1  # in place of a number that the store does not know
+UNKNOWN = -1  # in place of an unknown number
 _HASH = re.compile(r"[0-9a-f]{32}")
 _STATES = ("free", "writing", "ready", "")
 
@@ -67,7 +67,7 @@ class TierStats:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRow:
-    """One block in one tier. A block that lies in both has two rows."""
+    """One block in one tier. A block that is in both has two rows."""
 
     hash: str  # 32 hex digits
     tier: str
@@ -79,7 +79,7 @@ class BlockRow:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDetail:
-    """All that a store knows of a block in one tier. Of a slot, this is its header; a record has its checksum alone."""
+    """All that a store knows of a block in one tier: of a slot, its header; of a record on disk, only its checksum."""
 
     hash: str
     tier: str
@@ -88,13 +88,13 @@ class BlockDetail:
     generation: int = 0
     length: int = 0  # bytes
     checksum: str = ""  # xxh3_64, 16 hex digits
-    verifies: bool = False  # the bytes are there and sum up to the checksum, now
+    verifies: bool = False  # the bytes are there and match the checksum now
     age_s: float = UNKNOWN
     num_reads: int = UNKNOWN
 
 
 def encode(answer: Mapping[str, Any]) -> bytes:
-    """ValueError when it is over the limit."""
+    """The answer as JSON. Raises ValueError when it exceeds the limit."""
     text = json.dumps(answer).encode()
     if len(text) > MAX_TOLD_BYTES:
         raise ValueError(f"an answer of {len(text)} bytes; at most {MAX_TOLD_BYTES}")
@@ -102,7 +102,7 @@ def encode(answer: Mapping[str, Any]) -> bytes:
 
 
 def decode(text: bytes | memoryview) -> dict[str, Any]:
-    """`BadFrame` unless it is one JSON object within the limit."""
+    """The answer. Raises `BadFrame` unless it is one JSON object within the limit."""
     if len(text) > MAX_TOLD_BYTES:
         raise BadFrame(f"an answer of {len(text)} bytes")
     try:
@@ -115,7 +115,7 @@ def decode(text: bytes | memoryview) -> dict[str, Any]:
 
 
 def one(cls: type[T], value: object) -> T:
-    """A part of an answer. `BadFrame` where it is none: nothing of it may reach a terminal unchecked."""
+    """A part of an answer as `cls`. Raises `BadFrame` if it is not one: nothing may reach a terminal unchecked."""
     item = build(cls, value) if isinstance(value, dict) else None
     if item is None:
         raise BadFrame(f"the answer has no {cls.__name__} where one belongs")
@@ -136,7 +136,7 @@ def many(cls: type[T], value: object) -> list[T]:
 
 
 def count(value: object) -> int:
-    """A number that is none of a part's."""
+    """A number outside of such parts."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise BadFrame("the answer has no count where one belongs")
     return value

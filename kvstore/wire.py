@@ -1,8 +1,8 @@
-"""What brings blocks from another machine's arena to this one, whatever it is made of: capabilities, submit, poll.
+"""The interface of what brings blocks here from another machine's arena: capabilities, submit, poll.
 
-A wire moves bytes and checks them; whom to ask for which block, how long to wait, and whom to leave alone for a while
-is its caller's affair. Two ship, `kvstore/zmq_wire.py` and `kvstore/tcp_wire.py`; `kvstore/wires.py` says which is used
-when. RDMA would be another class with these methods.
+A wire moves bytes and verifies them; whom to ask for which block, how long to wait, and whom to avoid for a while
+is up to its caller. Two ship, `kvstore/zmq_wire.py` and `kvstore/tcp_wire.py`; `kvstore/wires.py` chooses between them.
+RDMA would be another class with these methods.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What one transfer may ask for, at most; a single block may always be asked for."""
+    """The most that one transfer may ask for; a single block may always be asked for."""
 
     max_blocks: int
     max_bytes: int
-    is_encrypted: bool  # nobody on the way can read or change what is sent
+    is_encrypted: bool  # encrypted and authenticated
 
     def num_blocks(self, slot_bytes: int) -> int:
         """Blocks of this size that one transfer may ask for."""
@@ -39,10 +39,10 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a transfer stands. `payloads` is the leading run of blocks that came so far and were found to be right.
+    """The state of a transfer. `payloads` is the leading run of blocks that have arrived and were verified.
 
-    COMPLETED with fewer than were asked for: the arena does not have the next one (any more), or not those bytes.
-    FAILED: something is wrong with the arena or the way to it, and `reason` tells what.
+    COMPLETED with fewer than requested: the arena does not have the next one (any more), or has other bytes for it.
+    FAILED: something is wrong with the arena or the way to it; `reason` says what.
     """
 
     state: State
@@ -51,7 +51,7 @@ class Outcome:
 
 
 class Wire(Protocol):
-    """All methods are called on one event loop, and none raises: what goes wrong is an `Outcome`."""
+    """All methods are called on one event loop, and none raises: a failure is an `Outcome`."""
 
     @property
     def capabilities(self) -> Capabilities: ...
@@ -63,25 +63,25 @@ class Wire(Protocol):
         timeout_s: float,
         into: Sequence[memoryview] | None = None,
     ) -> Ticket:
-        """Begins to bring these blocks from that arena, and returns at once.
+        """Begins to transfer these blocks from that arena, and returns at once.
 
-        FAILED once nothing came from that arena for `timeout_s`, for this transfer or another: one that waits for
-        others on a slow link is not at fault. How long all of it may take is its caller's affair, who may `cancel`.
+        The transfer is FAILED once nothing has come from that arena for `timeout_s`, for this transfer or another: one
+        that waits behind others on a slow link is not at fault. The total time is up to the caller, who may `cancel`.
 
-        `into` has for each block where its reader wants it in the end: writable, of the block's size. A wire that can
-        receives there and nowhere else, until `cancel`; others bring blocks in memory of their own. Whatever lies in
-        such a view counts only as an outcome's payload.
+        `into` has each block's final place: writable, of the block's size. A wire that can receives there and nowhere
+        else, until `cancel`; others use memory of their own. The contents of such a view count only once an outcome's
+        payloads include it.
         """
         ...
 
     async def poll(self, ticket: Ticket, wait_s: float) -> Outcome:
-        """How the transfer stands, as soon as it is not PENDING any more, and after `wait_s` at the latest."""
+        """The state of the transfer, as soon as it is not PENDING any more, or after `wait_s` at the latest."""
         ...
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nobody will ask for this transfer again, done or not: what it holds is let go. Each ticket needs it, once.
+        """Ends this transfer, done or not, and releases what it holds. To be called exactly once for each ticket.
 
-        When it returns, nothing is written any more `into` what `submit` was given.
+        When it returns, nothing is written any more to the views that `submit` got as `into`.
         """
         ...
 
@@ -92,7 +92,7 @@ class Wire(Protocol):
 
 @dataclass(frozen=True)
 class ReceivedPayload:
-    """A block that came over a wire, checked, in memory of its own, or of its reader's where that was given."""
+    """A verified block that came over a wire, in memory of its own, or in its reader's if that was given."""
 
     view: memoryview
 

@@ -1,7 +1,7 @@
 """Which wire a reader uses.
 
-With a wire key it is ZeroMQ alone, which encrypts: whatever a record says, no block comes in the clear. Without one,
-blocks come over plain TCP from stores that say where, and over ZeroMQ from others.
+With a wire key it is ZeroMQ only, which encrypts: whatever a record says, no block comes unencrypted. Without a key,
+blocks come over plain TCP from stores whose records give an address for it, and over ZeroMQ from others.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from kvstore.zmq_wire import ZmqWire
 
 
 def default_wire(slot_bytes: int, wire_key: str) -> Wire:
-    """What a client that was given no wire uses. ValueError for a wire key that is none."""
+    """The wire of a client that was given none. Raises ValueError for an invalid wire key."""
     if wire_key:
         return ZmqWire(slot_bytes, wire_key)
     return WireByRecord(TcpWire(slot_bytes), ZmqWire(slot_bytes))
 
 
 class WireByRecord:
-    """A `Wire` that leaves each transfer to one of two: by whether the arena's record has a `tcp_address`."""
+    """A `Wire` that gives each transfer to one of two, by whether the arena's record has a `tcp_address`."""
 
     def __init__(self, tcp: Wire, other: Wire) -> None:
         self._tcp = tcp

@@ -1,8 +1,8 @@
-"""Blocks over ZeroMQ: one connection to each arena, and a transfer as many small questions under way at a time.
+"""Blocks over ZeroMQ: one connection to each arena, and a transfer as many small questions in flight at a time.
 
-The blocks of a transfer are asked for in parts. While one part is summed up, ZeroMQ's own thread receives the next
-ones; and as no more than `_AHEAD_BYTES` are asked for ahead, that is what a reader holds unchecked, and what a store
-queues for it. Transfers over one connection take turns: two at a time, so that one fills the other's gaps.
+The blocks of a transfer are requested in parts. While one part is verified, ZeroMQ's own thread receives the next
+ones; at most `_AHEAD_BYTES` are requested ahead, which bounds what a reader holds unverified and what a store queues
+for it. Transfers over one connection take turns: two at a time, so that one fills the other's gaps.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kvstore.records import ArenaRecord
 from kvstore.wire import Capabilities, Outcome, ReceivedPayload, State, Ticket
 
 _TRANSFER_BYTES = 32 << 20
-_AHEAD_BYTES = 16 << 20  # more than any network between two machines holds
+_AHEAD_BYTES = 16 << 20  # more than the bandwidth-delay product of any network between two machines
 _KEPT_BYTES = 64 << 20  # of freed memory: what a node fetches in one go
-_TURNS = 2  # transfers over one connection that ask at a time
-_IDLE_S = 60.0  # a connection that nobody used for so long is closed when the next one is made
+_TURNS = 2  # transfers that request at the same time over one connection
+_IDLE_S = 60.0  # a connection unused for this long is closed when the next one is made
 
 
 class ZmqWire:
-    """A `Wire`. With a `wire_key` it reads from stores that have the same one, without from those that have none."""
+    """A `Wire`. With a `wire_key` it reads from stores with the same key; without one, from those without a key."""
 
     def __init__(self, slot_bytes: int, wire_key: str = "") -> None:
         self._slot_bytes = slot_bytes
@@ -80,7 +80,7 @@ class ZmqWire:
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
-        await asyncio.sleep(0)  # so that those who wait are told
+        await asyncio.sleep(0)  # so that waiting callers are told
         self._context.destroy(linger=0)
 
     def _connection(self, record: ArenaRecord) -> _Connection:
@@ -98,7 +98,7 @@ class ZmqWire:
 
 
 class _Connection:
-    """To one store. A transfer enters, has its turn, and leaves when nothing of it is on its way any more."""
+    """To one store. A transfer enters, has its turn, and leaves when nothing of it is in flight any more."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -121,7 +121,7 @@ class _Connection:
             transfer.finish(State.FAILED, "the connection was given up")
 
     def _next(self) -> None:
-        """Who fails at once leaves at once: then the loop that is running goes on, however many wait."""
+        """A transfer that fails at once also leaves at once; the running loop then continues with the next."""
         if self._is_choosing:
             return
         self._is_choosing = True
@@ -133,7 +133,7 @@ class _Connection:
 
 
 class _Transfer:
-    """One transfer. It has an outcome as soon as there is one, and a connection as long as anything is on its way."""
+    """One transfer. It keeps its connection as long as anything of it is in flight, even after its outcome."""
 
     def __init__(self, hashes: Sequence[BlockHash], slot_bytes: int) -> None:
         step = part_blocks(slot_bytes)
@@ -155,21 +155,21 @@ class _Transfer:
         return Outcome(state, list(self._payloads), reason)
 
     def finish(self, state: State, reason: str = "") -> None:
-        """Asks for nothing more. What was asked for still comes, and is dropped."""
+        """Requests nothing more. What was already requested still comes, and is dropped."""
         self._todo.clear()
         if not self.outcome.done():
             self.outcome.set_result(self.so_far(state, reason))
         self._leave_if_idle()
 
     def advance(self) -> None:
-        """Takes the answers that are there, in order, and asks ahead."""
+        """Takes the answers that have come, in order, and requests more ahead."""
         connection = self._connection
         if connection is None:
             return
         try:
             while self._asked and self._asked[0][1].done():
                 self._take(*self._asked.popleft())
-            # Many questions at a time, half of what may be under way: each time wakes four threads.
+            # Many questions at a time, half of what may be in flight: each send wakes four threads.
             num_ahead = self._num_ahead if len(self._asked) <= self._num_ahead // 2 else 0
             while self._todo and len(self._asked) < num_ahead:
                 part = self._todo.popleft()
@@ -191,7 +191,7 @@ class _Transfer:
             self.finish(State.COMPLETED)
 
     def _expire(self, timeout_s: float) -> None:
-        """A store that owes an answer by now is given up, unless others came meanwhile."""
+        """Gives up a store that owes an answer by now, unless other answers came meanwhile."""
         connection = self._connection
         if connection is None:
             return
@@ -214,7 +214,7 @@ class _Transfer:
 
 
 def check_blocks(answer: Answer, hashes: Sequence[BlockHash], slot_bytes: int) -> list[Payload]:
-    """The leading run of `hashes` that an answer proves to hold. `BadFrame` when it is no answer to them."""
+    """The leading run of `hashes` that an answer verifiably holds. Raises `BadFrame` when it does not answer them."""
     message = answer.message
     if not isinstance(message, Got) or [block.key for block in message.blocks] != list(hashes[: len(message.blocks)]):
         raise BadFrame("the answer does not fit the question")

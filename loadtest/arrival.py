@@ -1,7 +1,7 @@
 """When requests are sent: an open loop, a closed loop, or both. Pure state; the caller passes the time in.
 
-An open loop (Poisson, bursts, a constant rate, a ramp) does not care how the server fares; a closed loop keeps a fixed
-number in flight. Together they are an open loop with a lid, as with `--request-rate` and `--max-concurrency` of
+An open loop (Poisson, bursts, a constant rate, a ramp) is independent of the server; a closed loop keeps a fixed
+number in flight. Together they are an open loop with a cap, as with `--request-rate` and `--max-concurrency` of
 `vllm bench serve`.
 """
 
@@ -35,8 +35,8 @@ def open_times_s(
 ) -> list[float]:
     """Ascending send times. The first is 0; an infinite rate means all of them at once.
 
-    Gaps follow a gamma distribution with shape `burstiness` and the rate's mean: 1 is a Poisson process, less comes in
-    bursts, more comes more evenly; `constant` has no chance in it at all.
+    Gaps follow a gamma distribution with shape `burstiness` and the rate's mean: 1 is a Poisson process, less gives
+    bursts, more gives more even gaps; with `constant`, all gaps are equal.
     """
     ramp = rate if isinstance(rate, Ramp) else Ramp(rate, rate)
     if not (ramp.start_per_s > 0 and ramp.end_per_s > 0):
@@ -53,9 +53,9 @@ def open_times_s(
 
 
 class Arrivals:
-    """Which requests may be sent now: in order, none before its time, at most `max_in_flight` at once (None: no lid).
+    """Which requests may be sent now: in order, none before its time, at most `max_in_flight` at once (None: no cap).
 
-    Each index comes out of `due` once; the caller answers each with one `finished`.
+    `due` returns each index once; the caller calls `finished` once for each.
     """
 
     def __init__(self, times_s: Sequence[float], max_in_flight: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Clients that do not behave: who leaves, who sends nonsense, who reads slowly; and what became of it. Pure."""
+"""Clients that leave or misbehave: which do, how, and how the server reacted. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loadtest.record import RequestRecord
 
 
 class Kind(StrEnum):
-    """Of a client. GOOD is what figures are made of; each other kind is counted apart."""
+    """The kind of a client. Figures are over GOOD ones; each other kind is counted separately."""
 
     GOOD = ""
     CANCEL = "cancel"  # leaves after some tokens, in order
@@ -26,7 +26,7 @@ BAD_KINDS = (Kind.MALFORMED, Kind.OVERSIZED, Kind.SLOW_READER, Kind.DISCONNECT)
 
 
 def draw_kinds(count: int, cancel_rate: float, bad_rate: float, rng: random.Random) -> list[Kind]:
-    """For each session its client's kind: a share `cancel_rate` leaves, a share `bad_rate` is bad, in each way."""
+    """The kind of each session's client: a share `cancel_rate` leaves; a share `bad_rate` is bad, in equal parts."""
     if cancel_rate < 0 or bad_rate < 0 or cancel_rate + bad_rate > 1:
         raise ValueError(f"--cancel-rate and --bad-clients must be 0 to 1 together, got {cancel_rate} and {bad_rate}")
     num_cancels, num_bad = round(count * cancel_rate), round(count * bad_rate)
@@ -38,9 +38,9 @@ def draw_kinds(count: int, cancel_rate: float, bad_rate: float, rng: random.Rand
 
 
 def outcome(record: RequestRecord) -> str:
-    """What became of a request that misbehaved: "refused", "cut off", "left", "served", or "failed: WHY".
+    """The outcome of a misbehaving request: "refused", "cut off", "left", "served", or "failed: WHY".
 
-    A server need not read megabytes to the end: it may close the connection on them.
+    A server need not read megabytes to the end: it may close the connection.
     """
     if record.kind == Kind.OVERSIZED and record.error.startswith(CONNECTION_LOST):
         return "cut off"
@@ -50,7 +50,7 @@ def outcome(record: RequestRecord) -> str:
 
 
 def outcomes(records: Sequence[RequestRecord]) -> dict[str, dict[str, int]]:
-    """kind -> outcome -> how often, for the kinds that there were."""
+    """kind -> outcome -> count, for the kinds that occurred."""
     found: dict[str, Counter[str]] = {}
     for record in records:
         if record.kind:

@@ -1,4 +1,4 @@
-"""`baton bench`: sends load to a server and prints what `vllm bench serve` would print.
+"""`baton bench`: puts load on a server and prints what `vllm bench serve` would print.
 
 The shell around the pure parts: the event loop, the progress bar, files. Knows no node and no store.
 """
@@ -37,12 +37,12 @@ _LATE_ADVICE = "use --client-processes, a machine with less to do, a lower load,
 
 
 class ClientLate(Exception):
-    """The client was too slow for its figures to be trusted; the message says how slow."""
+    """The client was too slow for its figures to be reliable; the message says how slow."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run that is over."""
+    """One finished run."""
 
     records: list[RequestRecord]
     report: Report
@@ -70,7 +70,7 @@ def _fail(words: str, status: int) -> int:
 
 
 def _check_writable(file: Path | None) -> None:
-    """Before the run, not after it. Leaves no file where there was none."""
+    """Checks that a file can be written, before the run and not after it. Leaves no new file."""
     if file is None:
         return
     is_new = not file.exists()
@@ -121,13 +121,13 @@ async def _sweep(config: BenchConfig, args: argparse.Namespace) -> int:
 
 
 def _at_rate(config: BenchConfig, sweep: SweepConfig, rate_per_s: float) -> BenchConfig:
-    """With requests for `sweep.seconds`, so that a fast step is not over before the server is full."""
+    """The config at this rate, with requests for `sweep.seconds`: a step must not end before the server is full."""
     count = max(config.data.num_prompts, round(rate_per_s * sweep.seconds))
     return replace(config, load=replace(config.load, rate=rate_per_s), data=replace(config.data, num_prompts=count))
 
 
 def _write(result: dict[str, Any], args: argparse.Namespace) -> None:
-    """The files that were asked for."""
+    """Writes the requested files."""
     if args.result_json:
         write_json(result, args.result_json, with_requests=args.save_detailed)
     if args.json:
@@ -223,7 +223,7 @@ def _plan(config: BenchConfig, material: Material, dice: Dice) -> Plan:
 
 
 def _seeds(count: int, dice: Dice, purpose: str) -> list[int]:
-    """Of samples: below 2^62, so that the further turns of a session can count on from there."""
+    """Seeds of samples: below 2^62, so that the further turns of a session can count up from there."""
     rng = dice.of(purpose)
     return [rng.getrandbits(62) for _ in range(count)]
 

@@ -1,7 +1,7 @@
-"""How much a simulated cluster carries: the highest speed of a trace at which nine of ten requests are in time.
+"""The capacity of a simulated cluster: the highest speed of a trace at which nine of ten requests are in time.
 
-Found by bisection over the speed. A request is in time when its TTFT and TPOT keep their limits; one that was rejected
-is not. Runs are kept, since those of different TPOT limits are the same run.
+Found by bisection over the speed. A request is in time when its TTFT and TPOT meet their limits; a rejected one is
+not. Runs are cached, because those for different TPOT limits are the same run.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ STEPS = 5  # each halves what is not known: 1/32 of the range between a speed th
 
 
 def disaggregated(config: SimConfig, num_nodes: int, prefill: int) -> SimConfig:
-    """So many of the nodes for prefill, the others for decode."""
+    """`prefill` of the nodes for prefill, the others for decode."""
     return replace(config, prefill=prefill, decode=num_nodes - prefill, both=0)
 
 
 def colocated(config: SimConfig, num_nodes: int, chunk_tokens: int) -> SimConfig:
-    """All nodes for both, prompts in chunks that ride in the steps."""
+    """All nodes for both, with prompts in chunks within the decode steps."""
     return replace(config, prefill=0, decode=0, both=num_nodes, chunk_tokens=chunk_tokens)
 
 
 class Capacity:
-    """The capacity of clusters for one trace. `config.ttft_limit_s` is the TTFT limit, by which is also rejected."""
+    """The capacity of clusters for one trace. `config.ttft_limit_s` is the TTFT limit, which also causes rejections."""
 
     def __init__(self, requests: Sequence[TracedRequest]) -> None:
         self._requests = requests
         self._runs: dict[tuple[SimConfig, float], list[tuple[float, float]]] = {}  # TTFT and TPOT of the admitted
 
     def of(self, config: SimConfig, tpot_limit_s: float | None) -> float:
-        """Requests a second; 0.0 where even a hundredth of the trace's speed is too much."""
+        """Requests per second; 0.0 if even a hundredth of the trace's speed is too much."""
         low = 1.0
         while low > 0.01 and not self._holds(config, low, tpot_limit_s):
             low /= 2

@@ -1,4 +1,4 @@
-"""What a run of `baton bench` is to do, made of its flags; and which flags do not go together."""
+"""The configuration of a run of `baton bench`, made from its flags; and which flags exclude each other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Load:
-    """When requests go out. `rate` per second, may be infinite; `max_in_flight` None is no lid."""
+    """When requests are sent. `rate` per second, may be infinite; `max_in_flight` None is no cap."""
 
     rate: float | Ramp
     burstiness: float
@@ -34,7 +34,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Data:
-    """What they say. Lengths in tokens."""
+    """What prompts contain. Lengths in tokens."""
 
     kind: str  # of `DATASETS`
     num_prompts: int
@@ -53,7 +53,7 @@ class Data:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """How the highest rate is looked for."""
+    """How the highest rate is searched for."""
 
     start_per_s: float
     max_per_s: float
@@ -64,7 +64,7 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """A whole run. The API key is in `target` alone, and so in no file."""
+    """A whole run. The API key is only in `target`, and so in no file."""
 
     backend: str
     model: str
@@ -86,7 +86,7 @@ class BenchConfig:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> BenchConfig:
-        """Draws a seed where none is given. Raises `BenchError` for flags that do not go together."""
+        """Draws a seed if none is given. Raises `BenchError` for flags that exclude each other."""
         if not args.address:
             raise BenchError("--address HOST:PORT of the router (or a URL, for --backend openai) is needed")
         try:
@@ -146,7 +146,7 @@ def _check(args: argparse.Namespace, slo: Slo | None) -> None:
 
 
 def _tls(args: argparse.Namespace) -> Tls | None:
-    """None is no TLS, but for https://."""
+    """The TLS options; None: no TLS, unless the URL is https://."""
     if not (args.tls or args.tls_ca or args.tls_cert or args.tls_server_name):
         return None
     return Tls(args.tls_ca, args.tls_cert, args.tls_key, args.tls_server_name)

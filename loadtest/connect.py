@@ -1,4 +1,4 @@
-"""Which client a run needs."""
+"""Chooses the client that a run needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def client_maker(config: BenchConfig) -> Callable[[], Client]:
 
 
 def _allow_many_connections() -> None:
-    """Each request in flight over HTTP has a connection: as many files as the system grants."""
+    """Raises the limit of open files as far as allowed, as each HTTP request in flight has a connection."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

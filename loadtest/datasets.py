@@ -1,4 +1,4 @@
-"""The sessions of a run, for the data set, the model and the endpoint that it names."""
+"""The sessions of a run, for its data set, model and endpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNKNOWN_VOCABULARY = 256  # ids that any model has
 
 @dataclass(frozen=True)
 class Material:
-    """What a run sends. `times_s` is given where the data set has times of its own."""
+    """What a run sends. `times_s` is set if the data set has times of its own."""
 
     sessions: list[Session]
     times_s: list[float] | None = None
@@ -36,7 +36,7 @@ class Material:
 
 
 def material_for(config: BenchConfig, model: ModelInfo, dice: Dice) -> Material:
-    """Raises `BenchError` for what the model cannot take, and for a file that is not as it should be."""
+    """Raises `BenchError` for requests that the model cannot take, and for an invalid file."""
     data = config.data
     wording = _wording(data) if _needs_text(config) else None
     vocab_size = wording.vocab_size if wording else model.vocab_size or _UNKNOWN_VOCABULARY
@@ -89,7 +89,7 @@ def _check_length(shape: Shape, max_model_len: int) -> None:
 
 
 def _from_sharegpt(data: Data, max_model_len: int, dice: Dice) -> Material:
-    """As many conversations as were asked for, drawn from the file; all of them where it has fewer."""
+    """The requested number of conversations, drawn from the file; all of them if it has fewer."""
     assert data.file is not None
     sessions = read_sharegpt(data.file, _wording(data).count, data.turns, max_model_len)
     dice.of("sharegpt").shuffle(sessions)

@@ -1,4 +1,4 @@
-"""One request and its answer, whatever carries them: what is sent, what has come so far, and the record of it.
+"""One request and its answer, over any transport: what is sent, what has come so far, and its record.
 
 A client (`grpc_client`, `http_client`) turns an `Ask` into bytes or a message before the run, and streams the answer
 into a `Stream`; `exchange` times that. Knows the clock; knows no wire, no arrival process and no statistics.
@@ -20,7 +20,7 @@ _REDACTED = "[API key]"
 
 
 class SendError(Exception):
-    """A request failed. `refused`: the server blames the request, or has no room; not a fault of the server."""
+    """A request failed. `refused`: the server rejected the request or had no room, which is not a server fault."""
 
     def __init__(self, message: str, refused: bool = False) -> None:
         super().__init__(message)
@@ -49,7 +49,7 @@ class Tls:
 
 @dataclass(frozen=True)
 class Target:
-    """The server, and who asks. The key is shown nowhere."""
+    """The server, and the client's key, which is shown nowhere."""
 
     address: str  # "host:port", or a URL for HTTP
     timeout_s: float = 600.0  # of each request
@@ -57,7 +57,7 @@ class Target:
     tls: Tls | None = None  # None: in the clear, but for https://
 
     def redact(self, words: str) -> str:
-        """Without the key, should a server repeat it."""
+        """The text without the key, in case a server repeats it."""
         return words.replace(self.api_key, _REDACTED) if self.api_key else words
 
 
@@ -80,7 +80,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The same for each request of a run. SLOs in ms; only Baton's gRPC door takes them, and refuses by them."""
+    """The same for each request of a run. SLOs in ms; only Baton's gRPC API takes them, and refuses by them."""
 
     temperature: float = 0.0
     ignore_eos: bool = True
@@ -93,7 +93,7 @@ DEFAULT_SAMPLING = Sampling()
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the server says of its model; 0 where it does not say."""
+    """What the server says of its model; 0 if it does not say."""
 
     name: str
     max_model_len: int = 0
@@ -102,7 +102,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Shot:
-    """A request that is ready to go: built before the run, so that building it costs no measured time."""
+    """A request ready to be sent: built before the run, so that building it costs no measured time."""
 
     index: int
     scheduled_s: float
@@ -116,7 +116,7 @@ class Shot:
 
 @dataclass
 class Stream:
-    """What has come of one answer so far. A client adds to it, and stops reading where `enough` says so."""
+    """What has come of one answer so far. A client adds to it, and stops reading when `enough` is true."""
 
     clock: Clock
     leave_after: int = 0
@@ -151,7 +151,7 @@ class Stream:
             await asyncio.sleep(self.read_pause_s)
 
     def answer(self, as_text: bool) -> Content:
-        """What the next turn of the conversation repeats."""
+        """The answer, as the next turn of the conversation repeats it."""
         return "".join(self.texts) if as_text else tuple(self.token_ids)
 
 

@@ -57,7 +57,7 @@ _part = _number(float, 0, 1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All flags, by what they are about."""
+    """Adds all flags, grouped by topic."""
     _add_server_arguments(parser.add_argument_group("the server"))
     _add_load_arguments(parser.add_argument_group("when requests go out"))
     _add_data_arguments(parser.add_argument_group("what they say"))

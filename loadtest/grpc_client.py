@@ -1,4 +1,4 @@
-"""Requests over Baton's gRPC door. Knows the proto; knows no arrival process and no statistics."""
+"""Requests over Baton's gRPC API. Knows the proto; knows no arrival process and no statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BAD_TEMPERATURE = 1e9
 
 
 def _open_channel(target: Target) -> grpc.aio.Channel:
-    """Raises OSError for a file that cannot be read; whether they fit, the first call tells."""
+    """Raises OSError for a file that cannot be read; whether they match shows only at the first call."""
     tls = target.tls
     if tls is None:
         return grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)
@@ -37,8 +37,8 @@ def _open_channel(target: Target) -> grpc.aio.Channel:
 class GrpcClient:
     """A channel to a router.
 
-    Prompts of token ids go as they are, the parts of a conversation one behind the other, so that each turn's prompt
-    begins with the tokens of the turn before and of its answer; text likewise.
+    Prompts of token ids are sent as they are, with the parts of a conversation concatenated, so that each turn's prompt
+    starts with the tokens of the turn before and of its answer; text likewise.
     """
 
     def __init__(self, target: Target, sampling: Sampling = DEFAULT_SAMPLING) -> None:
@@ -55,7 +55,7 @@ class GrpcClient:
         await self._channel.close()
 
     async def get_model(self, wait_s: float = 10.0) -> ModelInfo:
-        """Waits for a router that still starts or still looks for nodes.
+        """Waits for a router that is still starting or still looking for nodes.
 
         Raises `SendError` when it does not answer with a model within `wait_s`.
         """
@@ -93,7 +93,7 @@ class GrpcClient:
         return request
 
     def encode_malformed(self) -> inference_pb2.GenerateRequest:
-        """No prompt, and a temperature out of range. (Bytes that are no message are gRPC's own to refuse.)"""
+        """No prompt, and a temperature out of range. (Bytes that are not a message are refused by gRPC itself.)"""
         return inference_pb2.GenerateRequest(sampling=common_pb2.SamplingParams(temperature=_BAD_TEMPERATURE))
 
     def encode_oversized(self, num_bytes: int) -> inference_pb2.GenerateRequest:
@@ -101,7 +101,7 @@ class GrpcClient:
         return inference_pb2.GenerateRequest(text="x" * num_bytes, sampling=common_pb2.SamplingParams(max_tokens=1))
 
     async def send(self, request: inference_pb2.GenerateRequest, stream: Stream) -> None:
-        """Raises `SendError`, also for a stream that ended and is not whole."""
+        """Raises `SendError`, also for a stream that ended incomplete."""
         call = self._stub.Generate(request, timeout=self.target.timeout_s or None, metadata=self._metadata)
         last = inference_pb2.GenerateResponse()
         try:
@@ -121,7 +121,7 @@ class GrpcClient:
 
 
 def _finish(stream: Stream, last: inference_pb2.GenerateResponse) -> None:
-    """Takes what the last message says; raises `SendError` for what is wrong with the stream."""
+    """Takes the last message's fields; raises `SendError` if the stream is inconsistent."""
     if last.finish_reason == common_pb2.FINISH_REASON_UNSPECIFIED:
         raise SendError("the stream ended without a finish reason")
     if stream.num_tokens == 0:

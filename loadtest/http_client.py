@@ -1,7 +1,7 @@
-"""Requests to any OpenAI server: `/v1/completions` and `/v1/chat/completions`, streamed. Baton's door, vLLM, SGLang.
+"""Requests to any OpenAI server (Baton, vLLM, SGLang): `/v1/completions` and `/v1/chat/completions`, streamed.
 
 A message counts as one with tokens if it brings text, or an empty text that neither opens nor ends the answer (half of
-a character). How many tokens there were is what `usage` says, which is asked for and must come.
+a character). The number of tokens is taken from `usage`, which is requested and must come.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_MODELS_BYTES = 1 << 22
 
 
 def base_url_of(address: str, is_tls: bool = False) -> str:
-    """Where the API is, without /v1: HOST:PORT is plain HTTP unless `is_tls`. Raises ValueError for what is no URL."""
+    """The API's URL without /v1; HOST:PORT is plain HTTP unless `is_tls`. Raises ValueError for an invalid URL."""
     url = address if "://" in address else f"{'https' if is_tls else 'http'}://{address}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -50,7 +50,7 @@ class HttpClient:
     """Connections to one server. `chat` chooses the endpoint; `model` "" takes the first that the server names."""
 
     def __init__(self, target: Target, chat: bool, model: str = "", sampling: Sampling = DEFAULT_SAMPLING) -> None:
-        """Raises ValueError for an address that is none, OSError for a file of TLS that is none."""
+        """Raises ValueError for an invalid address, OSError for an unusable TLS file."""
         self.target = target
         self._base_url = base_url_of(target.address, is_tls=target.tls is not None)
         self._url = f"{self._base_url}/v1/{'chat/completions' if chat else 'completions'}"
@@ -74,7 +74,7 @@ class HttpClient:
         await self._session.close()
 
     async def get_model(self, wait_s: float = 10.0) -> ModelInfo:
-        """Waits for a server that still starts. Raises `SendError`."""
+        """Waits for a server that is still starting. Raises `SendError`."""
         deadline_s = time.perf_counter() + wait_s
         while True:
             try:
@@ -113,7 +113,7 @@ class HttpClient:
         return json.dumps(body, separators=(",", ":")).encode()
 
     def encode_malformed(self) -> bytes:
-        """JSON that breaks off."""
+        """Truncated JSON."""
         return b'{"model": "' + self._model.encode() + b'", "prompt": ['
 
     def encode_oversized(self, num_bytes: int) -> bytes:
@@ -123,7 +123,7 @@ class HttpClient:
         return json.dumps({"model": self._model, "max_tokens": 1, "stream": True} | prompt).encode()
 
     async def send(self, request: bytes, stream: Stream) -> None:
-        """Raises `SendError`, also for an answer that is not whole."""
+        """Raises `SendError`, also for an incomplete answer."""
         answer = _Answer(self._chat, stream)
         headers = {"Content-Type": "application/json"}
         try:
@@ -163,7 +163,7 @@ class _Answer:
         self._is_done = False
 
     def take(self, data: str) -> None:
-        """Raises `SendError` for an error that the server reports; ValueError for what is no answer."""
+        """Raises `SendError` for an error that the server reports, ValueError for an invalid answer."""
         if self._is_done:
             return
         if data == "[DONE]":
@@ -200,7 +200,7 @@ class _Answer:
             self._finish_reason = str(choice["finish_reason"])
 
     def finish(self) -> None:
-        """Takes what `usage` said; raises `SendError` for what is wrong with the answer."""
+        """Takes the counts of `usage`; raises `SendError` if the answer is inconsistent."""
         if not self._finish_reason:
             raise SendError("the stream ended without a finish reason")
         if not self._is_done:

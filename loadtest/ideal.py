@@ -1,7 +1,7 @@
-"""What no router can beat by much: one queue in front of all nodes, and a cache without limits that costs nothing.
+"""A bound that no router can beat by much: one queue in front of all nodes, and an unlimited cache that costs nothing.
 
-A prompt's blocks are in the cache from the moment at which it arrives, and every node has the same cache. First come,
-first served, so a policy that lets short prompts go first may be a little better.
+A prompt's blocks are in the cache from the moment it arrives, and every node has the same cache. First come, first
+served, so a policy that lets short prompts go first may be a little better.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def ideal_ttfts_s(requests: Sequence[TracedRequest], speed: PrefillSpeed, num_no
 
 
 def pooled_hit_rate(requests: Sequence[TracedRequest], num_blocks: int) -> float:
-    """What one LRU of so many full blocks, shared by all nodes, would hit: of all blocks of the prompts."""
+    """The hit rate, over all blocks of the prompts, of one LRU of `num_blocks` full blocks shared by all nodes."""
     held: dict[int, None] = {}  # least lately used first
     num_hits = 0
     for request in requests:

@@ -1,4 +1,4 @@
-"""How long prompts and answers are where a data set says so: drawn as in ShareGPT's conversations. Pure."""
+"""Lengths of prompts and answers, drawn as in ShareGPT's conversations. Pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _FEWEST_TOKENS = 64  # below that nearly no draw would fit
 
 @dataclass(frozen=True)
 class ShareGptShape:
-    """Log-normal lengths in tokens, within the bounds that `vllm bench serve` filters ShareGPT by.
+    """Log-normal lengths in tokens, within the bounds by which `vllm bench serve` filters ShareGPT.
 
-    The means are near those of its 1,000 prompts there: about 220 tokens in and 200 out.
+    The means are near those of its 1,000 prompts: about 220 tokens in and 200 out.
     """
 
     input_tokens: float = 155.0  # median

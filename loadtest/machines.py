@@ -1,4 +1,4 @@
-"""What hardware takes for a model: the simulator's nodes as formulas. Their sources stand in docs/simulator.md."""
+"""How long hardware takes for a model: the simulator's nodes as formulas. docs/simulator.md has their sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from router.speeds import PrefillSpeed, prefill_features
 
 
 class BadMachine(ValueError):
-    """No such machine, or a file that describes none; names the field."""
+    """No such machine, or an invalid file; names the field."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Machine:
         return launch_s + products_s + cached_tokens * self.kv_token_s + pairs * self.prefill.pair_s
 
     def chunked(self, chunk_tokens: int) -> PrefillSpeed:
-        """How fast a prompt gets on in steps of so many tokens, on a node without other work."""
+        """The speed of a prompt in steps of `chunk_tokens`, on a node without other work."""
         step_s = self.prefill.base_s + max(self.weights_s, chunk_tokens * self.prefill.token_s)
         return replace(self.prefill, base_s=0.0, token_s=step_s / chunk_tokens)
 
@@ -76,7 +76,7 @@ MACHINES = {
 
 
 def find_machine(name: str) -> Machine:
-    """A machine by name, or fitted to what was measured, where the name is a file's. Raises `BadMachine`."""
+    """A machine by name, or, if the name is a file, fitted to the measurements in it. Raises `BadMachine`."""
     if name in MACHINES:
         return MACHINES[name]
     if not name.endswith(".json"):
@@ -88,8 +88,8 @@ def find_machine(name: str) -> Machine:
 
 
 def fitted(data: Any) -> Machine:
-    """A machine out of measurements: `{"prefill": [[uncached, cached, seconds], ...], "step": [[requests, cached,
-    seconds], ...], "token_bytes", "wire_bytes_per_s", "kv_blocks"}`, lengths in tokens, and where they are not 0.0,
+    """A machine from measurements: `{"prefill": [[uncached, cached, seconds], ...], "step": [[requests, cached,
+    seconds], ...], "token_bytes", "wire_bytes_per_s", "kv_blocks"}`, lengths in tokens; optional, 0.0 by default:
     "first_s", "handoff_s", "chunk_tokens", "stall_s". Raises `BadMachine`."""
     if not isinstance(data, dict):
         raise BadMachine("machine: must be an object")

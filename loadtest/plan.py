@@ -1,7 +1,7 @@
 """`baton plan`: how many of N GPUs should prefill and how many decode, for a trace and its limits.
 
-Every split is simulated; the best has the highest goodput, and of equal ones the least mean TTFT. Colocated nodes are
-a row of their own, and the answer where they are better.
+Splits are simulated; the best has the highest goodput, and among equals the least mean TTFT. Colocated nodes are
+a row of their own, and the answer if they are better.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def search(num_nodes: int, merit_of: Callable[[int], tuple[float, float]]) -> int:
-    """How many nodes should prefill: all splits, or of many, evenly spaced ones and then those around the best."""
+    """How many nodes should prefill: tries all splits, or, if many, evenly spaced ones and then those near the best."""
     low, high = 1, num_nodes - 1
     while True:
         step = max(1, -(-(high - low + 1) // MAX_SPLITS))
@@ -96,7 +96,7 @@ def search(num_nodes: int, merit_of: Callable[[int], tuple[float, float]]) -> in
 
 
 def merit(figures: dict[str, Any]) -> tuple[float, float]:
-    """The more the better."""
+    """The key by which splits are compared; larger is better."""
     return figures["goodput_rps"], -figures["ttft_s"]["mean"]
 
 

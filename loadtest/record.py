@@ -1,6 +1,6 @@
-"""What one request of a load test went through, as the client saw it. Pure data; knows no network and no clock.
+"""The record of one request of a load test, as the client saw it. Pure data; knows no network and no clock.
 
-All times are seconds on one clock that starts with the run, so that records of one run can be laid side by side.
+All times are seconds on one clock that starts with the run, so that records of one run can be compared.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RequestRecord:
 
     @property
     def tpot_s(self) -> float | None:
-        """(e2e - TTFT) / (n - 1); None for a request of a single token, which has no such time."""
+        """(e2e - TTFT) / (n - 1); None for a request of a single token."""
         return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
     @property
@@ -60,10 +60,10 @@ class RequestRecord:
 
     @property
     def send_delay_s(self) -> float:
-        """How late it was sent: the client's own slowness, and the wait for a place in flight."""
+        """How late it was sent: the client's own delay, plus the wait for a place in flight."""
         return self.sent_s - self.scheduled_s
 
     @property
     def lateness_s(self) -> float:
-        """How late it was sent through the client's own fault: since it was due and had a place."""
+        """How late it was sent by the client's own fault: counted from when it was due and had a place."""
         return self.sent_s - (self.scheduled_s if self.ready_s is None else self.ready_s)

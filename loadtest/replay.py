@@ -1,4 +1,4 @@
-"""Prompts for a trace: each block's name becomes tokens, so that what the trace reuses is reused. Pure."""
+"""Prompts for a trace: each block hash becomes tokens, so that what the trace reuses is reused. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loadtest.trace import BLOCK_TOKENS, TracedRequest
 
 
 def scaled(request: TracedRequest, block_tokens: int) -> tuple[int, int]:
-    """Tokens in and out where a block stands for `block_tokens` in place of 512: for models that take less."""
+    """Tokens in and out if a block is `block_tokens` instead of 512, for models with a shorter context."""
     if block_tokens == BLOCK_TOKENS:
         return request.input_tokens, request.output_tokens
     full, rest = divmod(request.input_tokens, BLOCK_TOKENS)
@@ -19,7 +19,7 @@ def scaled(request: TracedRequest, block_tokens: int) -> tuple[int, int]:
 
 
 def replay_prompts(requests: Sequence[TracedRequest], block_tokens: int, vocab_size: int, nonce: str) -> list[Prompt]:
-    """The prompt of each request. One name is the same tokens wherever it stands; another `nonce` gives others."""
+    """The prompt of each request. Equal hashes give equal tokens; a different `nonce` gives different tokens."""
     vocabulary = range(vocab_size)
     blocks: dict[int, list[int]] = {}
     prompts = []

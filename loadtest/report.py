@@ -2,9 +2,9 @@
 
 Definitions, over successful requests: TTFT from sending to the first message with tokens; E2EL from sending to the end
 of the stream; TPOT = (E2EL - TTFT) / (n - 1); ITL each gap between messages with tokens. As with vLLM, a message of k
-tokens ends one gap, not k, so ITL times n need not give E2EL where tokens come in bundles. Throughputs are over the
+tokens ends one gap, not k, so ITL times n need not equal E2EL if tokens come in bundles. Throughputs are over the
 whole run. Hit rate = prompt tokens that the first leg did not compute / prompt tokens. Clients that left or misbehaved
-(`RequestRecord.kind`) are in none of these.
+(`RequestRecord.kind`) count in none of these.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _of_ordered(ordered: Sequence[float], percent: float) -> float:
 
 @dataclass(frozen=True)
 class Distribution:
-    """All zero, and without quantiles, where `count` is zero: nothing was measured."""
+    """All zero, and without quantiles, if `count` is zero, that is, nothing was measured."""
 
     count: int = 0
     mean_ms: float = 0.0
@@ -60,7 +60,7 @@ class Distribution:
         )
 
     def percentile_ms(self, percent: float) -> float:
-        """0 where nothing was measured."""
+        """The percentile in ms; 0 if nothing was measured."""
         return _of_ordered(self.ordered_ms, percent) if self.count else 0.0
 
     @property
@@ -111,7 +111,7 @@ def summarise(
     slo: Slo | None = None,
     num_unsent: int = 0,
 ) -> Report:
-    """The figures of a run of `duration_s` > 0 seconds. Failed requests count in `failed` and `errors` alone."""
+    """The figures of a run of `duration_s` > 0 seconds. Failed requests count only in `failed` and `errors`."""
     behaved = [record for record in records if not record.kind]
     good = [record for record in behaved if record.succeeded]
     num_input, num_output = sum(r.prompt_tokens for r in good), sum(r.output_tokens for r in good)
@@ -164,7 +164,7 @@ def _peak_concurrency(records: Sequence[RequestRecord]) -> int:
 
 
 def lag_of(report: Report, limit_ms: float) -> str:
-    """Why the client was too late for its own figures to be trusted; "" if it was not. A limit of 0 asks nothing."""
+    """Why the client was too late for its own figures to be reliable; "" if it was not. A limit of 0 disables this."""
     lags = {"its event loop": report.loop_lag.p99_ms, "its requests": report.lateness.p99_ms}
     late = [f"{name} {lag_ms:.0f} ms" for name, lag_ms in lags.items() if limit_ms and lag_ms > limit_ms]
     return f"the client was late itself (P99: {', '.join(late)}; limit {limit_ms:g} ms)" if late else ""

@@ -1,6 +1,6 @@
 """One HTML page from results of `baton bench`, of one run or several side by side: plots inline, no script, no network.
 
-Pure. Takes what `report_json` makes, and believes none of it: what is no number is left out, names are escaped.
+Pure. Takes the output of `report_json` without trusting it: what is not a number is left out, names are escaped.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _bar(row: dict[str, Any]) -> Bar | None:
 
 
 def _tokens_per_s(rows: Sequence[Any]) -> list[Point]:
-    """Each message brings its share of its request's tokens."""
+    """Output over time; each message has an equal share of its request's tokens."""
     stamps: list[tuple[float, float]] = []
     for row in rows:
         times_s = _numbers(row.get("token_times_s")) if isinstance(row, dict) else []
@@ -186,7 +186,7 @@ def _tokens_per_s(rows: Sequence[Any]) -> list[Point]:
 
 
 def _in_flight(requests: Sequence[Bar]) -> list[Point]:
-    """The most in each part of the run."""
+    """Requests in flight over time: the maximum in each part of the run."""
     steps = sorted([(bar.sent_s, 1) for bar in requests] + [(bar.end_s, -1) for bar in requests])
     if not steps or steps[-1][0] <= 0:
         return []

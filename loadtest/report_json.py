@@ -1,4 +1,4 @@
-"""Results as JSON: figures as vLLM names them, and every request as it went; and such files read again."""
+"""Results as JSON: figures under vLLM's names, and every request; and reading such files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_FILE_BYTES = 1 << 30
 
 
 class BadResult(ValueError):
-    """A file that is no result of `baton bench`."""
+    """A file that is not a result of `baton bench`."""
 
 
 def as_json(report: Report, percentiles: Sequence[float] = (99.0,)) -> dict[str, Any]:
@@ -73,13 +73,13 @@ def _finite(rate: float) -> float | str:
 
 
 def result_of(config: BenchConfig, model: str, report: Report, records: Sequence[RequestRecord]) -> dict[str, Any]:
-    """Of one run, with every request."""
+    """The result of one run, with every request."""
     head = {"format": FORMAT, "model": model, "config": config_as_json(config)}
     return head | as_json(report, config.percentiles) | {"requests": [asdict(record) for record in records]}
 
 
 def sweep_result_of(config: BenchConfig, model: str, steps: Sequence[Step], best_per_s: float | None) -> dict[str, Any]:
-    """Of a sweep: the figures of each step."""
+    """The result of a sweep: the figures of each step."""
     assert config.sweep is not None
     rows = [{"request_rate": step.rate_per_s} | as_json(step.report, config.percentiles) for step in steps]
     sweep = {"share": config.sweep.share, "best_request_rate": best_per_s, "steps": rows}
@@ -87,7 +87,7 @@ def sweep_result_of(config: BenchConfig, model: str, steps: Sequence[Step], best
 
 
 def write_json(result: dict[str, Any], file: Path, with_requests: bool) -> None:
-    """One line. Raises OSError."""
+    """Writes one line. Raises OSError."""
     content = result if with_requests else {name: value for name, value in result.items() if name != "requests"}
     file.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -18,7 +18,7 @@ def render(
     max_concurrency: int | None = None,
     percentiles: Sequence[float] = PERCENTILES,
 ) -> str:
-    """Labels as of vLLM; behind them hit rate, misbehaving clients and the client's own lag."""
+    """vLLM's lines; after them hit rate, misbehaving clients and the client's own lag."""
     lines = [" Serving Benchmark Result ".center(_WIDTH, "=")]
     lines += [_line("Successful requests:", report.completed), _line("Failed requests:", report.failed)]
     if report.unsent:
@@ -93,7 +93,7 @@ def _misbehaved(report: Report) -> list[str]:
 
 
 def render_sweep(steps: Sequence[Step], best_per_s: float | None, share: float) -> str:
-    """One line for each run, in the order of their rates, and what was found."""
+    """One line per run, in order of rate, and the result."""
     head = ("rate", "requests", "req/s", "goodput", "met", "P99 TTFT", "P99 TPOT", "")
     rows = [head, ("(req/s)", "", "", "(req/s)", "(%)", "(ms)", "(ms)", "")]
     for step in sorted(steps, key=lambda step: step.rate_per_s):

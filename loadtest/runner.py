@@ -26,7 +26,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who sends what when. `kinds` and `seeds` (of samples) have one entry for each session, like `times_s`."""
+    """Who sends what when. `kinds` and `seeds` (of samples) have one entry per session, like `times_s`."""
 
     sessions: Sequence[Session]
     times_s: Sequence[float]
@@ -38,11 +38,11 @@ class Plan:
 
     @property
     def num_requests(self) -> int:
-        """Turns, all in all."""
+        """The total number of turns."""
         return sum(self.turns_of(index) for index in range(len(self.sessions)))
 
     def turns_of(self, index: int) -> int:
-        """Who misbehaves does so once."""
+        """The number of turns of a session; misbehaving clients have one."""
         return 1 if self.kinds[index] in BAD_KINDS else len(self.sessions[index].turns)
 
 
@@ -55,7 +55,7 @@ def first_indices(plan: Plan) -> Sequence[int]:
 
 
 def shares(plan: Plan, count: int) -> list[Plan]:
-    """The plan in at most `count` parts that add up to it: each has every so manieth session, and of the lid."""
+    """The plan in at most `count` parts: each gets every n-th session, and its share of the concurrency cap."""
     lid = plan.max_in_flight
     count = max(1, min(count, len(plan.sessions), lid or count))
     indices = first_indices(plan)
@@ -75,7 +75,7 @@ def shares(plan: Plan, count: int) -> list[Plan]:
 
 @dataclass
 class Phase:
-    """What came of a plan."""
+    """The results of a plan."""
 
     records: list[RequestRecord] = field(default_factory=list)
     duration_s: float = 0.0
@@ -85,7 +85,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A plan that is being run."""
+    """A plan in progress."""
 
     plan: Plan
     clock: Clock
@@ -94,7 +94,7 @@ class _UnderWay:
 
 
 class Runner:
-    """Runs plans with one client. `connect` makes another one, for those whose connection is to go."""
+    """Runs plans with one client. `connect` makes further ones, for clients that close their connection."""
 
     def __init__(self, client: Client, connect: Callable[[], Client]) -> None:
         self._client = client
@@ -103,7 +103,7 @@ class Runner:
     async def run(
         self, plan: Plan, tell: Callable[[RequestRecord], None] = lambda record: None, clock: Clock | None = None
     ) -> Phase:
-        """Sends all and waits for all answers; the records in the order of the requests. `tell` hears of each."""
+        """Sends all and waits for all answers; returns records in request order. `tell` is called with each."""
         requests = [self._first_request(plan, number) for number in range(len(plan.sessions))]
         indices = first_indices(plan)
         under_way = _UnderWay(plan, clock or Clock(), Phase(), tell)
@@ -133,7 +133,7 @@ class Runner:
         return self._client.encode(Ask((Message("user", turn.content),), turn.output_tokens, plan.seeds[index]))
 
     async def _play(self, run: _UnderWay, number: int, shot: Shot) -> None:
-        """One session: each turn sends the conversation so far, with the answers that came."""
+        """Runs one session: each turn sends the conversation so far, with the answers received."""
         turns = run.plan.sessions[number].turns[: run.plan.turns_of(number)]
         said: tuple[Message, ...] = ()
         for position, turn in enumerate(turns):
@@ -176,7 +176,7 @@ async def drive(
 ) -> None:
     """Starts `start(index, ready_s)` for each arrival when it is due, and returns when all have ended.
 
-    `ready_s` is when it was due and had a place: what comes later is the client's own lateness.
+    `ready_s` is when it was due and had a place: any further delay is the client's own.
     """
     freed = asyncio.Event()
     freed_s = 0.0  # when the last one ended

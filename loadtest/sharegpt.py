@@ -1,4 +1,4 @@
-"""Conversations out of a ShareGPT file: a list of `{"conversations": [{"from": "human", "value": "..."}, ...]}`."""
+"""Conversations from a ShareGPT file: a list of `{"conversations": [{"from": "human", "value": "..."}, ...]}`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIN_TOKENS, MAX_INPUT_TOKENS, MAX_TOTAL_TOKENS = 4, 1024, 2048  # as `vllm bench
 
 
 class BadShareGpt(ValueError):
-    """The file is no list of conversations; says where it is not."""
+    """The file is not a list of conversations; says where."""
 
 
 def read_sharegpt(
@@ -22,8 +22,9 @@ def read_sharegpt(
 ) -> list[Session]:
     """All conversations in which a human asks and gets an answer, cut after `max_turns` questions.
 
-    Each turn asks for as many tokens as the answer in the file has. What has less than 4 or more than 1,024 tokens in a
-    first question, or more than 2,048 (or `max_model_len`) in all, is left out. Raises `BadShareGpt`, OSError.
+    Each turn asks for as many tokens as the answer in the file has. Conversations whose first question has less than 4
+    or more than 1,024 tokens, or with more than 2,048 (or `max_model_len`) tokens in all, are left out. Raises
+    `BadShareGpt`, OSError.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -49,7 +50,7 @@ def _fits(lengths: list[tuple[int, int]], limit: int) -> bool:
 
 
 def _pairs(item: Any, where: str) -> list[tuple[str, str]]:
-    """Questions and answers in turn, from the first question on, up to where they do not alternate."""
+    """Alternating questions and answers, from the first question on, until they no longer alternate."""
     messages = item.get("conversations", item.get("conversation")) if isinstance(item, dict) else None
     if not isinstance(messages, list):
         raise BadShareGpt(f"{where}: `conversations` must be a list")

@@ -1,4 +1,4 @@
-"""What the simulated router knows of its nodes: the shipped cluster view, backlogs and meters, kept as a live one's."""
+"""The simulated router's view of its nodes: the shipped cluster view, backlogs and meters, updated as in a live one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from router.warming import Warming
 
 
 class Books:
-    """The router's side of each leg. A node that left has no row: what is still counted for it goes nowhere."""
+    """The router's side of each leg. A node that left has no row: updates for it are ignored."""
 
     def __init__(self, machine: Machine, learns: bool, is_shortest: bool, ttft_limit_s: float | None = None) -> None:
         self.cluster = Cluster(BLOCK_TOKENS, BLOCK_TOKENS * machine.token_bytes)
@@ -54,7 +54,7 @@ class Books:
         self._backlogs[node], self._meters[node] = Backlog(), PrefillMeter(speed)
 
     def drop(self, node: Node) -> None:
-        """No more work for it."""
+        """The node gets no more work."""
         self.cluster.drop(node.node_id)
 
     def warming(self, job: Job, now_s: float) -> dict[str, int]:
@@ -79,7 +79,7 @@ class Books:
         self.report(target)
 
     def computed(self, job: Job, source: Node, target: Node, now_s: float) -> None:
-        """The first leg is over."""
+        """The first leg has ended."""
         if job.plan is not None and not job.num_retries:
             self._overtaking.note(job.plan.prefill, self._ttft_limit_s, job.ttft_s)
         self._backlogs[source].computed(job, now_s)
@@ -90,7 +90,7 @@ class Books:
             self._learn(job, source, now_s)
 
     def broken_off(self, job: Job, source: Node, target: Node) -> None:
-        """The first leg will not be over."""
+        """The first leg will not be completed."""
         self._warming.forget(_names(job), source.node_id)
         self._backlogs[source].over(job)
         self._see_backlog(source)
@@ -98,13 +98,13 @@ class Books:
             self._count(source, -1)
 
     def released(self, job: Job, target: Node) -> None:
-        """The second leg is over, or will not be."""
+        """The second leg has ended, or will not be completed."""
         target.used_blocks -= job.held_blocks
         self._count(target, -1)
         self.report(target)
 
     def report(self, node: Node) -> None:
-        """What the node would say of its batch: as a fit of steps over requests finds it."""
+        """The node's report of its batch, as a live node would send it."""
         row = self._row(node)
         if row is None or node.role == "prefill":
             return
@@ -140,5 +140,5 @@ class Books:
 
 
 def _names(job: Job) -> Sequence[BlockHash]:
-    """A trace's names of blocks, in the place of hashes."""
+    """A trace's block names, in place of hashes."""
     return cast(Sequence[BlockHash], job.full_blocks)

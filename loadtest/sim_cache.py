@@ -53,7 +53,7 @@ class Arena:
         return len(self._policy)
 
     def run(self, blocks: Sequence[int]) -> int:
-        """The leading run that it holds; touches it, the tail first."""
+        """The leading run that it holds; counts as a use, the tail first."""
         count = 0
         for block in blocks:
             if block not in self._policy:
@@ -64,13 +64,13 @@ class Arena:
         return count
 
     def lend(self, blocks: Sequence[int]) -> None:
-        """Another node copies these, which are part of a chain."""
+        """Another node copies these blocks of a chain."""
         for block in blocks:
             if block in self._policy:
                 self._policy.lend(block)
 
     def publish(self, blocks: Sequence[int]) -> None:
-        """Takes in what it lacks, the tail first, so that of a chain the tail is evicted first."""
+        """Adds the blocks it lacks, the tail first, so that a chain's tail is evicted first."""
         policy = self._policy
         missing = [block for block in blocks if block not in policy]
         room = self.capacity - len(policy)
@@ -86,7 +86,7 @@ class Arena:
             self._directory.add(block, self.arena_id)
 
     def forget(self) -> None:
-        """The node died, and its memory with it."""
+        """Drops everything: the node died."""
         for block in list(self._policy):
             self._policy.remove(block)
             self._directory.drop(block, self.arena_id)

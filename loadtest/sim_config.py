@@ -1,4 +1,4 @@
-"""What a simulated cluster is made of. Pure data."""
+"""The configuration of a simulated cluster. Pure data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong in a simulated cluster, and when. Pure."""
+"""Faults in a simulated cluster, and when they happen. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _FAULT = re.compile(
 
 
 class BadFault(ValueError):
-    """A fault that is none; names what is wrong with it."""
+    """An invalid fault; says what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`subject`: a node id, or the role of one that joins. `factor`: so many times as slow, until `until_s`."""
+    """`subject`: a node id, or the role of one that joins. `factor`: how many times slower, until `until_s`."""
 
     kind: str
     subject: str

@@ -1,7 +1,7 @@
 """A simulated node: a queue of first legs and a batch that decodes, in steps. Times are passed in; nothing is random.
 
-One kind for all roles, as there is one engine. A prefill node takes a whole prompt a step; a node that decodes takes
-chunks, which ride in the steps of its batch. Between two changes of a batch that only decodes, steps follow a formula.
+One class for all roles, as there is one engine. A prefill node computes a whole prompt per step; a node that decodes
+computes chunks within the steps of its batch. Between two changes of a decode-only batch, steps follow a formula.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Job:
 
     @property
     def full_blocks(self) -> tuple[int, ...]:
-        """Only these are shared: the last, partly filled one is computed wherever it is needed."""
+        """Only full blocks are shared; the last, partly filled one is computed where it is needed."""
         return self.request.blocks[: self.request.input_tokens // BLOCK_TOKENS]
 
     @property
     def num_tokens(self) -> int:
-        """The prompt, and what was put out before a failover."""
+        """The prompt, and the output before a failover."""
         return self.request.input_tokens + self.num_done
 
     @property
@@ -82,7 +82,7 @@ def first_come(job: Job, _now_s: float) -> float:
 
 
 def shortest_first(job: Job, now_s: float) -> float:
-    """As the engine does it, by predicted seconds and with ageing."""
+    """The engine's order, by predicted seconds and with ageing."""
     left_s = job.cost_s * (job.to_compute / job.uncached if job.uncached else 1.0)
     return rank(left_s, now_s - job.sent_s)
 
@@ -91,7 +91,7 @@ QUEUES: dict[str, Rank] = {"shortest": shortest_first, "fcfs": first_come}
 
 
 class Node:
-    """`chunk_tokens`: of a step, decoded ones included; 0: a whole prompt at a time. Its name begins with its role."""
+    """`chunk_tokens`: per step, including decoded ones; 0: a whole prompt at a time. Its name begins with its role."""
 
     def __init__(self, node_id: str, machine: Machine, arena: Arena, chunk_tokens: int, order: Rank) -> None:
         self.node_id, self.machine, self.arena = node_id, machine, arena
@@ -122,7 +122,7 @@ class Node:
     # The batch.
 
     def join(self, job: Job, now_s: float) -> None:
-        """The request has its first token here; the next step makes the second."""
+        """Adds a request that has its first token; the next step makes its second."""
         self.advance(now_s)
         self.num_running += 1
         self._cached_tokens += job.num_tokens
@@ -130,7 +130,7 @@ class Node:
         heapq.heappush(self._ends, (steps, job.number, job))
 
     def leave(self) -> list[Job]:
-        """The requests that are done by now."""
+        """Removes and returns the requests that are done by now."""
         left = []
         while self._ends and self._ends[0][0] <= self._steps + _ALMOST:
             _, _, job = heapq.heappop(self._ends)
@@ -139,7 +139,7 @@ class Node:
         return left
 
     def abort(self, job: Job) -> int:
-        """Takes a request out, wherever it is; returns how many tokens it has decoded here."""
+        """Removes a request, wherever it is; returns how many tokens it has decoded here."""
         for jobs in (self.queue, self.begun):
             if job in jobs:
                 jobs.remove(job)
@@ -161,7 +161,7 @@ class Node:
             self._cached_tokens = 0.0
 
     def step_s(self) -> float:
-        """A step that only decodes."""
+        """Seconds of a step that only decodes."""
         return self.slow * self.machine.step_s(self.num_running, self._cached_tokens)
 
     def next_end_s(self) -> float | None:
@@ -173,7 +173,7 @@ class Node:
         return self._now_s + steps * self.step_s() + growth_s * steps * (steps - 1) / 2
 
     def advance(self, now_s: float) -> None:
-        """Makes the steps up to now, where no chunks ride in them."""
+        """Makes the steps up to now, while they have no chunks."""
         if self.num_running and not self.chunks and now_s > self._now_s:
             growth_s = self.slow * self.machine.kv_token_s * self.num_running
             base_s, time_s = self.step_s() - growth_s / 2, now_s - self._now_s
@@ -185,7 +185,7 @@ class Node:
     # First legs.
 
     def begin(self, now_s: float, start: Callable[[Job], None]) -> float | None:
-        """Fills a step with chunks, and returns when it will end; None where no first leg can go on now.
+        """Fills a step with chunks, and returns when it will end; None if no first leg can continue now.
 
         `start` looks for a request's blocks and says when they are here.
         """
@@ -215,7 +215,7 @@ class Node:
         return min([*times, *(job.ready_s for job in self.begun)], default=None)
 
     def end_step(self, now_s: float) -> list[Job]:
-        """The step with chunks is over: the requests whose prompts are computed."""
+        """Ends the step with chunks; returns the requests whose prompts are now computed."""
         self._now_s = now_s
         self._steps += 1.0
         self._cached_tokens += self._batched
@@ -230,7 +230,7 @@ class Node:
         return done
 
     def _next(self, index: int, now_s: float, start: Callable[[Job], None]) -> Job | None:
-        """The first leg at `index` in the order of beginning; begins one where so many were not begun."""
+        """The first leg at `index`, in the order in which legs began; begins another one if there are fewer."""
         best = 0
         if self.queue and self._order is not first_come:
             best = min(range(len(self.queue)), key=lambda at: self._order(self.queue[at], now_s))

@@ -1,4 +1,4 @@
-"""Pictures of simulated runs, as SVG. Needs matplotlib, which is an extra: `pip install 'baton[plots]'`."""
+"""Plots of simulated runs, as SVG. Needs matplotlib, which is an extra: `pip install 'baton[plots]'`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class NoPlots(Exception):
-    """matplotlib is not there."""
+    """matplotlib is not installed."""
 
 
 def draw(runs: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """TTFT and TPOT distributions, hit rate and imbalance over time, and goodput against load where loads differ.
+    """TTFT and TPOT distributions, hit rate and imbalance over time, and goodput against load if loads differ.
 
     `runs`: `sim_report.figures` with `name`, `policy` and `scale`. Raises `NoPlots`, OSError.
     """

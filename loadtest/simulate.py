@@ -1,4 +1,4 @@
-"""`baton simulate`: a trace through a cluster that is not there. Arguments and printing around the pure parts."""
+"""`baton simulate`: a trace through a simulated cluster. Arguments and printing around the pure parts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def number(kind: type[int] | type[float], low: float) -> Any:
 
 
 def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which requests, on which machine, within which limits: what `simulate` and `plan` share."""
+    """The arguments shared by `simulate` and `plan`: requests, machine, limits."""
     count, natural, positive = number(int, 1), number(int, 0), number(float, 1e-6)
     add = parser.add_argument
     add("trace", nargs="?", metavar="TRACE", help="a file in Mooncake's format, a JSON object a line")
@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def requests_from(args: argparse.Namespace, scale: float = 1.0) -> list[TracedRequest]:
-    """The trace that the arguments name, sped up. Raises `SimulateError`, `BadTrace`, OSError."""
+    """The trace given by the arguments, sped up. Raises `SimulateError`, `BadTrace`, OSError."""
     if bool(args.trace) == bool(args.generate):
         raise SimulateError("name a TRACE, or how many requests to make with --generate N")
     rng = random.Random(args.seed)

@@ -1,7 +1,7 @@
-"""A cluster under a virtual clock: the shipped policy and eviction code decide, formulas say what each leg takes.
+"""A cluster on a virtual clock: the shipped policy and eviction code decide, formulas say how long each leg takes.
 
 Deterministic for a seed. A prefill node runs one prompt after the other, a decode node a batch; blocks that an arena
-holds are hits, as in a live cluster, and a first leg fetches what its plan said, beside its queue.
+holds are hits, as in a live cluster, and a first leg fetches what its plan said, parallel to its queue.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HITS = [Hit(run) for run in range(MAX_TOKENS // BLOCK_TOKENS + 1)]  # a thousan
 
 
 class Simulator:
-    """Runs a trace through a cluster. `clock` measures decisions, where somebody wants to know: it decides nothing."""
+    """Runs a trace through a cluster. `clock` only measures how long decisions take; it has no effect on the result."""
 
     def __init__(self, config: SimConfig, clock: Callable[[], float] | None = None) -> None:
         self.config = config
@@ -53,7 +53,7 @@ class Simulator:
                 self._add(role)
 
     def run(self, requests: Sequence[TracedRequest]) -> list[Job]:
-        """All requests, each with what became of it. Raises `BadFault`."""
+        """Runs all requests and returns them with their outcomes. Raises `BadFault`."""
         self.jobs = [Job(request, number) for number, request in enumerate(requests)]
         for job in self.jobs:
             self._at(job.request.arrival_s, lambda job=job: self._route(job))  # type: ignore[misc]
@@ -84,7 +84,7 @@ class Simulator:
                 return
 
     def _try(self, job: Job) -> bool:
-        """Sends the request to nodes, or rejects it; False where nobody has room for it now."""
+        """Sends the request to nodes, or rejects it; False if no node has room for it now."""
         config, refused = self.config, set[str]()
         blocks = (job.num_tokens + job.num_left) // BLOCK_TOKENS + 1
         if 0 < config.machine.kv_blocks < blocks:
@@ -142,7 +142,7 @@ class Simulator:
         self._go_on(source)
 
     def _start(self, node: Node, job: Job) -> None:
-        """The first leg looks for its blocks. What it lacks is on its way since it was sent."""
+        """The first leg looks up its blocks. Those it fetches have been in flight since it was sent."""
         assert job.plan is not None
         blocks = job.full_blocks
         own = found = node.arena.run(blocks)
@@ -203,7 +203,7 @@ class Simulator:
     # A node's steps.
 
     def _go_on(self, node: Node) -> None:
-        """Begins what the node can do now; nothing where a step with chunks runs."""
+        """Begins what the node can do now; nothing while a step with chunks runs."""
         if node.chunks or self.nodes.get(node.node_id) is not node:
             return
         node.advance(self.now_s)
@@ -246,14 +246,14 @@ class Simulator:
         self._books.add(node, config.machine.prefill if is_alone else config.machine.chunked(chunk_tokens))
 
     def _arena(self, node_id: str) -> Arena:
-        """The node's own, or the host's."""
+        """The node's own arena, or its host's."""
         config = self.config
         if config.is_one_host and self._owners:
             return next(iter(self._owners.values())).arena
         return Arena(node_id, config.arena_blocks, EVICTION[config.eviction](config.arena_blocks), self.directory)
 
     def _forget(self, node: Node) -> None:
-        """A node left, and its arena with it; a host's stays."""
+        """A node left, with its arena; a host's arena stays."""
         if not self.config.is_one_host:
             node.arena.forget()
 
@@ -286,7 +286,7 @@ class Simulator:
         self._go_on(node)  # a step that runs ends when it was to
 
     def _kill(self, node: Node) -> None:
-        """The node dies with its arena; all that it had goes back to the router, with the tokens made so far."""
+        """The node dies with its arena; its requests go back to the router, with the tokens made so far."""
         lost = [job for job in self._open if job.target is node or (job.is_first and job.source is node)]
         touched = {other: None for job in lost for other in (job.source, job.target) if other is not None}
         for job in lost:

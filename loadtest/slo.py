@@ -21,7 +21,7 @@ class Slo:
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Slo:
-        """Of `NAME:MILLISECONDS`, each name once. Raises ValueError."""
+        """Parses `NAME:MILLISECONDS`, each name once. Raises ValueError."""
         limits: dict[str, float] = {}
         for word in words:
             name, colon, text = word.partition(":")
@@ -37,13 +37,13 @@ class Slo:
         return cls(**limits)
 
     def met(self, record: RequestRecord) -> bool:
-        """Of a successful request. An answer of one token has no TPOT and meets any."""
+        """Whether a successful request met them. An answer of one token has no TPOT, and meets any limit on it."""
         tpot_s = record.tpot_s or 0.0
         return (
             1e3 * record.ttft_s <= self.ttft_ms and 1e3 * tpot_s <= self.tpot_ms and 1e3 * record.e2e_s <= self.e2el_ms
         )
 
     def words(self) -> str:
-        """As it was given."""
+        """The objectives, as they were given."""
         limits = {"ttft": self.ttft_ms, "tpot": self.tpot_ms, "e2el": self.e2el_ms}
         return " ".join(f"{name}:{limit_ms:g}" for name, limit_ms in limits.items() if not math.isinf(limit_ms))

@@ -1,4 +1,4 @@
-"""Server-sent events from bytes as they come, wherever they are cut, by the HTML standard's grammar. Pure state."""
+"""Parses server-sent events from bytes in arbitrary pieces, by the HTML standard's grammar. Pure state."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class BadEvent(ValueError):
-    """The stream is no sequence of events; says why."""
+    """The stream is not a sequence of events; says why."""
 
 
 class EventParser:
-    """Give it bytes with `feed`, get the data of each event that is whole by then.
+    """Takes bytes with `feed`, which returns the data of each event that is complete.
 
     Lines end with CR, LF or both; `data:` lines of one event are joined by LF; comments and other fields are dropped,
-    and so is an event that no empty line ended.
+    and so is an event without a closing empty line.
     """
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
@@ -26,7 +26,7 @@ class EventParser:
         self._at_start = True
 
     def feed(self, piece: bytes) -> list[str]:
-        """Raises `BadEvent` for an event beyond the limit, or one that is not UTF-8."""
+        """The data of completed events. Raises `BadEvent` for one beyond the limit, or one that is not UTF-8."""
         if self._after_cr and piece:  # the LF of a CR LF that was cut apart
             piece = piece.removeprefix(b"\n")
             self._after_cr = False

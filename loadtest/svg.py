@@ -26,7 +26,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axes:
-    """What they are called, and whether x is logarithmic. `y_max` 0: as far as the points go."""
+    """The axes' labels, and whether x is logarithmic. `y_max` 0: as far as the points go."""
 
     x: str
     y: str
@@ -35,7 +35,7 @@ class Axes:
 
 
 def colour(index: int) -> str:
-    """Of the run with that number."""
+    """The colour of the run with this number."""
     return f"var(--c{index % _NUM_COLOURS})"
 
 
@@ -83,7 +83,7 @@ def lines(series: Sequence[Series], axes: Axes) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """A request: from sending to its first token, from there to its end. Seconds."""
+    """A request: from sending to its first token, from there to its end, in seconds."""
 
     sent_s: float
     first_s: float
@@ -93,7 +93,7 @@ class Bar:
 
 
 def bars(requests: Sequence[Bar], x_name: str) -> str:
-    """A row for each request, from the top down."""
+    """One row per request, from the top down."""
     if not requests:
         return '<p class="none">nothing was sent</p>'
     x_ticks = ticks(max(bar.end_s for bar in requests))

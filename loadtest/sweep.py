@@ -1,4 +1,4 @@
-"""The highest rate at which enough requests meet the objectives: doubling, then bisection. Pure; somebody else runs."""
+"""Searches the highest rate at which enough requests meet the objectives: doubling, then bisection. Pure."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Step:
 
 
 class Search:
-    """Asks for rates (`next_per_s`), is told whether each was met (`tell`), ends with `best_per_s`.
+    """Proposes rates (`next_per_s`), is told whether each met the objectives (`tell`), ends with `best_per_s`.
 
-    From `start_per_s` it doubles while rates are met, and halves, at most `_MAX_HALVINGS` times, while none is; between
-    the best that was met and the least that was not it goes on until they are within `precision` of each other.
+    From `start_per_s` it doubles while rates pass, and halves, at most `_MAX_HALVINGS` times, while none does; then it
+    bisects until the highest rate that passed and the lowest that failed are within `precision` of each other.
     """
 
     _MAX_HALVINGS = 6
@@ -40,11 +40,11 @@ class Search:
 
     @property
     def best_per_s(self) -> float | None:
-        """The highest rate that was met, if any was."""
+        """The highest rate that passed, if any."""
         return self._met_per_s or None
 
     def next_per_s(self) -> float | None:
-        """The rate to try now; None when it is found."""
+        """The rate to try now; None when the search is done."""
         met, missed = self._met_per_s, self._missed_per_s
         if math.isinf(missed):
             if not met:
@@ -56,7 +56,7 @@ class Search:
         return None if missed - met <= self._precision * met else (met + missed) / 2
 
     def tell(self, rate_per_s: float, is_met: bool) -> None:
-        """How the rate fared that was asked for."""
+        """Reports the result of a proposed rate."""
         if is_met:
             self._met_per_s = max(self._met_per_s, rate_per_s)
         else:

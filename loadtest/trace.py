@@ -1,7 +1,7 @@
-"""Requests over time: Mooncake's traces read, and traces of the same shape made. Pure but for reading a file.
+"""Requests over time: reads Mooncake's traces, and generates similar ones. Pure except for reading a file.
 
-A trace is one JSON object a line: `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`, the names
-of the prompt's blocks of 512 tokens, the last, partly filled one included. Equal names mean equal prefixes.
+A trace is one JSON object per line: `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`, the
+names of the prompt's blocks of 512 tokens, including the last, partly filled one. Equal names mean equal prefixes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_TOKENS = 1 << 24  # of one request; a trace that says more is broken
 
 
 class BadTrace(ValueError):
-    """A line that is no request; names the line and the field."""
+    """A line that is not a request; names the line and the field."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class TracedRequest:
     blocks: tuple[int, ...]  # names, ceil(input_tokens / 512) of them
 
     def faster(self, scale: float) -> TracedRequest:
-        """The same request in a trace that runs so many times as fast."""
+        """The same request in a trace that is `scale` times as fast."""
         return replace(self, arrival_s=self.arrival_s / scale)
 
 
 def read_trace(path: Path, rng: random.Random, grain_s: float = GRAIN_S, scale: float = 1.0) -> list[TracedRequest]:
     """A trace in order of arrival. Raises `BadTrace`, OSError.
 
-    Each request comes at a random moment of its `grain_s`, or bursts that never were would be measured; then time is
-    divided by `scale`: 2.0 is twice the load.
+    Each request is put at a random moment of its `grain_s`; otherwise the clock's grain would look like bursts. Then
+    time is divided by `scale`: 2.0 is twice the load.
     """
     requests = []
     with path.open(encoding="utf-8") as file:
@@ -81,7 +81,7 @@ def _parse(line: str, where: str) -> TracedRequest:
 
 @dataclass(frozen=True)
 class TraceShape:
-    """What a made trace looks like; the defaults are near the conversation trace's."""
+    """The parameters of a generated trace; the defaults are near the conversation trace's."""
 
     requests_per_s: float = 3.4
     turns: float = 1.65  # of a conversation, on average
@@ -95,9 +95,9 @@ class TraceShape:
 
 
 def make_trace(num_requests: int, rng: random.Random, shape: TraceShape = TraceShape()) -> list[TracedRequest]:
-    """Conversations that begin with the same system prompt, come at random and grow turn by turn.
+    """Conversations that share a system prompt, arrive at random and grow turn by turn.
 
-    As in a trace that was cut out of a longer time, some of them began before it.
+    Some of them began before the trace, as if it was cut out of a longer period.
     """
     names = itertools.count(1)  # 0 is the system prompt's block
     found: list[TracedRequest] = []  # in order of arrival

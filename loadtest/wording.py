@@ -1,4 +1,4 @@
-"""Token ids as text, for servers and endpoints that take text alone; and how many tokens a text has."""
+"""Token ids as text, for servers and endpoints that only take text; and how many tokens a text has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_WORDS = len(set(_WORDS))
 
 
 class Wording(Protocol):
-    """Makes text of token ids; equal beginnings give equal beginnings."""
+    """Turns token ids into text; equal prefixes give equal prefixes."""
 
     vocab_size: int  # ids are below it
 

@@ -1,4 +1,4 @@
-"""One plan shared out to several client processes, where one cannot keep up. They share a clock and nothing else."""
+"""Divides one plan among several client processes, if one cannot keep up. They share a clock and nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HEAD_START_S = 0.2  # from the word to go until the first request
 
 
 async def run_in_processes(config: BenchConfig, plan: Plan, tell: Callable[[RequestRecord], None]) -> Phase:
-    """As `Runner.run`, but `tell` hears of all requests at the end. Raises `BenchError` when a process fails."""
+    """Like `Runner.run`, but `tell` is called for all requests at the end. Raises `BenchError` when a process fails."""
     context = multiprocessing.get_context("spawn")
     workers: list[tuple[SpawnProcess, Connection]] = []
     try:
@@ -53,7 +53,7 @@ async def run_in_processes(config: BenchConfig, plan: Plan, tell: Callable[[Requ
 
 
 async def _hear(pipe: Connection) -> Any:
-    """What a process has to say; an exception is raised here."""
+    """The next message of a process; an exception in it is raised here."""
     try:
         said = await asyncio.to_thread(pipe.recv)
     except (EOFError, OSError):
@@ -64,7 +64,7 @@ async def _hear(pipe: Connection) -> Any:
 
 
 def _work(pipe: Connection, config: BenchConfig, plan: Plan) -> None:
-    """A client process: connects, says so, hears when to start, runs its share, and says what came."""
+    """A client process: connects, reports that, waits for the start, runs its share, and reports the results."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     try:
         pipe.send(asyncio.run(_play(pipe, config, plan)))

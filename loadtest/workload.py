@@ -14,7 +14,7 @@ from loadtest.wording import Wording
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says, behind what was said and answered before; and how long the answer may be, in tokens."""
+    """The user's next message, after the conversation so far; and how long the answer may be, in tokens."""
 
     content: Content
     output_tokens: int
@@ -30,10 +30,10 @@ class Session:
 
 @dataclass(frozen=True)
 class Dice:
-    """Chance, by purpose, so that, say, another rate leaves the lengths as they are.
+    """Randomness by purpose, so that, say, another rate does not change the lengths.
 
-    `seed` fixes arrivals, lengths and who misbehaves. What prompts say comes from `nonce` too, which is another one
-    for each run, or a cache would still have them.
+    `seed` fixes arrivals, lengths and who misbehaves. The content of prompts depends on `nonce` too, which is new for
+    each run; otherwise a cache would still have them.
     """
 
     seed: int
@@ -46,7 +46,7 @@ class Dice:
         return random.Random(f"baton-bench/{self.seed}/{purpose}/{self.nonce}")
 
     def step(self, number: int) -> Dice:
-        """For a further run of the same command, which must not find the prompts of the run before."""
+        """The dice for a further run of the same command, which must not hit the prompts of the run before."""
         return replace(self, nonce=f"{self.nonce}/{number}")
 
 
@@ -62,7 +62,7 @@ class Shape:
 
 
 def random_sessions(count: int, shape: Shape, vocab_size: int, dice: Dice) -> list[Session]:
-    """Prompts that share nothing, or the prefix. Raises ValueError for a prefix that is not shorter than the prompt."""
+    """Prompts that share nothing, or a prefix. Raises ValueError for a prefix that is not shorter than the prompt."""
     rng = dice.of_content("prompts")
     if shape.prefix is None:
         prompts = random_prompts(count, shape.input_len, vocab_size, rng)

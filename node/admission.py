@@ -1,4 +1,4 @@
-"""Who may come into this node's engine and when, and that each leaves nothing behind. Knows no gRPC and no store.
+"""Which requests enter this node's engine, and when; and that each leaves nothing behind. Knows no gRPC and no store.
 
 A leg is one request's stay in the engine. However it ends (done, cancelled, deadline, error), its blocks are freed.
 """
@@ -20,22 +20,22 @@ POLL_S = 0.01
 
 
 class Admission:
-    """The door of one node, shared by both its workers."""
+    """One node's admission, shared by both of its workers."""
 
     def __init__(self, loop: EngineLoop, max_queued_requests: int = 256, room_wait_s: float = 10.0) -> None:
         self.is_draining = False
-        self.requests: set[Request] = set()  # one for each leg that is not over
+        self.requests: set[Request] = set()  # one per leg in progress
         self._loop = loop
         self._max_queued_requests = max_queued_requests
         self._room_wait_s = room_wait_s
-        self._queue: set[Request] = set()  # those of them that wait for room
-        self._turn = asyncio.Lock()  # serves those who wait in the order in which they came
+        self._queue: set[Request] = set()  # the legs that wait for room
+        self._turn = asyncio.Lock()  # serves waiting legs in order of arrival
 
     @contextlib.contextmanager
     def leg(self, request: Request) -> Iterator[OutputStream]:
-        """A stay in the engine: what it will put out. To hold and to release are up to the caller. Raises `Draining`.
+        """A request's stay in the engine, with its outputs. Holding and releasing are up to the caller.
 
-        Leaving waits for nothing, so that a cancelled task cannot be kept from it.
+        Leaving the context does not wait, so a cancelled task cannot be prevented from it. Raises `Draining`.
         """
         if self.is_draining:
             raise Draining("this node is draining")
@@ -51,17 +51,17 @@ class Admission:
     async def hold(self, request: Request) -> int:
         """Takes blocks for the whole request, at once; returns how many are left. Raises `InvalidRequest`, `NoRoom`.
 
-        Nobody overtakes those who queue: they hold room on other nodes while they wait for this one.
+        Queued requests are not overtaken: they hold room on other nodes while they wait for this one.
         """
         if self._queue:
             raise NoRoom(f"{len(self._queue)} requests wait for room here")
         return await self._loop.call(lambda engine: _hold(engine, request))
 
     async def hold_in_turn(self, request: Request) -> int:
-        """Like `hold`, but waits for room, first come first served. Raises `InvalidRequest`, and `Busy` in the end.
+        """Like `hold`, but waits for room, first come first served. Raises `InvalidRequest`, or `Busy` after a while.
 
         The wait is bounded: two nodes that serve both legs could be full of decode legs whose prefill legs queue at
-        the other one.
+        the other node.
         """
         if not self._queue:
             with contextlib.suppress(NoRoom):
@@ -80,8 +80,8 @@ class Admission:
     async def load(self) -> EngineLoad:
         """The engine's load, as a router needs it.
 
-        Those who wait for room count too. Prompts of held requests do not: nobody knows yet what the engine will have
-        to compute of them, and as a rule it is the tail alone.
+        Requests that wait for room count too. Prompts of held requests do not: it is not known yet how much of them the
+        engine will have to compute, and usually it is only the tail.
         """
         load = await self._loop.call(lambda engine: engine.load())
         held = [request for request in self.requests if request.status is RequestStatus.HELD]
@@ -99,7 +99,7 @@ class Admission:
             await asyncio.sleep(POLL_S)
 
     async def _hold_when_there_is_room(self, request: Request) -> int:
-        # Only the first in the queue asks again and again. Room comes with the ends of other legs and with unpinning.
+        # Only the first in the queue polls. Room comes when other legs end and when blocks are unpinned.
         while True:
             try:
                 return await self._loop.call(lambda engine: _hold(engine, request))

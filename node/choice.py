@@ -1,4 +1,4 @@
-"""Fetch blocks or compute them: predicted seconds of both, and the sooner. Pure: no clock, no I/O, no state."""
+"""Fetch blocks or compute them: predicts the seconds of both, and chooses the faster. Pure: no clock, I/O or state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvstore.links import Stretch
 
 @dataclass(frozen=True)
 class Choice:
-    """Fetch the leading `num_blocks`, compute the rest. The seconds are those of all of them, one way or the other."""
+    """Fetch the leading `num_blocks`, compute the rest. The seconds are those of fetching, or computing, all blocks."""
 
     num_blocks: int
     fetch_s: float
@@ -19,17 +19,17 @@ class Choice:
 
 
 def choose(stretches: Sequence[Stretch], block_bytes: int, block_compute_s: float) -> Choice:
-    """How many of the blocks of `stretches`, in this order, are better fetched. `block_compute_s` 0.0: not known.
+    """How many of the blocks of `stretches`, in this order, are better fetched. `block_compute_s` 0.0: unknown.
 
-    A link brings what is on its way before, so within a stretch it is all or nothing. What is not known is tried: a
-    link without a measurement costs nothing, and an engine without one computes nothing.
+    A link first delivers what is already in flight, so within a stretch it is all or nothing. The unknown is tried: an
+    unmeasured link costs nothing, and with an unmeasured engine everything is fetched.
     """
     fetch_s = [_fetch_s(stretch, block_bytes) for stretch in stretches]
     ends = [0]
     for stretch in stretches:
         ends.append(ends[-1] + stretch.num_blocks)
     total = ends[-1]
-    # Seconds when the first `index` stretches are fetched; of equal ones the longest fetch.
+    # Seconds if the first `index` stretches are fetched; among equals, the longest fetch.
     costs = [(sum(fetch_s[:index]) + (total - end) * block_compute_s, -end) for index, end in enumerate(ends)]
     num_blocks = -min(costs)[1] if block_compute_s else total
     is_informed = block_compute_s > 0.0 and all(stretch.bytes_per_s for stretch in stretches)

@@ -1,4 +1,4 @@
-"""The NodeControl service: what a node is doing, and whether it takes more."""
+"""The NodeControl service: a node's load, and draining."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Identity:
 
 
 class NodeControlService(node_pb2_grpc.NodeControlServicer):
-    """One node's control calls. A drain lasts until it is undone; a new incarnation starts without."""
+    """One node's control calls. A drain lasts until it is undone; a new incarnation does not start draining."""
 
     def __init__(self, admission: Admission, engine: Engine, intake: Intake, identity: Identity) -> None:
         self._admission = admission

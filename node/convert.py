@@ -1,4 +1,4 @@
-"""Between messages and the engine's data: requests in, tokens out, errors to gRPC statuses. The only place for each.
+"""Conversion between messages and the engine's data: requests in, tokens out, errors to gRPC statuses; only here.
 
 Nothing in a message is trusted: lengths and ranges are checked before anything is built from them.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_SALT_BYTES = 256
-MAX_PROMPT_LOGPROBS = 1 << 17  # tokens of a prompt times what is told of each: an answer of about a megabyte
+MAX_PROMPT_LOGPROBS = 1 << 17  # prompt tokens times (alternatives + 1): an answer of about a megabyte
 OPTIONAL_SAMPLING: tuple[str, ...] = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 OPTIONAL_SAMPLING += ("presence_penalty", "frequency_penalty", "seed", "max_tokens", "logprobs")
 
@@ -38,7 +38,7 @@ FINISH_REASONS = {
     FinishReason.HANDOFF: common_pb2.FINISH_REASON_UNSPECIFIED,  # this leg is over, the request is not
 }
 
-# One request may pass a node more than once: both legs, or a retry while its first try is still being cleaned up.
+# A request may be on a node twice: both legs, or a retry while the first attempt is still being cleaned up.
 _leg_numbers = itertools.count()
 
 
@@ -47,14 +47,14 @@ def to_request(
 ) -> Request:
     """The engine's request for one leg, under an id of its own. Raises `InvalidRequest`.
 
-    `mask` is what the sampling's grammar comes to (`node.grammar`). Of the engine only its shape is looked at; whether
-    the tokens fit its vocabulary is `Engine.add`'s to say.
+    `mask` is that of the sampling's grammar (`node.grammar`). Only the engine's dimensions are used; whether the tokens
+    are in its vocabulary is checked by `Engine.add`.
     """
     _check(0 < len(message.request_id) <= MAX_REQUEST_ID_CHARS, "request_id", f"1 to {MAX_REQUEST_ID_CHARS} characters")
     _check(len(message.salt) <= MAX_SALT_BYTES, "salt", f"{MAX_SALT_BYTES} bytes at most, got {len(message.salt)}")
     num_tokens, num_prompt_tokens = len(message.token_ids), message.num_prompt_tokens
     _check(num_tokens > 0, "token_ids", "must not be empty")
-    longest = engine.max_model_len - 1  # it leaves room for one output
+    longest = engine.max_model_len - 1  # leaves room for one output token
     _check(num_tokens <= longest, "token_ids", f"{longest} tokens at most, got {num_tokens}")
     in_range = 1 <= num_prompt_tokens <= num_tokens
     _check(in_range, "num_prompt_tokens", f"must be in [1, {num_tokens}], got {num_prompt_tokens}")
@@ -89,13 +89,13 @@ def _to_prompt_logprobs(message: node_pb2.NodeRequest, vocab_size: int) -> Promp
 
 
 def to_owner(message: node_pb2.NodeRequest, block_bytes: int) -> Owner:
-    """Whose the request's blocks are in an arena, and how many of his fit into his quota."""
+    """The owner of the request's blocks in an arena, and how many blocks its quota allows."""
     quota_bytes = message.kv_quota_bytes
     return Owner.of_salt(message.salt, quota_bytes // block_bytes if quota_bytes else None)
 
 
 def to_sampling_params(message: common_pb2.SamplingParams) -> SamplingParams:
-    """Seed and max_tokens have no default here: a router fixes both, or a failover would change the text."""
+    """Raises `InvalidRequest` without seed or max_tokens: a router sets both, or a failover would change the text."""
     for name in ("seed", "max_tokens"):
         _check(message.HasField(name), f"sampling.{name}", "must be set")
     given: dict[str, Any] = {name: getattr(message, name) for name in OPTIONAL_SAMPLING if message.HasField(name)}
@@ -109,9 +109,9 @@ def to_sampling_params(message: common_pb2.SamplingParams) -> SamplingParams:
 
 
 def started_with(tokens: Sequence[common_pb2.Token], request: Request, engine: Engine) -> list[int]:
-    """The ids of tokens sampled elsewhere that go before this leg's first. Raises `InvalidRequest`.
+    """The ids of tokens sampled elsewhere that precede this leg's first. Raises `InvalidRequest`.
 
-    They may not end the request: then there would be nothing left to run.
+    They must not end the request, or there would be nothing left to run.
     """
     token_ids = [token.token_id for token in tokens]
     bad = next((token_id for token_id in token_ids if token_id >= engine.vocab_size), None)
@@ -130,7 +130,7 @@ def to_token(token: OutputToken) -> common_pb2.Token:
 
 
 def prompt_logprobs_of(request: Request) -> common_pb2.PromptLogprobs | None:
-    """Of a request that has its first token; None where they were not asked for."""
+    """The prompt logprobs of a request that has its first token; None if they were not requested."""
     scores = request.prompt_logprobs
     if scores is None:
         return None
@@ -145,7 +145,7 @@ def prompt_logprobs_of(request: Request) -> common_pb2.PromptLogprobs | None:
 
 
 def note_trace(context: grpc.aio.ServicerContext, request_id: str) -> None:
-    """One line that joins a leg to the trace that its call came with (W3C traceparent)."""
+    """Logs a line that connects a leg with the trace that its call came with (W3C traceparent)."""
     if logger.isEnabledFor(logging.INFO):
         given = dict(context.invocation_metadata() or ()).get("traceparent")
         if isinstance(given, str) and len(given) == 55 and given.isprintable():
@@ -154,7 +154,7 @@ def note_trace(context: grpc.aio.ServicerContext, request_id: str) -> None:
 
 @asynccontextmanager
 async def statuses(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-    """Ends the call with the status that an error of its body stands for."""
+    """Ends the call with the status code of the error that the body raises."""
     try:
         yield
     except InvalidRequest as error:

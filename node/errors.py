@@ -1,4 +1,4 @@
-"""Why a node takes no request; engine errors pass through a node as they are.
+"""Why a node refuses a request; engine errors pass through a node unchanged.
 
 NodeError
 ├── Draining   the node takes no new requests; another one may
@@ -13,8 +13,8 @@ class NodeError(Exception):
 
 
 class Draining(NodeError):
-    """The node is about to leave; the request belongs elsewhere."""
+    """The node takes no new requests; the request belongs elsewhere."""
 
 
 class Busy(NodeError):
-    """There is no room for the request now, and the node will not wait for it any longer."""
+    """There is no room for the request, and it has waited as long as it may."""

@@ -1,6 +1,6 @@
 """Brings the blocks of a held request from the store into its engine: match, fetch, import. Knows no gRPC.
 
-Whatever goes wrong here is a shorter hit: the engine computes what did not come.
+Any failure here just means a shorter hit: the engine computes what did not come.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from node.landing import landing
 
 logger = logging.getLogger(__name__)
 
-MAX_FETCH_BYTES = 64 * 2**20  # of one round: bounds what lies in memory between the wire and the engine
-# Of one call on the engine's thread: bounds how long running requests wait for it. Each call waits for the end of a
-# step, so a chunk should come in one.
+MAX_FETCH_BYTES = 64 * 2**20  # per round: bounds the memory between the wire and the engine
+# Per call on the engine's thread: bounds how long running requests wait for it. Each call waits for the end of a
+# step, so a chunk should be imported by a single one.
 MAX_IMPORT_BYTES = 32 * 2**20
 COMING_POLL_S = 0.001
-# What is said to be coming comes within a copy's time, most likely. An event loop counts in whole milliseconds, so for
-# that long it sleeps itself, Python's lock let go, and looks in between.
+# Announced blocks usually come within the time of a copy. An event loop's timers have millisecond resolution, so for
+# that long the thread itself sleeps, with Python's lock released, and polls in between.
 NEAR_POLL_S, NEAR_WAIT_S = 0.0001, 0.002
 
 
 class Pace:
-    """When to look again for something that comes in chunks: the longer it took so far, the less a delay matters.
+    """When to poll again for something that comes in chunks: the longer it has taken, the less a delay matters.
 
-    So a chunk is seen late by `share` of its own time at most, and by `max_s`.
+    So a chunk is noticed late by at most `share` of its own time, and at most `max_s`.
     """
 
     def __init__(self, share: float, min_s: float, max_s: float) -> None:
@@ -50,12 +50,12 @@ class Pace:
         return min(max(self._share * waited_s, self._min_s), self._max_s)
 
 
-LOCAL_PACE = Pace(1 / 8, 0.002, 0.05)  # a look at mapped memory
+LOCAL_PACE = Pace(1 / 8, 0.002, 0.05)  # polling mapped memory
 DIRECTORY_PACE = Pace(1 / 4, 0.002, 0.2)  # a round trip to Redis
 
 
 class Fetcher:
-    """Fetches for one HELD request, whose blocks are `owner`'s."""
+    """Fetches blocks for one held request; they belong to `owner`."""
 
     def __init__(self, loop: EngineLoop, intake: Intake, request: Request, owner: Owner = SHARED) -> None:
         self._loop = loop
@@ -66,18 +66,18 @@ class Fetcher:
         self._num_pieces = len(intake.pieces)  # that come for each block
         self._max_fetch_blocks = max(1, MAX_FETCH_BYTES // (intake.block_bytes * self._num_pieces))
         self._max_import_blocks = max(1, MAX_IMPORT_BYTES // (intake.block_bytes * self._num_pieces))
-        self._is_declined = False  # computing is sooner than fetching what was found last
+        self._is_declined = False  # computing is faster than fetching what was found last
         self._progress_s = time.monotonic()  # the last block came, or the fetcher did
         self._ask_directory_s = 0.0  # not before
-        self._release_at_blocks: int | None = None  # the engine may have the request once it has so many
+        self._release_at_blocks: int | None = None  # the request may be released once it has this many
         self._is_released = False
-        self._is_near = False  # what came last came from this machine: so will the rest, most likely
+        self._is_near = False  # the last blocks came from this machine, so the rest probably will, too
 
     @property
     def num_missing_blocks(self) -> int:
-        """Blocks that could still be fetched; the one with the last token never is, so that a token is computed.
+        """Blocks that could still be fetched; never the one with the last token, so that a token is computed.
 
-        None of a prompt that is to be scored: all of it is computed.
+        0 for a request with prompt logprobs, whose whole prompt is computed.
         """
         request = self._request
         if request.is_scoring:
@@ -85,7 +85,7 @@ class Fetcher:
         return (request.num_tokens - 1) // request.block_size - self._num_blocks
 
     async def fetch(self) -> int:
-        """Imports the leading run of missing blocks that the store has now, as far as that is sooner than computing.
+        """Imports the leading run of missing blocks that the store has now, as far as that is faster than computing.
 
         Returns how many came; never raises.
         """
@@ -98,7 +98,7 @@ class Fetcher:
                     break
         except UnknownRequest:
             pass  # aborted meanwhile: nobody waits for these blocks
-        except Exception:  # a miss, whatever it is
+        except Exception:  # whatever it is, treat it as a miss
             logger.exception("event=fetch_failed request=%s", self._request.request_id)
         if num_fetched_blocks:
             self._progress_s = time.monotonic()
@@ -113,7 +113,8 @@ class Fetcher:
                     await stop.wait()
 
     async def release(self, num_coming_blocks: int) -> None:
-        """Lets the request run, behind what there is now and what is on its way of its first `num_coming_blocks`.
+        """Fetches what is available, waits for those of the first `num_coming_blocks` that are on their way, and then
+        lets the request run.
 
         Raises `UnknownRequest`.
         """
@@ -123,10 +124,10 @@ class Fetcher:
             await self._loop.call(lambda engine: engine.release(self._request.request_id))
 
     async def _fetch_coming(self, num_blocks: int) -> None:
-        """Not longer than computing it would take: whoever publishes it may have died."""
+        """Waits for coming blocks, but no longer than computing them would take: their publisher may have died."""
         if not self._is_near:
             self._ask_directory_s = 0.0
-        self._progress_s = time.monotonic()  # what comes now comes soon: the directory is looked into often again
+        self._progress_s = time.monotonic()  # expect blocks soon: poll the directory often again
         await self.fetch()
         self._progress_s = time.monotonic()
         while not self._is_released and not self._is_declined and (num_coming := self._num_coming(num_blocks)) > 0:
@@ -169,7 +170,7 @@ class Fetcher:
         return num_imported_blocks
 
     async def _land(self, chosen: Match) -> int:
-        """Fetches what is not mapped straight into the request's blocks, where they can be lent."""
+        """Fetches blocks that are not mapped straight into the request's own blocks, if those can be lent."""
         limit_s = self._intake.wire_limit_s(chosen.num_blocks)
         with landing(self._loop, self._request, chosen.num_blocks) as strip:
             payloads = await self._store.fetch(chosen, limit_s, strip.views)
@@ -179,7 +180,7 @@ class Fetcher:
         return num_imported_blocks
 
     async def _fetch_chosen(self, chosen: Match) -> Sequence[Payload]:
-        """The leading run that could be had, by all ranks."""
+        """The leading run that all ranks could fetch."""
         num_blocks, ranks = chosen.num_blocks // self._num_pieces, self._intake.ranks
         limit_s = self._intake.wire_limit_s(num_blocks)
         if ranks is None or num_blocks == 0:
@@ -190,7 +191,7 @@ class Fetcher:
         return payloads[: num_good_blocks * self._num_pieces]
 
     async def _match(self) -> Match:
-        """What this machine's arena holds; where it holds nothing, now and then what the directory knows of."""
+        """What this machine's arena holds; if nothing, periodically what the directory knows of."""
         first, num_blocks = self._num_blocks, min(self.num_missing_blocks, self._max_fetch_blocks)
         hashes = piece_hashes(self._request.block_hashes[first : first + num_blocks], self._intake.pieces)
         here = self._intake.whole(self._store.match_local(hashes))
@@ -201,7 +202,7 @@ class Fetcher:
         return match
 
     async def _import(self, payloads: Sequence[Payload]) -> int:
-        """Copies into the engine, a part at a time; of mapped payloads this is the transfer itself."""
+        """Copies payloads into the engine, part by part; for mapped payloads this is the transfer itself."""
         num_imported_blocks = 0
         starts = range(0, len(payloads) // self._num_pieces * self._num_pieces, self._num_pieces)
         blocks = [payloads[start : start + self._num_pieces] for start in starts]
@@ -225,7 +226,7 @@ class Fetcher:
             num_blocks = engine.import_blocks(request_id, payloads)
             ended_s = time.monotonic()
             if self._release_at_blocks is not None and self._num_blocks >= self._release_at_blocks > 0:
-                engine.release(request_id)  # at once: another call would wait for another step of the others
+                engine.release(request_id)  # at once, as another call would wait for another step
                 self._is_released = True
             return num_blocks, began_s, ended_s, engine.long_prefill_tokens_per_s
 

@@ -1,6 +1,6 @@
-"""Who may call a node: holders of the cluster's token, which are its routers. An interceptor in front of all services.
+"""Admits only callers with the cluster token, which are its routers. An interceptor in front of all services.
 
-Health and reflection are open: they tell what anybody may know, and a supervisor has no token.
+Health and reflection are open: they reveal nothing secret, and a supervisor has no token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def new_cluster_token() -> str:
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
-    """Lets in who has the token, and nobody else."""
+    """Admits callers that have the token, and nobody else."""
 
     def __init__(self, token: str) -> None:
         self._digest = _digest(f"Bearer {token}")
@@ -52,7 +52,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no typ
         return _REFUSAL
 
     def _log(self, method: str) -> None:
-        """Now and then: strangers are not to fill the log."""
+        """Logs a refusal, rate limited, so that strangers cannot fill the log."""
         self._num_refused += 1
         now_s = time.monotonic()
         if now_s - self._logged_s >= LOG_EVERY_S:
@@ -62,13 +62,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no typ
             )
 
     def _knows(self, metadata: tuple[tuple[str, str | bytes], ...]) -> bool:
-        """In constant time, whatever was sent."""
+        """Whether the metadata has the token; takes constant time, whatever was sent."""
         values = [value for name, value in metadata if name == AUTHORIZATION]
         return len(values) == 1 and hmac.compare_digest(_digest(values[0]), self._digest)
 
 
 def check_lock(token: str, bind_host: str, trusts_network: bool) -> None:
-    """Whether a node may listen there. Raises `ValueError`, which never shows the token."""
+    """Raises `ValueError` unless a node may listen at this address; the message never contains the token."""
     if token and (len(token) < MIN_TOKEN_CHARS or not token.isascii() or not token.isprintable() or " " in token):
         raise ValueError(f"cluster_token: must be {MIN_TOKEN_CHARS} printable ASCII characters or more, without spaces")
     if token:
@@ -90,10 +90,10 @@ def _digest(value: str | bytes) -> bytes:
 async def _refuse(_requests: object, context: grpc.aio.ServicerContext) -> None:
     with suppress(
         TimeoutError
-    ):  # a caller that is still writing would see an internal error of gRPC's in place of this
+    ):  # a caller that is still writing would otherwise see an internal error of gRPC
         await asyncio.wait_for(context.read(), HEAR_OUT_S)
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{AUTHORIZATION}: not this cluster's token")
 
 
-# A stream whatever the method is: it need not know its messages.
+# A stream handler for any method: it need not know its messages.
 _REFUSAL = grpc.stream_stream_rpc_method_handler(_refuse)

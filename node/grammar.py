@@ -19,7 +19,7 @@ MAX_KEPT = 32  # compiled grammars; most clients send the same one again and aga
 
 
 class GrammarMask:
-    """An `engine.mask.TokenMask`. What it keeps is where in the text it is, which the output tokens tell anew."""
+    """An `engine.mask.TokenMask`. Its only state is the position in the text, which the output tokens can restore."""
 
     def __init__(self, matcher: LLMatcher, grammar: Grammar) -> None:
         """`matcher` is at the beginning of the text."""
@@ -28,28 +28,28 @@ class GrammarMask:
         self._num_consumed = 0
 
     def fill(self, output_ids: Sequence[int], words: Words) -> None:
-        """Reads the tokens that it has not seen; of a request that comes from elsewhere that may be many.
+        """Reads the tokens it has not seen yet, which may be many for a request from another node.
 
-        Raises `InvalidRequest` where those are no beginning of a text of the grammar, and beyond the library's limits.
+        Raises `InvalidRequest` if they do not begin a text of the grammar, or when a limit of the library is reached.
         """
         try:
             self._matcher.consume_tokens(list(output_ids[self._num_consumed :]))
             self._num_consumed = len(output_ids)
             check(self._matcher, self._grammar)
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            check(self._matcher, self._grammar)  # a matcher that fails here allows the end, as if all were well
+            check(self._matcher, self._grammar)  # a failed matcher would allow the end as if the text were complete
         except GrammarError as error:
             raise InvalidRequest(error.field, error.problem) from error
 
 
 class GrammarMasks:
-    """Makes them, for one node."""
+    """Makes the masks of one node."""
 
     def __init__(self, compiler: Compiler) -> None:
         self._matchers = GrammarQueue(compiler.matcher, MAX_KEPT)
 
     async def mask(self, sampling: common_pb2.SamplingParams) -> GrammarMask | None:
-        """The mask of a request, None where it has no grammar. Raises `InvalidRequest`, `Busy`."""
+        """The mask of a request; None if it has no grammar. Raises `InvalidRequest`, `Busy`."""
         try:
             grammar = grammar_of(sampling)
             if grammar is None:

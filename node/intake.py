@@ -1,6 +1,6 @@
-"""What comes into this node from the store: the choice for each hit, and the sums that tell of both its sides.
+"""What comes into this node from the store: fetch or compute for each hit, and the sums of both predictions.
 
-One for each node, shared by its fetchers, on the event loop.
+One per node, shared by its fetchers, on the event loop.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from node.choice import Choice, choose
 from node.ranks import Ranks
 from node.replicator import Replica, Replicator, nothing
 
-PATIENCE_S = 0.5  # for blocks on their way, while it is not known how long computing them takes
-MIN_WIRE_LIMIT_S = 0.25  # a busy store answers late, and who is cut off is left alone for seconds
-# Where a block came from: this machine's arena; another machine's; a disk, of whichever machine.
+PATIENCE_S = 0.5  # for announced blocks, while it is unknown how long computing them takes
+MIN_WIRE_LIMIT_S = 0.25  # a busy store answers late, and a store that timed out is avoided for seconds
+# Where a block came from: this machine's arena; another machine's; any machine's disk.
 TIERS = ("memory", "remote", "disk")
-MIN_PATIENCE_S, MAX_PATIENCE_S = 0.05, 2.0  # publishing takes round trips, however small the blocks are
+MIN_PATIENCE_S, MAX_PATIENCE_S = 0.05, 2.0  # publishing takes round trips even if blocks are small
 
 
 @dataclass
 class Choices:
-    """Sums over all choices. Predictions are of those alone where all speeds were known."""
+    """Sums over all choices; predictions only over those for which all speeds were known."""
 
-    num_fetched_blocks: int = 0  # that were to be fetched
-    num_computed_blocks: int = 0  # that could have been
+    num_fetched_blocks: int = 0  # chosen to be fetched
+    num_computed_blocks: int = 0  # chosen to be computed, though they could have been fetched
     num_informed: int = 0
     predicted_fetch_s: float = 0.0
     predicted_compute_s: float = 0.0
@@ -49,9 +49,9 @@ class Choices:
 
 @dataclass
 class Intake:
-    """`prefill_tokens_per_s` is what the engine makes of long prompts: the newest measurement that anyone has brought
-    here, and before that the one of its warm-up; 0.0: not known. A `Match` here is of `pieces` of blocks, as many for
-    each of its blocks; a node whose blocks travel whole has one, 0.
+    """`prefill_tokens_per_s` is the engine's speed on long prompts: the newest measurement that was set here, at first
+    that of its warm-up; 0.0: unknown. A `Match` here consists of `pieces` of blocks, equally many for each block; a
+    node whose blocks travel whole has one piece, 0.
     """
 
     store: KVClient
@@ -60,17 +60,17 @@ class Intake:
     prefill_tokens_per_s: float = 0.0
     choices: Choices = field(default_factory=Choices)
     hits: Counter[str] = field(default_factory=Counter)  # blocks that came, by `TIERS`
-    replicator: Replicator | None = None  # None: what comes from other machines is not kept on this one
-    pieces: Sequence[int] = (0,)  # this rank's, by their numbers in a block
+    replicator: Replicator | None = None  # None: blocks from other machines are not published on this one
+    pieces: Sequence[int] = (0,)  # this rank's pieces, by number within a block
     ranks: Ranks | None = None  # that follow
 
     def whole(self, match: Match) -> Match:
-        """The part of `match` that is whole blocks."""
+        """The leading part of `match` that consists of whole blocks."""
         num_pieces = len(self.pieces)
         return match.head(match.num_blocks // num_pieces * num_pieces) if num_pieces > 1 else match
 
     def choose(self, match: Match) -> Match:
-        """The part of `match` that is better fetched."""
+        """The leading part of `match` that is better fetched than computed."""
         stretches = self.store.links.stretches(match.places)
         num_pieces = len(self.pieces)
         choice = choose(stretches, self.block_bytes, self._compute_s(1) / num_pieces)
@@ -79,7 +79,7 @@ class Intake:
         return match.head(choice.num_blocks * num_pieces)
 
     def arrived(self, match: Match, num_blocks: int) -> None:
-        """The first `num_blocks` blocks of `match` are in the engine; each counts for where its first piece was."""
+        """The first `num_blocks` blocks of `match` are in the engine; each counts for the tier of its first piece."""
         here, num_pieces = self.store.local_arena_id, len(self.pieces)
         for arena_id, slot in match.places[: num_blocks * num_pieces : num_pieces]:
             self.hits["disk" if slot == ON_DISK else "memory" if arena_id == here else "remote"] += 1
@@ -87,10 +87,10 @@ class Intake:
     def keep(
         self, match: Match, payloads: Sequence[Payload], owner: Owner, let_go: Mapping[int, Callable[[], object]]
     ) -> list[int]:
-        """Has what came from other machines of `match`, whose leading run `payloads` is, published on this one too.
+        """Publishes blocks that came from other machines on this one too; `payloads` is the leading run of `match`.
 
-        The blocks are `owner`'s. `let_go` has, by index, what will be called once when a payload in memory that is
-        needed elsewhere has been copied; returns the indices for which it will.
+        The blocks belong to `owner`. `let_go` has, by index, a function for payloads in borrowed memory, to be called
+        once when the payload has been copied; returns the indices for which it will be called.
         """
         if self.replicator is None:
             return []
@@ -104,13 +104,13 @@ class Intake:
         return [index for index in let_go if index in replicas and match.hashes[index] in taken]
 
     def patience_s(self, num_blocks: int) -> float:
-        """How long to wait for that many blocks that are said to come: not longer than it takes to compute them."""
+        """How long to wait for this many announced blocks: no longer than it takes to compute them."""
         return min(max(self._compute_s(num_blocks) or PATIENCE_S, MIN_PATIENCE_S), MAX_PATIENCE_S)
 
     def wire_limit_s(self, num_blocks: int) -> float:
-        """How long other machines may take to send so many: a wire that hangs costs no more than computing them.
+        """How long other machines may take to send this many, so that a hanging wire costs no more than computing them.
 
-        Without a measurement it is for the store's client to say.
+        Infinite without a measurement; then the store's client sets the limit.
         """
         return max(self._compute_s(num_blocks), MIN_WIRE_LIMIT_S) if self.prefill_tokens_per_s else math.inf
 

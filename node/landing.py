@@ -1,6 +1,6 @@
-"""Where blocks from other machines come down: in the engine's own memory, where a wire can write them there.
+"""Receives blocks from other machines in the engine's own memory, if a wire can write there.
 
-Knows no wire and no match's meaning. What came down is imported without a copy; what did not is copied as ever.
+Knows neither wires nor what a match means. Blocks received in place are imported without a copy; others are copied.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from node.intake import Intake
 
 @contextlib.contextmanager
 def landing(loop: EngineLoop, request: Request, num_blocks: int) -> Iterator[Landing]:
-    """Room for the next `num_blocks` of a held request. Nothing may be written into it any more when it ends."""
+    """Memory for the next `num_blocks` of a held request. Nothing may be written to it after the context ends."""
     loan = loop.engine.lend_blocks(request, num_blocks)
     strip = Landing(loop, loan, num_blocks)
     try:
@@ -31,7 +31,7 @@ def landing(loop: EngineLoop, request: Request, num_blocks: int) -> Iterator[Lan
 
 
 class Landing:
-    """One fetch's. `views` has one for each block, or is None: then they come in memory of their own."""
+    """The memory of one fetch. `views` has one view per block, or is None: then blocks come in memory of their own."""
 
     def __init__(self, loop: EngineLoop, loan: Loan | None, num_blocks: int) -> None:
         self.kept_ids: list[int] = []  # blocks that others still read when the fetch is over
@@ -40,7 +40,7 @@ class Landing:
         self.views = loan.views if loan is not None and len(loan.views) == num_blocks else None
 
     def keep(self, intake: Intake, match: Match, imported: Sequence[Payload], owner: Owner) -> None:
-        """Has imported blocks published on this machine, from where they lie now: they stay pinned until they are."""
+        """Publishes imported blocks on this machine, straight from the engine's memory, pinned until that is done."""
         let_go: dict[int, Callable[[], object]] = {}
         for index, payload in enumerate(imported):
             if self._loan is not None and self.views is not None and payload.view is self.views[index]:

@@ -1,7 +1,7 @@
-"""Publishes full blocks into this machine's arena, in order, behind the compute. Knows no request and no gRPC.
+"""Publishes full blocks into this machine's arena, in order, in the background. Knows no request and no gRPC.
 
 A block stays pinned in the engine from the step that filled it until its bytes are in the arena. What cannot be
-published is unpinned and forgotten: the next reader misses it, nothing else.
+published is unpinned and forgotten; the only effect is that the next reader has a miss.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from node.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH_BYTES = 16 * 2**20  # of one write: readers get the first blocks of a chunk while the last are being copied
-MAX_WRITES = 2  # under way: one is copied while the other is reserved or committed
-STALL_S, STALL_SHARE = 0.5, 0.25  # a write that takes so long may not keep more than this share of all blocks pinned
+MAX_BATCH_BYTES = 16 * 2**20  # per write: readers get the first blocks of a chunk while the last are being copied
+MAX_WRITES = 2  # at a time: one is copied while the other is reserved or committed
+STALL_S, STALL_SHARE = 0.5, 0.25  # a write that takes this long must not keep more than this share of all blocks pinned
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Write:
 
 
 class Publisher:
-    """One for each node: a queue of pinned blocks, and the task that empties it."""
+    """One per node: a queue of pinned blocks, and the task that empties it."""
 
     def __init__(self, loop: EngineLoop, store: KVClient, num_blocks: int, ranks: Ranks | None = None) -> None:
         self._loop = loop
@@ -47,16 +47,16 @@ class Publisher:
         self._write_began_s = 0.0
         self._queue: deque[tuple[FullBlock, Owner]] = deque()
         self._num_pinned_blocks = 0
-        self._num_taken_blocks = 0  # ever put into the queue
-        self._num_settled_blocks = 0  # ever published or given up, in the queue's order
-        self.num_published_pieces = 0  # of this rank's, that were not in the store before
+        self._num_taken_blocks = 0  # total put into the queue
+        self._num_settled_blocks = 0  # total published or given up, in the queue's order
+        self.num_published_pieces = 0  # of this rank; new to the store
         self._settled = asyncio.Condition()
         self._writer: asyncio.Task[None] | None = None
 
     def publish(self, blocks: Sequence[FullBlock], owner: Owner = SHARED) -> bool:
         """Takes over the pins of `blocks`, and returns at once. False: they will not be published.
 
-        Of those that are taken, the store refuses what does not fit into the owner's quota.
+        Even accepted blocks are not stored if they do not fit into the owner's quota.
         """
         if not blocks:
             return True
@@ -72,13 +72,13 @@ class Publisher:
         return True
 
     async def flush(self) -> None:
-        """Waits until all that was taken before this call is published or given up, and unpinned."""
+        """Waits until everything accepted before this call is published or given up, and unpinned."""
         taken = self._num_taken_blocks
         async with self._settled:
             await self._settled.wait_for(lambda: self._num_settled_blocks >= taken)
 
     def _is_stalled(self) -> bool:
-        """Whether the store keeps so much from the engine, for so long, that it is better to publish nothing more."""
+        """Whether the store is so slow, and so many blocks are pinned for it, that more should not be published."""
         is_late = self._writer is not None and time.monotonic() - self._write_began_s > STALL_S
         return is_late and self._num_pinned_blocks > self._max_stalled_blocks
 
@@ -93,7 +93,7 @@ class Publisher:
         self._writer = None
 
     def _take_batch(self) -> tuple[list[FullBlock], Owner]:
-        """The next blocks of the queue, as many as are one owner's and go into one write."""
+        """The next blocks of the queue that have one owner and fit into one write."""
         owner = self._queue[0][1]
         batch: list[FullBlock] = []
         while self._queue and self._queue[0][1] == owner and len(batch) < self._max_batch_blocks:
@@ -103,7 +103,7 @@ class Publisher:
     async def _settle(self, write: _Write) -> None:
         try:
             await write.task
-        except Exception:  # whatever it is, it is a miss for a later reader, and no harm to anyone else
+        except Exception:  # whatever it is, it only means a miss for a later reader
             logger.exception("event=publish_failed blocks=%d", len(write.batch))
         self._unpin(write.batch)
         self._num_settled_blocks += len(write.batch)

@@ -1,4 +1,4 @@
-"""The Rank service: what a rank that follows does for its leader, with its own pieces of blocks. Knows no request."""
+"""The Rank service: what the other ranks do for their leader, with their own pieces of blocks. Knows no request."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kvstore.quotas import NO_TENANT, SHARED, Owner
 from node.convert import statuses
 from node.intake import Intake
 
-MAX_LAG_S = 60.0  # a rank that is so far behind its leader's steps is as good as gone
+MAX_LAG_S = 60.0  # a rank this far behind its leader's steps counts as lost
 
 
 class RankService(rank_pb2_grpc.RankServicer):
-    """One rank's side of `node.ranks.Ranks`. What the store fails to do is a miss; errors are the node's end."""
+    """One rank's side of `node.ranks.Ranks`. Failures of the store are misses; any other error ends the node."""
 
     def __init__(self, follower: Follower, store: KVClient, intake: Intake) -> None:
         self._follower = follower
@@ -36,7 +36,7 @@ class RankService(rank_pb2_grpc.RankServicer):
         async with statuses(context):
             hashes, block_ids, owner = self._checked(message.blocks)
             num_committed = 0
-            if self._follower.is_writer:  # where several ranks hold the same heads, the first publishes them
+            if self._follower.is_writer:  # if several ranks hold the same heads, the first publishes them
                 await self._wait_for_steps(message.blocks.after_steps)
                 num_committed = await self._publish(hashes, block_ids, owner)
             return rank_pb2.PublishResponse(committed_pieces=num_committed)
@@ -45,7 +45,7 @@ class RankService(rank_pb2_grpc.RankServicer):
     async def Fetch(self, message: rank_pb2.FetchRequest, context: grpc.aio.ServicerContext) -> rank_pb2.FetchResponse:
         async with statuses(context):
             hashes, block_ids, owner = self._checked(message.blocks)
-            if not message.limit_s >= 0.0:  # NaN is not
+            if not message.limit_s >= 0.0:  # excludes NaN
                 raise InvalidRequest("limit_s", "must be 0 or more seconds")
             await self._wait_for_steps(message.blocks.after_steps)
             good_blocks = await self._fetch(hashes, block_ids, owner, message.limit_s or math.inf)
@@ -86,7 +86,7 @@ class RankService(rank_pb2_grpc.RankServicer):
             raise TimeoutError(f"step {num_steps} has not ended within {MAX_LAG_S:.0f} s")
 
     def _checked(self, blocks: rank_pb2.Blocks) -> tuple[list[BlockHash], list[int], Owner]:
-        """Raises `InvalidRequest` for what no leader would ask."""
+        """Hashes, block ids and owner, checked. Raises `InvalidRequest` for what no leader would ask."""
         num_blocks, max_steps = self._follower.num_blocks, self._follower.max_told_steps
         if len(blocks.hashes) != len(blocks.block_ids) or any(len(name) != HASH_BYTES for name in blocks.hashes):
             raise InvalidRequest("blocks", f"need a name of {HASH_BYTES} bytes each")
@@ -95,7 +95,7 @@ class RankService(rank_pb2_grpc.RankServicer):
         hashes, block_ids = [BlockHash(name) for name in blocks.hashes], list(blocks.block_ids)
         if block_ids and max(block_ids) >= num_blocks:
             raise InvalidRequest("blocks.block_ids", f"must be below {num_blocks}")
-        if blocks.after_steps > max_steps:  # nobody is to wait for what will not come
+        if blocks.after_steps > max_steps:  # nobody should wait for what will not come
             raise InvalidRequest("blocks.after_steps", f"must be {max_steps} at most now, got {blocks.after_steps}")
         if not blocks.tenant:
             return hashes, block_ids, SHARED

@@ -1,9 +1,9 @@
-"""The ranks that follow, as a wide node's leader calls them for what is no step: publish and fetch your pieces.
+"""The other ranks, as a wide node's leader calls them outside of steps: to publish and to fetch their pieces.
 
-Each rank moves its own share of a block's bytes, between its own cache and its own machine's arena. A call has no
-deadline of the leader's: until its answer, a rank may read or write the blocks, so they stay pinned. A rank that breaks
-a call off is as good as gone, and the node with it. So is one that does not say each second what it does: then calls to
-it would never end.
+Each rank moves its own share of a block's bytes, between its own cache and its own machine's arena. The leader sets no
+deadline on a call: until its answer, a rank may read or write the blocks, so they stay pinned. A rank that breaks a
+call counts as lost, and the node with it. So does one that does not report its work each second, because calls to it
+would never end.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from kvstore.blocks import BlockHash
 from kvstore.quotas import NO_TENANT, Owner
 from node.gate import AUTHORIZATION
 
-ASK_S = 1.0  # how often ranks are asked what they did
+ASK_S = 1.0  # how often ranks are asked for their work
 
 T = TypeVar("T")
 
 
 class Ranks:
-    """One for each wide node. `on_lost` hears of a rank that is gone, and ends the node."""
+    """One per wide node. `on_lost` is called when a rank is lost, and ends the node."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Ranks:
         on_lost: Callable[[BaseException], None],
         token: str = "",
     ) -> None:
-        """`token` is the cluster's; "" where the ranks ask for none."""
-        self.work = {rank: rank_pb2.Work() for rank in range(1, len(channels) + 1)}  # as each one told it last
+        """`token` is the cluster's; "" if the ranks require none."""
+        self.work = {rank: rank_pb2.Work() for rank in range(1, len(channels) + 1)}  # as last reported by each
         self._loop = loop
         self._channels = channels
         self._stubs = [rank_pb2_grpc.RankStub(channel) for channel in channels]  # type: ignore[no-untyped-call]
@@ -49,7 +49,7 @@ class Ranks:
         self._watching: list[asyncio.Task[None]] = []
 
     def watch(self, timeout_s: float) -> None:
-        """From now on a rank that says nothing for `timeout_s` is lost."""
+        """From now on a rank that is silent for `timeout_s` is lost."""
         self._watching = [asyncio.create_task(self._watch(rank, timeout_s)) for rank in self.work]
 
     async def publish(self, blocks: Sequence[FullBlock], owner: Owner) -> None:
@@ -61,14 +61,14 @@ class Ranks:
         )
 
     async def fetch(self, request: Request, hashes: Sequence[BlockHash], owner: Owner, limit_s: float) -> int:
-        """The blocks behind what a held request has, into all caches; how many of them all ranks have.
+        """Fetches the blocks after what a held request has into all caches; returns how many of them all ranks have.
 
-        Raises `UnknownRequest`. Goes on to its end when the caller is cancelled.
+        Raises `UnknownRequest`. Runs to completion even when the caller is cancelled.
         """
         return await self._to_end(self._fetch(request, hashes, owner, limit_s))
 
     async def close(self) -> None:
-        """Waits for the calls under way, the end of which a rank that is lost makes the end of the node."""
+        """Waits for the running calls; they always end, as a lost rank ends the node."""
         await asyncio.gather(*self._calls, return_exceptions=True)
         for task in self._watching:
             task.cancel()
@@ -86,7 +86,7 @@ class Ranks:
                 self.work[rank] = await call
                 heard_s = time.monotonic()
             except grpc.aio.AioRpcError as error:
-                is_broken = error.code() is grpc.StatusCode.UNAVAILABLE  # the channel mends itself, or the rank is gone
+                is_broken = error.code() is grpc.StatusCode.UNAVAILABLE  # the channel recovers, or the rank is lost
                 if not is_broken or time.monotonic() - heard_s > timeout_s:
                     self._on_lost(error)
                     return
@@ -100,7 +100,7 @@ class Ranks:
         message = rank_pb2.FetchRequest(blocks=blocks, limit_s=0.0 if math.isinf(limit_s) else limit_s)
         answers = await self._ask(
             lambda stub: stub.Fetch(message, metadata=self._metadata)
-        )  # pinned for good where a rank is lost
+        )  # stay pinned for good if a rank is lost
         self._loop.post(lambda engine: engine.unpin(block_ids))
         return min(int(answer.good_blocks) for answer in answers)
 

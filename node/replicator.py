@@ -1,8 +1,8 @@
-"""Publishes what came from other machines into this machine's arena: hot blocks spread by being fetched.
+"""Publishes blocks that came from other machines into this machine's arena: hot blocks spread by being fetched.
 
-The next reader here finds them mapped, and the wire and the other machine's store are spared. It costs a slot here, for
-which eviction chooses. Knows no request: the blocks lie in memory, checked, as they came off the wire. That may be the
-engine's, which keeps them for as long as they wait.
+The next reader here finds them mapped, which spares the wire and the other machine's store. It costs a slot here,
+subject to eviction. Knows no request: the blocks are in memory, verified, as they came off the wire. That may be the
+engine's memory, which keeps them as long as they wait.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from node.publisher import Publisher
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING_BYTES = 64 * 2**20  # as much as one round of a fetch; what comes beyond that is let go
-MAX_BATCH_BYTES = 4 * 2**20  # of one write: the engine's own blocks may have to wait for it
+MAX_WAITING_BYTES = 64 * 2**20  # as much as one round of a fetch; blocks beyond that are dropped
+MAX_BATCH_BYTES = 4 * 2**20  # per write, for which the engine's own blocks may have to wait
 
 
 def nothing() -> None:
-    """What is to be done for memory of a payload's own."""
+    """The `let_go` of a payload in memory of its own: nothing to do."""
 
 
 @dataclass(frozen=True)
 class Replica:
-    """A block to be published. `let_go` is called, once, when its payload is not needed any more."""
+    """A block to be published. `let_go` is called once when its payload is not needed any more."""
 
     block_hash: BlockHash
     payload: Payload
@@ -41,14 +41,14 @@ class Replica:
 
 
 class Replicator:
-    """One for each node: the blocks that wait, and the task that writes them behind all that the engine has made."""
+    """One per node: the waiting blocks, and the task that writes them after everything that the engine has produced."""
 
     def __init__(
         self, store: KVClient, publisher: Publisher | None, block_bytes: int, max_blocks: int = sys.maxsize
     ) -> None:
-        """At most `max_blocks` wait, beside the limit in bytes.
+        """At most `max_blocks` wait, in addition to the limit in bytes.
 
-        `publisher` has what goes before; None for a rank that has no queue of its own.
+        The blocks of `publisher` go first; None for a rank without a queue of its own.
         """
         self._store = store
         self._publisher = publisher
@@ -58,9 +58,9 @@ class Replicator:
         self._writing: asyncio.Task[None] | None = None
 
     def replicate(self, replicas: Iterable[Replica]) -> list[Replica]:
-        """Takes blocks, in the order of their chain, as far as there is room, and returns at once, with those.
+        """Accepts blocks, in the order of their chain, as far as there is room; returns the accepted ones at once.
 
-        The store refuses what does not fit into the owner's quota, which holds here as it does elsewhere.
+        The owner's quota applies here as elsewhere: the store refuses what exceeds it.
         """
         taken: list[Replica] = []
         for replica in replicas if self._store.can_publish else ():
@@ -74,7 +74,7 @@ class Replicator:
         return taken
 
     async def close(self) -> None:
-        """Lets go of what waits; what is being written is written to its end."""
+        """Drops what is waiting; a write in progress is completed."""
         self._drop_waiting()
         if self._writing is not None:
             await self._writing
@@ -84,7 +84,7 @@ class Replicator:
             while self._waiting:
                 if self._publisher is not None:
                     await self._publisher.flush()
-                if self._waiting:  # else it was closed meanwhile
+                if self._waiting:  # otherwise it was closed meanwhile
                     await self._write(self._take_batch())
         except Exception:  # nobody waits for these blocks
             logger.exception("event=replicate_failed")
@@ -93,7 +93,7 @@ class Replicator:
             self._writing = None
 
     def _take_batch(self) -> list[Replica]:
-        """The next blocks, as many as are one owner's and go into one write."""
+        """The next blocks that have one owner and fit into one write."""
         head = list(itertools.islice(self._waiting.values(), self._max_batch_blocks))
         batch = list(itertools.takewhile(lambda replica: replica.owner == head[0].owner, head))
         for replica in batch:

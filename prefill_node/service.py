@@ -1,4 +1,4 @@
-"""The Prefill service: one message in, one out. What is done with it is the worker's."""
+"""The Prefill service: one message in, one out. The worker does the work."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The first leg of a request: fetch the hit, run the rest in chunks, publish each chunk's full blocks, one token.
+"""The first leg of a request: fetch hits, run the rest in chunks, publish each chunk's full blocks, sample one token.
 
-Knows no gRPC and no other node. Whatever the store fails to do costs computation, never the answer.
+Knows no gRPC and no other node. A failure of the store costs computation, never the answer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from node.publisher import Publisher
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What a prefill leg leaves: its token, and how it came to it. Hits in tokens.
+    """The result of a prefill leg: its token, and how it was obtained. Hits are in tokens.
 
-    `queue_s` goes from receipt until the first step with this request: room, the store's blocks and the engine's queue
-    are waited for, the blocks for `fetch_s` of it. `compute_s` goes from there to the token. The last of the
+    `queue_s` is the time from receipt to the first step with this request, waiting for room, for the store's blocks
+    (`fetch_s` of it) and in the engine's queue. `compute_s` is the time from there to the token. The last of the
     `num_coming_blocks` may still be on their way into the arena: the token does not wait for them.
     """
 
@@ -33,7 +33,7 @@ class Prefilled:
     queue_s: float
     fetch_s: float
     compute_s: float
-    num_coming_blocks: int  # leading ones; 0 where anything was not taken for publishing
+    num_coming_blocks: int  # leading ones; 0 if any was not accepted for publishing
 
 
 class PrefillWorker:
@@ -46,7 +46,7 @@ class PrefillWorker:
         self._admission = admission
 
     async def prefill(self, request: Request, owner: Owner = SHARED) -> Prefilled:
-        """One token for `request`, whose `handoff_after` is 1. Its blocks are `owner`'s.
+        """Computes one token for `request`, whose `handoff_after` is 1. Its blocks belong to `owner`.
 
         Raises `Draining`, `Busy`, `InvalidRequest`.
         """
@@ -72,7 +72,7 @@ class PrefillWorker:
         )
 
     async def _first_token(self, outputs: OutputStream, owner: Owner) -> tuple[OutputToken, FinishReason, bool]:
-        """The token, why it is the last one here, and whether all full blocks are going to be published."""
+        """The token, why it is the last one here, and whether all full blocks will be published."""
         is_coming = True
         async for output in outputs:
             is_coming &= self._publisher.publish(output.full_blocks, owner)

@@ -1,4 +1,4 @@
-"""How good a router's predictions are, and how it decides: counts, and the errors of its last requests. Plain state."""
+"""A router's decisions and the accuracy of its predictions: counts, and errors of its last requests. Plain state."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from router.overtaking import OvertakingShare
 from router.plan import Plan, PrefillTerms, Rates
 
 MAX_REQUESTS = 1000
-MAX_SLACK_REQUESTS = 200  # what predictions were short of lately
+MAX_SLACK_REQUESTS = 200  # recent underestimates
 SLACK_QUANTILE = 0.9
-IDLE_SHARE = 0.2  # who waits for less than this part of its own work says what calls take
+IDLE_SHARE = 0.2  # requests that wait for less than this fraction of their own work measure the calls
 
 
 class Errors:
@@ -26,7 +26,7 @@ class Errors:
         return len(self._seconds)
 
     def note(self, predicted_s: float, actual_s: float) -> None:
-        """One request; what took no time says nothing."""
+        """Counts one request; one that took no time is ignored."""
         if actual_s > 0.0:
             self._seconds.append(abs(predicted_s - actual_s))
             self._ratios.append(abs(predicted_s - actual_s) / actual_s)
@@ -34,16 +34,16 @@ class Errors:
             self.actual_s += actual_s
 
     def seconds(self, quantile: float) -> float:
-        """Of absolute errors; 0.0 where there are none."""
+        """The quantile of the absolute errors; 0.0 if there are none."""
         return _quantile(self._seconds, quantile)
 
     def ratio(self, quantile: float) -> float:
-        """Of errors as parts of the actual time; 0.0 where there are none."""
+        """The quantile of the errors relative to the actual time; 0.0 if there are none."""
         return _quantile(self._ratios, quantile)
 
 
 class Slack:
-    """How much later than predicted first tokens come, at the worst but for one in ten of the last requests."""
+    """How much later than predicted first tokens come: the 90th percentile of the last requests."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -53,14 +53,14 @@ class Slack:
     def note(self, predicted_s: float, actual_s: float) -> None:
         self._late_s.append(actual_s - predicted_s)
         self._num_noted += 1
-        if self._num_noted % 8 == 0:  # sorting is not for free
+        if self._num_noted % 8 == 0:  # sorting is not free
             self.seconds = max(0.0, _quantile(self._late_s, SLACK_QUANTILE))
 
 
 class Calls:
-    """What calls add to first tokens on their way to a node and back, beside its own work: a median.
+    """What the calls to a node and back add to first tokens, beyond the node's own work: a median.
 
-    Of those that hardly waited: what a queue takes is predicted, and is off by more than this.
+    Only over requests that hardly waited: the error in predicting a queue is larger than this.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Calls:
 
 
 class HandOffs:
-    """What calls add between the first token and the second, where two nodes make them: a median."""
+    """What the calls add between the first token and the second, when two nodes make them: a median."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds  # a guess, at first
@@ -102,7 +102,7 @@ class Accuracy:
         self.calls, self.handoffs, self.overtaking = Calls(), HandOffs(handoff_s), OvertakingShare()
         self.outcomes: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()  # by the name of their reason
-        self.decisions_s: deque[float] = deque(maxlen=MAX_REQUESTS)  # what the last ones took
+        self.decisions_s: deque[float] = deque(maxlen=MAX_REQUESTS)  # durations of the last ones
 
     def decided(self, outcome: str, rejection: str, seconds: float) -> None:
         self.outcomes[outcome] += 1
@@ -116,7 +116,7 @@ class Accuracy:
     def finished(
         self, timeline: inference_pb2.Timeline, plan: Plan | None = None, limit_s: float | None = None
     ) -> None:
-        """A request's end, with its plan and limit. One that had to go on elsewhere was not predicted to."""
+        """A request has ended, with its plan and limit. One that migrated was not predicted to, and is not counted."""
         if timeline.migrations or timeline.first_token_s < 0.0 or timeline.planned_s < 0.0:
             return
         ttft_s = timeline.first_token_s - timeline.planned_s

@@ -1,6 +1,6 @@
-"""The operator's door: which nodes there are, and draining one. gRPC, at a port of its own.
+"""The admin service: lists nodes and drains them. gRPC, at a port of its own.
 
-Without admin keys it listens on the loopback interface alone, so whoever is on this machine may use it.
+Without admin keys it listens on the loopback interface only, where everybody on this machine may use it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NODE_TIMEOUT_S = 5.0
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
-    """`digests` are the SHA-256 of the keys that open it; none: it asks for no key."""
+    """`digests` are the SHA-256 of the admin keys; if empty, no key is needed."""
 
     def __init__(self, registry: Registry, digests: Sequence[bytes]) -> None:
         self._registry = registry
@@ -55,7 +55,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 await context.abort(grpc.StatusCode.UNAVAILABLE, problem)
             logger.warning("event=drain node_id=%s draining=%s", message.node_id, is_draining)
             status = _status(found[0])
-            status.draining = is_draining  # which its next heartbeat will say, too
+            status.draining = is_draining  # as its next heartbeat will say, too
             return status
         raise AssertionError("an aborted call goes on")
 
@@ -70,7 +70,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
 
 async def open_admin(config: RouterConfig, stack: AsyncExitStack, registry: Registry, locks: Locks) -> str:
-    """Where it is; "" for nowhere. Raises `UnusableKeys`, `ValueError` where it would be open to the network."""
+    """Its address; "" if it is closed. Raises `UnusableKeys`, or `ValueError` if it would be open to the network."""
     if config.admin_port < 0:
         return ""
     digests = read_admin_keys(Path(config.admin_key_file)) if config.admin_key_file else []

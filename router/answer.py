@@ -1,4 +1,4 @@
-"""From a request's tokens to what its client reads: text, token ids, and at the end why, how many and when."""
+"""From a request's tokens to its client's responses: text, token ids, and at the end finish reason, usage, timeline."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ STOP = common_pb2.FINISH_REASON_STOP
 
 @dataclass(frozen=True)
 class Form:
-    """What one answer is to look like."""
+    """The form of one answer."""
 
-    request_id: str  # the call's, which n answers have in common
+    request_id: str  # the call's id, shared by its n answers
     index: int = 0
     stops: Sequence[str] = ()
-    keeps_stop: bool = False  # what ends the text is shown
+    keeps_stop: bool = False  # the output includes what ended it
     echo: str = ""  # text that comes first
     calls_tools: bool = False
-    is_silent: bool = False  # nothing of the output is shown: the client asked for no token
+    is_silent: bool = False  # no output is shown: max_tokens was 0
 
 
 class Answer:
@@ -46,7 +46,7 @@ class Answer:
         self._is_first = True
 
     def respond(self, progress: Progress) -> inference_pb2.GenerateResponse:
-        """Tokens at once; their text as far as it is certain. A stop string ends the request, whatever came behind."""
+        """Tokens at once, their text as far as it is final. A stop string ends the request, whatever follows it."""
         if self._form.is_silent:
             progress = _silenced(progress)
         text, tokens, reason = self._text, [], progress.finish_reason
@@ -78,7 +78,7 @@ class Answer:
         return response
 
     def _part(self, response: inference_pb2.GenerateResponse, parser: ToolCallParser) -> None:
-        """Takes the calls of tools out of a response's text."""
+        """Extracts tool calls from a response's text."""
         response.text, calls = parser.feed(response.text)
         response.tool_calls.extend(calls)
         if response.finish_reason:
@@ -108,6 +108,6 @@ class Answer:
 
 
 def _silenced(progress: Progress) -> Progress:
-    """A node makes one token at least; where none is wanted, none came, and the length is why."""
+    """Drops the token of a request with max_tokens 0 (a node makes at least one); the finish reason is LENGTH."""
     reason = common_pb2.FINISH_REASON_LENGTH if progress.finish_reason else UNFINISHED
     return Progress((), reason, progress.prompt_logprobs)

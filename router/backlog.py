@@ -1,6 +1,6 @@
-"""When a node will have computed all that it was given: what it reported, and what was sent since. Pure.
+"""When a node will have computed everything it was given: what it reported, and what was sent since. Pure.
 
-The moment is absolute, so what is left shrinks by itself while the node works.
+The moment is absolute, so the remaining work shrinks by itself while the node works.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ class Backlog:
 
     def __init__(self) -> None:
         self._reported_free_at_s = 0.0
-        self._sent: dict[object, tuple[float, float]] = {}  # leg -> (when, seconds), those that no report counts yet
-        self._begun: object = None  # the leg that the node is at, as its order has it
-        self._keys: dict[object, float] = {}  # of all others that were sent and are not over
-        # They in their order, kept so: a node may have hundreds, and their line is looked at for each request.
+        self._sent: dict[object, tuple[float, float]] = {}  # leg -> (when, seconds), if no report includes it yet
+        self._begun: object = None  # the leg being computed, according to the node's order
+        self._keys: dict[object, float] = {}  # of all other legs that were sent and are not over
+        # Those legs, kept in order: a node may have hundreds, and their line is read for each request.
         self._ranked: list[Waiting] = []
 
     def reported(self, now_s: float, queued_s: float) -> None:
-        """The node's own word: at `now_s` it had so much to do, whatever `sent` it had heard of included."""
+        """The node reported that at `now_s` it had `queued_s` of work, including the `sent` legs it had received."""
         self._reported_free_at_s = now_s + queued_s
 
     def sent(self, leg: object, now_s: float, seconds: float) -> None:
-        """A leg was sent that will compute for so long."""
+        """A leg was sent that will compute for `seconds`."""
         self._sent[leg] = (now_s, seconds)
         if self._begun is None:
             self._begun = leg
             return
         waiting = Waiting(key(seconds, now_s), seconds, leg)
         self._keys[leg] = waiting.key
-        insort_right(self._ranked, waiting, key=_KEY)  # of equals, whoever came first goes first
+        insort_right(self._ranked, waiting, key=_KEY)  # equals in order of arrival
 
     def counted(self, leg: object) -> None:
-        """A report counts the leg. Idempotent."""
+        """The node's report includes the leg. Idempotent."""
         self._sent.pop(leg, None)
 
     def over(self, leg: object) -> None:
@@ -55,24 +55,24 @@ class Backlog:
             self._begin_next()
 
     def computed(self, leg: object, now_s: float) -> None:
-        """The leg is done: until now the node was at work, and what was sent after it has not been begun before."""
+        """The leg is done: the node was busy until now, and has begun nothing that was sent after it."""
         if self._sent.pop(leg, None) is not None:
             self._reported_free_at_s = max(self._reported_free_at_s, now_s)
         self.over(leg)
 
     def free_at_s(self) -> float:
-        """When all of it is computed. In the past where there is nothing."""
+        """When all of it is computed; in the past if there is nothing."""
         free_at_s = self._reported_free_at_s
         for sent_s, seconds in self._sent.values():  # in the order of sending
             free_at_s = max(free_at_s, sent_s) + seconds
         return free_at_s
 
     def line(self) -> Line | None:
-        """Who waits behind the leg that the node is at; None: nobody that was sent from here."""
+        """The legs that wait behind the one being computed; None: none that was sent from here."""
         return Line(self._ranked) if self._ranked else None
 
     def _begin_next(self) -> None:
-        """The node goes on with the next one of its queue."""
+        """The node continues with the next leg in its queue."""
         self._begun = None
         if self._ranked:
             self._begun = self._ranked.pop(0).leg

@@ -1,7 +1,7 @@
-"""The policies that others ship, by name, over the same view and with the same terms, to be compared with ours.
+"""Other systems' policies, on the same view and with the same terms, for comparison with ours.
 
-Each chooses a node for each leg by its own rule; what it is predicted to cost is worked out alike for all. None of them
-skips a leg, and only Mooncake's rejects. Sources: SGLang's model gateway (cache_aware.rs), Dynamo's KV router
+Each chooses a node for each leg by its own rule; the predicted costs are computed alike for all. None of them skips a
+leg, and only Mooncake's rejects. Sources: SGLang's model gateway (cache_aware.rs), Dynamo's KV router
 (router-concepts.md), Mooncake's Algorithm 1 (FAST'25, 4.1).
 """
 
@@ -25,7 +25,7 @@ Rule = Callable[[Survey, random.Random], tuple[int, int]]
 
 
 def by(rule: Rule, may_fetch: bool = False, keeps_limits: bool = False) -> Policy:
-    """A policy out of a rule. `may_fetch`: its first legs fetch what other arenas hold."""
+    """A policy made from a rule. `may_fetch`: its first legs fetch what other arenas hold."""
 
     def decide(request: RequestView, cluster: Cluster, now_s: float, rng: random.Random, rates: Rates) -> Plan | Reject:
         seen = survey(request, cluster, now_s, rates, may_fetch)
@@ -34,7 +34,7 @@ def by(rule: Rule, may_fetch: bool = False, keeps_limits: bool = False) -> Polic
         if not (seen.firsts.any() and seen.seconds.any()):
             return Reject(Reason.BUSY, seen=seen)
         plan = seen.plan(*rule(seen, rng))
-        # As published: a queue is all work before this one, whatever its order.
+        # As published: a queue is all work ahead, whatever its order.
         in_turn = replace(plan, prefill=replace(plan.prefill, order_s=0.0))
         reason = broken_limit(request, in_turn) if keeps_limits else None
         return plan if reason is None else Reject(reason, plan, retry_after_s=1.0, seen=seen)
@@ -47,7 +47,7 @@ def at_random(seen: Survey, rng: random.Random) -> tuple[int, int]:
 
 
 class RoundRobin:
-    """One after the other."""
+    """Takes nodes in turn."""
 
     def __init__(self) -> None:
         self._turn = -1
@@ -64,18 +64,18 @@ def least_loaded(seen: Survey, rng: random.Random) -> tuple[int, int]:
 
 
 def cache_aware(seen: Survey, rng: random.Random) -> tuple[int, int]:
-    """SGLang's: the longest hit, unless loads are far apart or the hit is small; then the fewest requests."""
+    """SGLang's: the longest hit, unless loads differ much or the hit is small; then the fewest requests."""
     loads, blocks = seen.cluster.num_requests, seen.own_blocks()
     least, most = loads[seen.firsts].min(), loads[seen.firsts].max()
     is_uneven = most - least > BALANCE_ABS and most > BALANCE_REL * least
     rate = blocks[seen.firsts].max() * seen.cluster.block_size / seen.request.num_tokens
-    # Of equal hits the one with fewer requests.
+    # Among equal hits, the one with fewer requests.
     rank = loads if is_uneven or rate <= CACHE_THRESHOLD else loads - blocks * (most + 1.0)
     return _least(rank, seen.firsts, rng), _least(loads, seen.seconds, rng)
 
 
 def kv_cost(seen: Survey, rng: random.Random) -> tuple[int, int]:
-    """Dynamo's: blocks to prefill, those queued included, less those cached; and blocks that decoding holds."""
+    """Dynamo's: blocks to prefill, including queued ones, minus cached ones; and blocks that decoding holds."""
     cluster = seen.cluster
     queued = seen.first.queue_s / np.maximum(cluster.prefill_token_s, 1e-9) / cluster.block_size
     to_prefill = np.maximum(queued + blocks_needed(seen.request, cluster) - seen.own_blocks(), 0.0)
@@ -92,7 +92,7 @@ def conductor(seen: Survey, rng: random.Random) -> tuple[int, int]:
 
 
 def _least(values: Column, mask: Mask, rng: random.Random) -> int:
-    """A row with the least value, at random where several have it."""
+    """A row with the least value; ties are broken at random."""
     rows = np.flatnonzero(mask)
     found = values[rows]
     return int(rng.choice(rows[found == found.min()]))

@@ -1,7 +1,7 @@
-"""One node's Decode calls, kept when a leg has ended well: the next leg's Admit goes into one of them.
+"""One node's Decode calls, kept when a leg has ended well and reused for the next leg's Admit.
 
-To open a call costs the router, and the node, three times what its messages do. A call that a node has ended meanwhile
-is left; whether that was before it read an Admit shows in its answer (`DecodeLeg.admit`).
+Opening a call costs the router, and the node, three times what its messages cost. A call that a node has ended
+meanwhile is dropped; whether it ended before reading an Admit shows in the answer (`DecodeLeg.admit`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-MAX_KEPT = 64  # that wait for a leg; any number may have one
+MAX_KEPT = 64  # idle calls; any number may be in use
 
 
 class DecodeCalls:
@@ -20,7 +20,7 @@ class DecodeCalls:
         self._kept: list[Any] = []
 
     def take(self) -> Any | None:
-        """One that was kept; None where there is none."""
+        """A kept call; None if there is none."""
         while self._kept:
             call = self._kept.pop()
             if not call.done():
@@ -31,13 +31,13 @@ class DecodeCalls:
         return self._open(**options)
 
     def keep(self, call: Any) -> None:
-        """A leg of this call has ended, and nothing more of it will come."""
+        """Keeps a call whose leg has ended, so that nothing more will come on it."""
         if len(self._kept) < MAX_KEPT and not call.done():
             self._kept.append(call)
         else:
             call.cancel()
 
     def clear(self) -> None:
-        """Ends those that nobody uses."""
+        """Ends the unused calls."""
         while self._kept:
             self._kept.pop().cancel()

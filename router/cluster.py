@@ -1,7 +1,7 @@
-"""All nodes as a policy sees them: one column for each quantity, so that a thousand nodes cost hardly more than one.
+"""All nodes as a policy sees them: one column per quantity, so that a thousand nodes cost hardly more than one.
 
-Plain state, changed by whoever keeps it: the registry from records and legs, the simulator from its own nodes. Rows
-stay where they are; a node that leaves frees its row.
+Plain state, updated by its owner: the registry from records and legs, the simulator from its own nodes. Rows keep their
+index; a node that leaves frees its row.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class NodeView:
     step: StepSpeed
     arena_id: str = ""  # "" publishes nothing
     free_at_s: float = 0.0  # when all its prefill work will be computed, on the router's clock
-    line: Line | None = None  # who waits there, as far as is known; None: nobody
+    line: Line | None = None  # the legs waiting there, as far as is known; None: none
     num_requests: int = 0  # running and waiting
     free_blocks: int = 0
     total_blocks: int = 0  # 0: not known
     max_model_len: int = 1 << 30  # tokens
-    is_known: bool = True  # its speeds were measured lately: a prediction may be held against a request
+    is_known: bool = True  # its speeds were measured recently, so a prediction may refuse a request
 
 
 class Cluster:
@@ -60,18 +60,18 @@ class Cluster:
     is_there: Mask
     can_prefill: Mask
     can_decode: Mask
-    is_shared: Mask  # runs other things than first legs
+    is_shared: Mask  # runs requests other than first legs
     is_known: Mask
 
     def __init__(self, block_size: int, block_bytes: int, nodes: Iterable[NodeView] = ()) -> None:
         self.block_size = block_size
         self.block_bytes = block_bytes
-        self.node_ids: list[str] = []  # by row; "" where nobody is
+        self.node_ids: list[str] = []  # by row; "" for unused ones
         self.arena_ids: list[str] = []  # by row
         self._rows: dict[str, int] = {}
         self._numbers: dict[str, int] = {}  # of arenas
-        self._users = [0]  # how many rows map an arena, by its number; 0 of one that is free, and of number 0
-        self.lines: dict[int, Line] = {}  # by row, of those where somebody waits
+        self._users = [0]  # how many rows map an arena, by its number; 0 for free numbers, and for number 0
+        self.lines: dict[int, Line] = {}  # by row, for rows with waiting legs
         self.arena_number = np.zeros(0, np.intp)
         self._grow(16)
         for node in nodes:
@@ -82,29 +82,29 @@ class Cluster:
 
     @property
     def num_prefill(self) -> int:
-        """How many nodes play that role, or both."""
+        """How many nodes have the prefill role, or both."""
         return int(np.count_nonzero(self.is_there & self.can_prefill))
 
     def row(self, node_id: str) -> int | None:
         return self._rows.get(node_id)
 
     def rows(self, node_ids: Iterable[str]) -> list[int]:
-        """Rows of these nodes; -1 for one that is not there."""
+        """Rows of these nodes; -1 for unknown ones."""
         find = self._rows.get
         return [find(node_id, -1) for node_id in node_ids]
 
     def arena_numbers(self, arena_ids: Iterable[str]) -> list[int]:
-        """What `arena_number` has for these arenas; 0 for one that no node maps."""
+        """The numbers of these arenas in `arena_number`; 0 for one that no node maps."""
         find = self._numbers.get
         return [find(arena_id, 0) for arena_id in arena_ids]
 
     @property
     def num_arena_numbers(self) -> int:
-        """One more than the highest that there was."""
+        """One more than the highest number ever used."""
         return len(self._users)
 
     def put(self, node: NodeView) -> None:
-        """Adds a node, or replaces what is known of it."""
+        """Adds a node, or updates it."""
         row = self._rows.get(node.node_id)
         if row is None:
             row = self._new_row(node.node_id)
@@ -126,7 +126,7 @@ class Cluster:
         self.is_known[row] = node.is_known
 
     def set_queue(self, row: int, free_at_s: float, line: Line | None) -> None:
-        """What a node still has to compute."""
+        """Sets what a node still has to compute."""
         self.free_at_s[row] = free_at_s
         if line is None:
             self.lines.pop(row, None)
@@ -134,7 +134,7 @@ class Cluster:
             self.lines[row] = line
 
     def drop(self, node_id: str) -> None:
-        """Forgets a node, if it is known."""
+        """Removes a node, if it is known."""
         row = self._rows.pop(node_id, None)
         if row is not None:
             self.lines.pop(row, None)
@@ -163,7 +163,7 @@ class Cluster:
         self.arena_ids[row] = arena_id
 
     def _use(self, arena_id: str) -> int:
-        """The number of an arena that one more row maps."""
+        """The number of an arena, which one more row now maps."""
         number = self._numbers.get(arena_id)
         if number is None:
             number = next((free for free, users in enumerate(self._users) if free and not users), len(self._users))

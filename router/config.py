@@ -16,30 +16,30 @@ PAGES = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """One router. Seconds in `_s`; what they are for stands at `Patience` and `Persistence`."""
+    """One router's options. Times in seconds (`_s`) are explained at `Patience` and `Persistence`."""
 
     model_dir: str  # for its tokenizer
     redis_url: str = field(repr=False)  # may have a password in it
-    model: str = ""  # the served name; "" takes the nodes' word for it
+    model: str = ""  # the served name; "": as the nodes say
     cluster: str = "default"
     host: str = "127.0.0.1"  # to listen on
     port: int = 0  # 0: the kernel chooses
-    http: bool = True  # OpenAI's API, beside gRPC's
+    http: bool = True  # OpenAI's API, in addition to gRPC
     http_port: int = 0  # 0: the kernel chooses
     advertise_host: str = ""  # "" is `host`
     policy: str = DEFAULT  # a name of router.policy.POLICIES
     metrics: bool = False  # for Prometheus, over HTTP, at a port of its own
     metrics_port: int = 0  # 0: the kernel chooses
-    tenants_file: str = ""  # and read again when it changes; "": whoever reaches the port may use it, with one cache
-    tls_cert: str = ""  # PEM files, read again when they change; "": no TLS
+    tenants_file: str = ""  # reloaded when it changes; "": whoever reaches the port may use it, sharing one cache
+    tls_cert: str = ""  # PEM files, reloaded when they change; "": no TLS
     tls_key: str = ""
     tls_client_ca: str = ""  # "": clients need no certificate
-    cluster_token: str = field(default="", repr=False)  # that nodes ask for
-    admin_port: int = -1  # of the operator's door; -1: closed, 0: the kernel chooses
+    cluster_token: str = field(default="", repr=False)  # that nodes require
+    admin_port: int = -1  # -1: closed, 0: the kernel chooses
     admin_host: str = "127.0.0.1"
-    admin_key_file: str = ""  # needed where admin_host is no loopback address
-    max_concurrent_requests: int = 1024  # over all doors and tenants; 0: no bound
-    status_page: str = "auto"  # the live page at / of the HTTP door: "on", "off", or "auto": where there are no tenants
+    admin_key_file: str = ""  # required unless admin_host is a loopback address
+    max_concurrent_requests: int = 1024  # over both APIs and all tenants; 0: no bound
+    status_page: str = "auto"  # the live page at / over HTTP: "on", "off", or "auto" (on if there are no tenants)
     otlp_endpoint: str = ""  # "http://host:port" of an OTLP receiver for traces; "": as OpenTelemetry's variables say
     max_message_bytes: int = 16 * 2**20
     max_prompt_bytes: int = 4 * 2**20
@@ -55,12 +55,12 @@ class RouterConfig:
 
     @property
     def is_local(self) -> bool:
-        """Whether clients of this machine alone reach the doors."""
+        """Whether only clients on this machine can reach its ports."""
         return is_loopback(self.host)
 
     @property
     def shows_page(self) -> bool:
-        """Whether the HTTP door has the live page, which asks nobody for a key."""
+        """Whether the HTTP port serves the live page, which requires no key."""
         return self.status_page == "on" or (self.status_page == "auto" and not self.tenants_file)
 
     @property
@@ -83,12 +83,12 @@ class RouterConfig:
 
     @classmethod
     def from_json(cls, text: str) -> RouterConfig:
-        """Raises `TypeError` for a name that is no option, `ValueError` for text that is no JSON."""
+        """Raises `TypeError` for an unknown option, `ValueError` for invalid JSON."""
         return cls(**json.loads(text))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine can reach `host`. A name other than localhost may mean anything."""
+    """Whether only this machine can reach `host`. False for names other than localhost, which may mean anything."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

@@ -21,7 +21,7 @@ from router.ways import Held, ways
 
 @dataclass(frozen=True)
 class PrefillCosts:
-    """First legs: one entry a row of the cluster. Rows where nobody is hold anything."""
+    """Costs of first legs, one entry per row of the cluster. Entries of unused rows are meaningless."""
 
     queue_s: Column
     room_s: Column
@@ -46,7 +46,7 @@ class PrefillCosts:
 
 @dataclass(frozen=True)
 class DecodeCosts:
-    """Second legs, likewise."""
+    """Costs of second legs, likewise."""
 
     step_s: Column
     steps_s: Column
@@ -63,9 +63,9 @@ class DecodeCosts:
 def prefill_costs(
     request: RequestView, cluster: Cluster, now_s: float, rates: Rates, may_fetch: bool = True
 ) -> PrefillCosts:
-    """Each node with the blocks of its own arena, or, where that is sooner, with the longest run of all.
+    """Each node with the blocks of its own arena, or, if that is faster, with the longest run of all arenas.
 
-    What lies on a disk that is slower than computing is left there. Without `may_fetch` nobody fetches from others.
+    Blocks on a disk that is slower than computing are not used. Without `may_fetch`, nodes use only their own arena.
     """
     queue_s = np.maximum(cluster.free_at_s - now_s, 0.0) + cluster.num_requests * rates.request_s
     room_s = np.where(_is_full(request, cluster), rates.no_room_s, 0.0)
@@ -78,8 +78,8 @@ def prefill_costs(
         blocks = np.where(is_sooner, other_blocks, blocks)
         fetch_s = np.where(is_sooner, other_fetch_s, fetch_s)
         compute_s = np.where(is_sooner, other_s, compute_s)
-    # Where requests run that are not first legs themselves, each of them waits for this one's chunks; and whoever comes
-    # later waits longer for what is computed once more.
+    # Running requests other than first legs each wait for this one's chunks; and later requests wait longer for
+    # blocks that are computed once more.
     share = np.where(cluster.is_shared & (cluster.num_requests > 0), 1.0, rates.work_ratio)
     stall_s = share * compute_s
     order_s = _order_s(cluster, now_s, rates, compute_s)
@@ -99,7 +99,7 @@ def decode_costs(request: RequestView, cluster: Cluster, rates: Rates) -> Decode
 
 @dataclass(frozen=True)
 class Survey:
-    """All that one decision rests on: the request, the cluster now, and each leg's seconds on each row."""
+    """The basis of one decision: the request, the cluster now, and each leg's seconds on each row."""
 
     request: RequestView
     cluster: Cluster
@@ -109,11 +109,11 @@ class Survey:
     firsts: Mask  # rows that may run the first leg
     seconds: Mask  # and the second
     alone: Mask  # and both of them, without a hand-off
-    _first_terms: dict[int, PrefillTerms] = field(default_factory=dict)  # by row: each is in several pairs
+    _first_terms: dict[int, PrefillTerms] = field(default_factory=dict)  # cached by row, as each is in several pairs
     _second_terms: dict[int, DecodeTerms] = field(default_factory=dict)
 
     def plan(self, source: int, target: int) -> Plan:
-        """The plan for a pair of rows: first leg, second leg; the same row twice runs both."""
+        """The plan for a pair of rows: first leg, second leg; the same row twice means that it runs both."""
         is_one = source == target
         blocks = int(self.first.fetch_blocks[source])
         return Plan(
@@ -131,16 +131,16 @@ class Survey:
         )
 
     def handoff_s(self, source: int, target: int) -> float:
-        """What the way from a first leg on `source` to a second on `target` adds between first and second token.
+        """What the hand-off from a first leg on `source` to a second on `target` adds between first and second token.
 
-        Blocks travel from when they are there: those that arenas hold at once, the others while they are computed.
-        Only what takes longer than that counts.
+        Blocks travel as soon as they exist: those that arenas hold at once, the others while prefill goes on. Only the
+        time beyond that counts.
         """
         request, cluster, rates = self.request, self.cluster, self.rates
         num_blocks = request.num_tokens // cluster.block_size
         arena_id = cluster.arena_ids[source]
         here = request.hits.get(cluster.arena_ids[target], NO_HIT).up_to(num_blocks)
-        if not arena_id:  # it publishes nothing: the target computes all that it cannot fetch from others
+        if not arena_id:  # it publishes nothing: the target computes what it cannot fetch from others
             return rates.handoff_s + float(self.first.compute_s[target])
         wire_s, memory_s = cluster.block_bytes / rates.wire_bytes_per_s, cluster.block_bytes / rates.memory_bytes_per_s
         disk_s = min(wire_s, memory_s + cluster.block_bytes / rates.disk_bytes_per_s)
@@ -171,25 +171,25 @@ class Survey:
 def survey(
     request: RequestView, cluster: Cluster, now_s: float, rates: Rates, may_fetch: bool = True
 ) -> Survey | Reject:
-    """Looks at all nodes at once; a rejection where nobody could take the request."""
+    """Evaluates all nodes at once; a rejection if none could take the request."""
     living = cluster.is_there & (cluster.max_model_len > request.num_tokens)
     _clear(living, request.failed, cluster)
     if not living.any():
         return Reject(Reason.NO_NODE)
     firsts, seconds, alone = candidates(request, cluster, living)
     first = prefill_costs(request, cluster, now_s, rates, may_fetch)
-    # A decode node runs the first leg itself where that is its role too, or where its streams hardly notice.
+    # A decode node runs the first leg itself if that is its role too, or if its streams hardly notice.
     alone = seconds & (alone | (first.compute_s <= rates.max_stall_s))
     return Survey(request, cluster, rates, first, decode_costs(request, cluster, rates), firsts, seconds, alone)
 
 
 def candidates(request: RequestView, cluster: Cluster, living: Mask) -> tuple[Mask, Mask, Mask]:
-    """Rows that may run a first leg, a second one, and both because that is their role.
+    """Rows that may run a first leg, rows that may run a second one, and rows whose role is both.
 
-    A role that nobody is left to play is played by everybody.
+    If no node of a role is left, all nodes may play it.
     """
     fits = living & ((cluster.total_blocks == 0) | (cluster.total_blocks >= blocks_needed(request, cluster)))
-    living = fits if fits.any() else living  # where none can hold it, for a node to say so by name and limit
+    living = fits if fits.any() else living  # if no node can hold it, let a node refuse it with the field and the limit
     first, second = living & cluster.can_prefill, living & cluster.can_decode
     first = first if first.any() else living.copy()
     second = second if second.any() else living.copy()
@@ -200,12 +200,12 @@ def candidates(request: RequestView, cluster: Cluster, living: Mask) -> tuple[Ma
 
 
 def blocks_needed(request: RequestView, cluster: Cluster) -> int:
-    """What a leg reserves: all its tokens, and one more."""
+    """The blocks that a leg reserves: for all its tokens, and one more."""
     return request.num_tokens // cluster.block_size + 1
 
 
 def _order_s(cluster: Cluster, now_s: float, rates: Rates, compute_s: Column) -> Column:
-    """What each queue's order adds to the wait behind all its work."""
+    """What each queue's order adds to, or takes from, the wait for all of its work."""
     overtaken_s = np.zeros(len(compute_s))
     for row, line in cluster.lines.items():
         overtaken_s[row] = line.overtaken_s(key(float(compute_s[row]), now_s))

@@ -1,6 +1,6 @@
-"""Asks a policy for each request, and keeps what the next decisions and their explanation need. No I/O.
+"""Asks a policy about each request, and keeps what later decisions and their explanation need. No I/O.
 
-One for each router. Beside the cluster, which is the registry's, it knows which blocks it has sent where lately.
+One per router. Besides the cluster, which belongs to the registry, it knows which blocks were recently sent where.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class Decider:
         self._clock = clock
 
     def began(self, request: RoutedRequest) -> None:
-        """A request sets out."""
+        """A request starts."""
         self.journal.began(request.salt, request.request_id)
 
     def decide(self, journey: Journey, cluster: Cluster, hits: Mapping[str, Hit]) -> Plan | Reject:
-        """Where the request goes next; `hits` are what arenas hold of it."""
+        """Where the request goes next; `hits` is what each arena holds of it, by arena id."""
         begin_s, request = self._clock(), journey.request
         hashes = journey.hashes(journey.pool) if journey.pool is not None else ()
         view = journey.view(hits, self._warming.runs(hashes, begin_s), begin_s)
@@ -91,7 +91,7 @@ class Decider:
         return kept.chosen
 
     def promise(self, journey: Journey, plan: Plan) -> Promise:
-        """The plan's first leg sets out: its siblings find that node."""
+        """The plan's first leg starts: requests with the same prefix now see its blocks as warm on that node."""
         hashes = list(journey.hashes(journey.pool)) if journey.pool is not None else []
         promise = Promise(plan.prefill_node or plan.decode_node, hashes)
         now_s = self._clock()
@@ -100,11 +100,11 @@ class Decider:
         return promise
 
     def take_back(self, promise: Promise) -> None:
-        """The leg is over without having computed its prompt."""
+        """The leg has ended without having computed its prompt."""
         self._warming.forget(promise.hashes, promise.node_id)
 
     def finished(self, request: RoutedRequest, timeline: inference_pb2.Timeline) -> None:
-        """What became of a request that came to its end."""
+        """A request has ended, with this timeline."""
         first = self.journal.finished(request.salt, request.request_id, timeline)
         if first is not None and isinstance(first.chosen, Plan):
             self.accuracy.finished(timeline, first.chosen, first.ttft_limit_s)

@@ -1,7 +1,7 @@
-"""Output tokens to text while they come, and the stop strings in it. Pure; knows no request and no cluster.
+"""Turns output tokens into text as they come, and finds stop strings. Pure; knows no request and no cluster.
 
-Text is handed out as soon as it is certain: never half a character, and never what may turn out to be the beginning
-of a stop string. All pieces together are what decoding all tokens at once gives.
+Text is released as soon as it is final: never half a character, and never what may turn out to be the beginning
+of a stop string. All pieces together equal the text of decoding all tokens at once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Protocol
 from router.tokenizer import Decoder
 
 PROMPT_TAIL = 6  # tokens of the prompt that a window starts with: some decoders drop a space at the very beginning
-MAX_TOKENS_PER_CHARACTER = 4  # with byte fallback, a token a byte
+MAX_TOKENS_PER_CHARACTER = 4  # with byte fallback, one token per byte
 
 
 class Detokenizer(Protocol):
-    """Grows the text of one output."""
+    """Decodes one output incrementally."""
 
     def feed(self, token_id: int) -> str:
         """The text that this token makes certain."""
@@ -29,7 +29,7 @@ class Detokenizer(Protocol):
 
 
 def detokenizer(decoder: Decoder, prompt_ids: Sequence[int]) -> Detokenizer:
-    """The exact one where each token is so many bytes by itself, else the one that decodes a window over and over."""
+    """The exact one if each token is a fixed byte string, else the one that decodes a sliding window."""
     if decoder.bytes_of is not None:
         return ByteDetokenizer(decoder.bytes_of)
     return WindowDetokenizer(decoder.decode, prompt_ids)
@@ -52,7 +52,7 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For every other tokenizer: decodes the last few tokens with and without the new one; the difference is new.
 
-    The window `[start, end)` has been handed out already and is there for context; tokens from `end` on are undecided.
+    The window `[start, end)` has been released already and serves as context; tokens from `end` on are undecided.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int]) -> None:
@@ -64,7 +64,7 @@ class WindowDetokenizer:
     def feed(self, token_id: int) -> str:
         self._token_ids.append(token_id)
         text = self._undecided()
-        # A replacement character at the end is half a character, unless it has been one for too long.
+        # A replacement character at the end is half a character, unless it stays one for too long.
         if text.endswith("\ufffd") and len(self._token_ids) - self._end < MAX_TOKENS_PER_CHARACTER:
             return ""
         if text:
@@ -83,16 +83,16 @@ class WindowDetokenizer:
 
 
 class StopFinder:
-    """Finds the stop string that is complete first, whatever pieces the text comes in."""
+    """Finds the stop string that is completed first, however the text is split into pieces."""
 
     def __init__(self, stops: Sequence[str], keeps_stop: bool = False) -> None:
-        """`keeps_stop`: the stop string itself is text, too."""
+        """`keeps_stop`: the stop string itself is part of the text."""
         self._stops = stops
         self._keeps_stop = keeps_stop
-        self._held = ""  # the beginning of a stop string, perhaps
+        self._held = ""  # possibly the beginning of a stop string
 
     def feed(self, text: str, may_stop: bool) -> tuple[str, bool]:
-        """Text that is certain, and whether a stop string was found: then it is the text up to it, and the last."""
+        """Final text, and whether a stop string was found; if so, it is the text up to it, and the last."""
         if not self._stops:
             return text, False
         text = self._held + text
@@ -113,7 +113,7 @@ class StopFinder:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`, short of all of it."""
+    """How many characters at the end of `text` are a proper prefix of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
 
@@ -121,8 +121,8 @@ def _overlap(text: str, stop: str) -> int:
 class TextStream:
     """The text of one request's output.
 
-    The text of a token that may end the request is held back: if it does, it is no part of the output, unless the text
-    `keeps_stop`. Stop strings count once `min_tokens` tokens are there.
+    The text of a token that may end the request is held back: if it does, it is not part of the output, unless
+    `keeps_stop` is set. Stop strings count only after `min_tokens` tokens.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class TextStream:
         return text + self._find(self._words.feed(token_id))
 
     def finish(self, ended_by_token: bool) -> str:
-        """The rest, after the last token. `ended_by_token`: that one is an end token, and as a rule no text."""
+        """The rest, after the last token. `ended_by_token`: that token ended the output, and is usually not text."""
         text = "" if ended_by_token and not self._keeps_stop else self._release()
         if self.is_stopped:
             return text

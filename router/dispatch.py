@@ -1,7 +1,7 @@
-"""A request's journey: plan, admit, prefill, start, stream; and where a node fails on the way, on to another one.
+"""A request's journey: plan, admit, prefill, start, stream; and if a node fails on the way, on to another one.
 
-Works on tokens; knows no text. A failure costs the client time and nothing else: sampling depends on the tokens so far
-and on the seed, so whoever goes on with them writes the same text.
+Works on tokens; knows no text. A failure costs the client only time: sampling depends on the tokens so far and on the
+seed, so any node that continues from them produces the same text.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from router.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
-Computed = node_pb2.PrefillResponse | node_pb2.Tokens  # by a leg that had the prompt to compute
+Computed = node_pb2.PrefillResponse | node_pb2.Tokens  # by a leg that computed the prompt
 
 
 @dataclass(frozen=True)
 class Persistence:
-    """How long a request is carried on before it is given up."""
+    """How long a request is retried before it is given up."""
 
-    max_attempts: int = 8  # legs that failed, without `LASTING_TOKENS` in between
+    max_attempts: int = 8  # failed legs without `LASTING_TOKENS` in between
     node_wait_s: float = 20.0  # for a node that takes a request which has begun elsewhere
     retry_s: float = 0.25
 
 
 class Dispatcher:
-    """Carries requests through the cluster, any number at a time."""
+    """Takes requests through the cluster, any number at a time."""
 
     def __init__(
         self,
@@ -57,10 +57,10 @@ class Dispatcher:
         self._clock = clock
 
     async def run(self, request: RoutedRequest, timeline: Timeline) -> AsyncGenerator[Progress, None]:
-        """The request's tokens, until one `Progress` with a finish reason.
+        """Yields the request's tokens, until a `Progress` with a finish reason.
 
         Raises `InvalidRequest`, `ClusterBusy`, `ClusterUnavailable`, `WouldBeLate`, `DeadlinePassed`.
-        Close the generator to abandon the request: that cancels its legs.
+        Closing the generator abandons the request and cancels its legs.
         """
         journey = Journey(request)
         self._decider.began(request)
@@ -79,11 +79,11 @@ class Dispatcher:
                 return
 
     async def _plan(self, journey: Journey) -> Plan:
-        """Where to go next. A request that must not be lost waits a while for somebody to take it."""
+        """Where to go next. A request that has begun waits a while for a node to take it."""
         while True:
             if self._remaining_s(journey) == 0.0:
                 raise DeadlinePassed("the deadline passed on the way")
-            if not journey.output_ids:  # from the first token on, other weights would go on with another text
+            if not journey.output_ids:  # from the first token on, other weights would produce another text
                 journey.pool = self._registry.pool
             hits = await self._locate(journey)
             chosen = self._decider.decide(journey, self._registry.snapshot(journey.pool), hits)
@@ -106,7 +106,7 @@ class Dispatcher:
             raise error(reject.reason.value + last)
 
     async def _locate(self, journey: Journey) -> dict[str, Hit]:
-        """Arena id -> the leading blocks that it holds. Without Redis, nobody holds anything."""
+        """Arena id -> the leading blocks that it holds. Empty without Redis."""
         if journey.pool is None or journey.is_scoring:
             return {}
         try:
@@ -127,7 +127,7 @@ class Dispatcher:
             self._registry.decode_leg(plan.decode_node, Burden(own_s, plan.blocks)) as decode,
             self._warms(journey, plan, timeline) as has_computed,
         ):
-            # 1) Both legs count from now on: whoever is planned next must see them.
+            # 1) Both legs count from now on, so that the next plan sees them.
             with self._prefill_leg(plan) as prefill:
                 # 2) Room on the decode node, before any prefill is spent.
                 await decode.admit(message, self._remaining_s(journey), metadata)
@@ -137,7 +137,7 @@ class Dispatcher:
                     asked = journey.scoring(message.admit.request)
                     first = await prefill.run(asked, self._remaining_s(journey), metadata)
                     has_computed(prefill, first)
-            # 3) The first token. It goes to the client while Start is on its way.
+            # 3) The first token. It goes to the client while Start is on its way to the node.
             if first is not None:
                 assert prefill is not None
                 scores = _scores(journey, first, prefill)
@@ -170,9 +170,9 @@ class Dispatcher:
 
     @contextmanager
     def _warms(self, journey: Journey, plan: Plan, timeline: Timeline) -> Iterator[Callable[[Leg, Computed], None]]:
-        """Inside, whoever is planned next knows what the first leg is going to compute.
+        """Inside the context, later plans know what the first leg is going to compute.
 
-        Call what it gives with the leg that has computed the prompt, and its word about that.
+        Call the yielded function with the leg that has computed the prompt, and what it reported about that.
         """
         promise = self._decider.promise(journey, plan)
         num_tokens, is_first, is_computed = journey.num_tokens, not journey.output_ids, False
@@ -193,7 +193,7 @@ class Dispatcher:
                 self._decider.take_back(promise)
 
     def _note(self, journey: Journey, failure: LegFailed | LegRefused, timeline: Timeline) -> None:
-        """Takes the consequences of a failed attempt. Raises where it was the last."""
+        """Handles a failed attempt. Raises if it was the last one."""
         journey.note(failure)
         event = "leg_failed" if isinstance(failure, LegFailed) else "leg_refused"
         logger.info(
@@ -216,7 +216,7 @@ class Dispatcher:
 def _scores(
     journey: Journey, answer: node_pb2.PrefillResponse | node_pb2.Tokens, leg: Leg
 ) -> common_pb2.PromptLogprobs | None:
-    """The prompt's logprobs that come with its first token, where they are asked for. Raises `LegFailed`."""
+    """The prompt's logprobs that come with its first token, if requested. Raises `LegFailed` if they are incomplete."""
     if not journey.is_scoring:
         return None
     if not journey.is_whole(answer.prompt_logprobs):

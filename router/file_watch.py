@@ -1,4 +1,4 @@
-"""Files that are replaced while a router runs: keys, certificates. Looks at them now and then, and reads them anew."""
+"""Watches files that may be replaced while a router runs (keys, certificates), and reloads them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class FileWatch:
-    """To be made before the files are read for the first time, so that no change is missed."""
+    """To be created before the files are first read, so that no change is missed."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
         self._stamps = self._look()
 
     async def run(self, read: Callable[[], T], swap: Callable[[T], object]) -> None:
-        """Reads on a thread, swaps on the event loop, until cancelled. What is unreadable changes nothing."""
+        """Reads changed files on a thread and swaps on the event loop, until cancelled. Bad files change nothing."""
         names = ",".join(map(str, self._files))
         while True:
             await asyncio.sleep(POLL_S)
@@ -33,7 +33,7 @@ class FileWatch:
             self._stamps = stamps
             try:
                 swap(await asyncio.to_thread(read))
-            except Exception as error:  # whatever it is: who may come in stays as it was
+            except Exception as error:  # whatever it is, access stays as it was
                 logger.error("event=reload_failed files=%s kept=old error=%s", names, error)
             else:
                 logger.warning("event=reloaded files=%s", names)
@@ -43,7 +43,7 @@ class FileWatch:
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """Differs whenever a file was written or replaced, also through a link. None: it is not there."""
+    """Changes whenever a file is written or replaced, also through a link. None: there is no such file."""
     try:
         stat = file.stat()
     except OSError:

@@ -1,8 +1,7 @@
-"""Seconds as a sum of terms, fitted while they are observed. Pure: no clock, no I/O.
+"""Online fit of seconds as a sum of terms. Pure: no clock, no I/O.
 
-Terms of what a machine does cannot be negative, so neither can their factors: of all subsets of terms the one with
-the least error whose factors are all positive is taken. Old observations fade, and a prior stands in for those that
-were not made yet.
+The time of a piece of work cannot be negative, so neither can the factors: of all subsets of terms, the one with the
+least error and only positive factors is taken. Old observations fade, and a prior stands in until there are some.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Errors being relative, what was quick outweighs what is slow by the square of their ratio. That a machine became slow
-# is seen because history is forgotten where the fit stays below this part of what was observed, so often in a row.
+# As errors are relative, fast observations outweigh slow ones by the square of their ratio. A machine that became slow
+# is noticed because history is dropped when the fit stays below this fraction of the observed, this often in a row.
 SURPRISE, MANY_SURPRISES = 0.3, 2
-# A prior goes sooner than observations do, but never for good: it alone tells about what was not observed at all.
+# A prior fades faster than observations, but never entirely: only it covers what was never observed.
 PRIOR_FADE, PRIOR_SHARE = 0.9, 1e-3
 
 Vector = NDArray[np.float64]
@@ -25,9 +24,9 @@ Vector = NDArray[np.float64]
 class LinearFit:
     """`seconds = factors . features`, all factors at least 0.0.
 
-    Errors count relative to the seconds: a prompt that is a hundred times longer must not drown all others. The prior
-    counts as `prior_weight` observations at each of `prior_points` (feature vectors), and soon for less; each
-    observation makes the older ones count `fade` times as much.
+    Errors are relative: a prompt that is a hundred times longer must not outweigh all others. The prior counts as
+    `prior_weight` observations at each of `prior_points` (feature vectors), and soon less; each observation reduces
+    the weight of the older ones by the factor `fade`.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class LinearFit:
         return float(np.dot(self._factors, features))
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
-        """Counts one observation; one that took no time says nothing."""
+        """Adds one observation; one that took no time is ignored."""
         if seconds <= 0.0:
             return
         kept = 1.0 if self._num_surprises < MANY_SURPRISES else SURPRISE**2
@@ -80,7 +79,7 @@ class LinearFit:
         self._targets += weight * relative
 
     def _solve(self) -> Vector:
-        """Non-negative least squares; with three terms seven subsets are all there are."""
+        """Non-negative least squares; three terms have only seven subsets, so all are tried."""
         best, best_gain = self._factors, -np.inf
         products = self._products + self._prior_share * self._prior[0]
         targets = self._targets + self._prior_share * self._prior[1]
@@ -90,7 +89,7 @@ class LinearFit:
             part = np.ix_(subset, subset)
             ridge = 1e-9 * np.eye(len(subset))
             solved = np.linalg.solve(products[part] + ridge, targets[subset])
-            gain = float(targets[subset] @ solved)  # how much of the error it explains
+            gain = float(targets[subset] @ solved)  # the part of the error it explains
             if (solved >= 0.0).all() and gain > best_gain + 1e-12:
                 best_gain = gain
                 best = np.zeros(len(targets))

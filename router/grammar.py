@@ -1,4 +1,4 @@
-"""Whether a request's grammar can be kept to, found out before anything is spent on the request."""
+"""Whether a request's grammar can be enforced, determined before anything is spent on the request."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from router.tool_grammar import TOOLS, hold_to_tools, schemas
 from router.validate_chat import Chat
 
 MAX_VERDICTS = 256
-Verdict = tuple[str, str] | None  # a field and what is wrong with it
+Verdict = tuple[str, str] | None  # a field and the problem with it
 
 
 class GrammarChecker:
-    """One for a router. A grammar is compiled on a thread, in bounded time, and the verdict is kept.
+    """One per router. A grammar is compiled on a thread, in bounded time, and the verdict is kept.
 
-    The library reads the model's tokenizer anew, when the first grammar comes.
+    The library reads the model's tokenizer itself, when the first grammar comes.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -30,10 +30,10 @@ class GrammarChecker:
         self._verdicts = GrammarQueue(self._compile, MAX_VERDICTS)
 
     async def check(self, sampling: common_pb2.SamplingParams, chat: Chat | None = None) -> None:
-        """Raises `InvalidRequest`, with the field and the reason, and `ClusterBusy` where too many grammars wait.
+        """Raises `InvalidRequest`, with the field and the reason, and `ClusterBusy` if too many grammars wait.
 
-        Costs nothing where there is no grammar. Where the chat's tools have a say, `sampling` has their grammar
-        afterwards, in the place of the client's.
+        Costs nothing if there is no grammar. If the chat's tools determine the grammar, `sampling` has it afterwards,
+        in place of the client's.
         """
         if problem := await self._problem(sampling):
             raise InvalidRequest(*problem)
@@ -42,7 +42,7 @@ class GrammarChecker:
                 raise InvalidRequest(TOOLS, await self._blame(chat) or problem[1])
 
     async def _blame(self, chat: Chat) -> str:
-        """Which tool's parameters are no schema to hold to, and why; "" where each one by itself would do."""
+        """Which tool's parameters cannot be enforced, and why; "" if each of them can be by itself."""
         for name, schema in schemas(chat).items():
             if problem := await self._verdict_of(Grammar("json_schema", json.dumps(schema))):
                 return f"parameters of {name!r}: {problem[1]}"

@@ -1,4 +1,4 @@
-"""How often values lie below each of some bounds. Plain state, cheap enough for each token."""
+"""A histogram with fixed bounds. Plain state, cheap enough to update for each token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import accumulate
 
 
 class Histogram:
-    """Counts by ascending `bounds`; what is above the last one is counted, too."""
+    """Counts by ascending `bounds`; values above the last one are counted too."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
@@ -20,6 +20,6 @@ class Histogram:
         self.total += value * count
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Bounds and how many lie at or below each, as Prometheus has them."""
+        """Bounds, and the number of values at or below each, as Prometheus counts them."""
         bounds = [*(str(bound) for bound in self.bounds), "+Inf"]
         return list(zip(bounds, accumulate(self.counts), strict=True))

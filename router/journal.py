@@ -1,6 +1,6 @@
-"""Why requests went where they went: the last decisions, each with the terms of its best candidates.
+"""Why requests were routed as they were: the last decisions, each with the terms of its best candidates.
 
-Plain state, kept in numbers and turned into words when somebody asks.
+Plain state, kept as numbers and turned into messages on request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from router.hits import longest
 from router.plan import Plan, Reject, RequestView
 
 MAX_REQUESTS = 1000
-MAX_DECISIONS = 16  # of one request, beside the first: the last ones
+MAX_DECISIONS = 16  # of one request, besides the first: the last ones
 MAX_CANDIDATES = 8  # of each leg
 PREFILL_TERMS = ("queue_s", "room_s", "fetch_s", "compute_s", "stall_s", "cost_s", "fetch_blocks")
 DECODE_TERMS = ("step_s", "steps_s", "pressure_s", "cost_s")
@@ -27,7 +27,7 @@ DECODE_TERMS = ("step_s", "steps_s", "pressure_s", "cost_s")
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best nodes for one leg. `terms` has a row for each of the leg's terms, a column for each node."""
+    """The best nodes for one leg. `terms` has a row per term of the leg and a column per node."""
 
     node_ids: tuple[str, ...] = ()
     terms: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
@@ -42,7 +42,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Decision:
-    """One choice, and what it was chosen from."""
+    """One choice, and its candidates."""
 
     policy: str
     num_tokens: int
@@ -101,14 +101,14 @@ class Journal:
         self._entries: OrderedDict[tuple[bytes, str], _Entry] = OrderedDict()
 
     def began(self, salt: bytes, request_id: str) -> None:
-        """A request set out; what was kept of an older one of that name is forgotten."""
+        """A request starts; decisions on an older one of the same id are forgotten."""
         self.forget(salt, request_id)
         self._entries[salt, request_id] = _Entry()
         while len(self._entries) > self._max_requests:
             self._entries.popitem(last=False)
 
     def forget(self, salt: bytes, request_id: str) -> None:
-        """Nothing is to be found under that name any more."""
+        """Forgets the decisions on a request."""
         self._entries.pop((salt, request_id), None)
 
     def decided(self, salt: bytes, request_id: str, decision: Decision) -> None:
@@ -118,7 +118,7 @@ class Journal:
             del entry.decisions[1:-MAX_DECISIONS]
 
     def finished(self, salt: bytes, request_id: str, timeline: inference_pb2.Timeline) -> Decision | None:
-        """The first decision on the request, where it is still kept."""
+        """The first decision on the request, if it is still kept."""
         entry = self._entries.get((salt, request_id))
         if entry is None:
             return None
@@ -126,7 +126,7 @@ class Journal:
         return entry.decisions[0] if entry.decisions else None
 
     def explain(self, salt: bytes, request_id: str) -> inference_pb2.ExplainResponse:
-        """Of a call for n answers: the first one's. Raises `UnknownRequest`."""
+        """The decisions on a request; for a call with n answers, those on the first. Raises `UnknownRequest`."""
         entry = self._entries.get((salt, request_id)) or self._entries.get((salt, part_id(request_id, 0)))
         if entry is None:
             raise UnknownRequest(f"no decision on request {request_id[:128]!r} is kept here")
@@ -135,12 +135,12 @@ class Journal:
 
 
 def part_id(request_id: str, index: int) -> str:
-    """The name of one of a call's n answers, where n is more than 1."""
+    """The id of one of a call's n answers, if n is more than 1."""
     return f"{request_id}-{index}"
 
 
 def decision(policy: str, request: RequestView, num_nodes: int, chosen: Plan | Reject) -> Decision:
-    """What to keep of a choice; at once, because the cluster goes on changing."""
+    """What to keep of a choice. To be called at once, because the cluster keeps changing."""
     seen = chosen.seen
     prefill, decode = Candidates(), Candidates()
     if seen is not None:
@@ -156,7 +156,7 @@ def decision(policy: str, request: RequestView, num_nodes: int, chosen: Plan | R
 
 
 def _best(cost_s: Column, mask: Mask) -> NDArray[np.intp]:
-    """Rows of the least costs, in their order."""
+    """The rows of the lowest costs, in order."""
     rows = mask.nonzero()[0]
     if len(rows) > MAX_CANDIDATES:
         rows = rows[np.argpartition(cost_s[rows], MAX_CANDIDATES)[:MAX_CANDIDATES]]

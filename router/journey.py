@@ -1,4 +1,4 @@
-"""One request on its way: what it is, what it has so far, and whom it need not ask again. No I/O, no clock."""
+"""The state of one request: what it is, what it has so far, and which nodes not to ask again. No I/O, no clock."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from router.registry import Pool
 from router.traces import NO_TRACE, Trace
 
 UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
-LASTING_TOKENS = 32  # so many new tokens between two failures, and the second one begins a new count
-MAX_REFUSALS = 3  # of one leg, for want of room: those were the cheapest, so who comes behind them is as full or worse
+LASTING_TOKENS = 32  # after this many new tokens since the last failure, failures are counted afresh
+MAX_REFUSALS = 3  # of one leg, for want of room: those nodes were the cheapest, so the others are as full or worse
 
 
 @dataclass(frozen=True)
 class RoutedRequest:
-    """A request as it sets out: tokens, and all defaults filled in."""
+    """A request at its start: tokens, and all defaults filled in."""
 
     request_id: str
     prompt_ids: Sequence[int]
     sampling: common_pb2.SamplingParams  # seed and max_tokens set, within the model's length
-    end_ids: frozenset[int]  # tokens that end it, once min_tokens are there
+    end_ids: frozenset[int]  # tokens that end it, after min_tokens
     deadline_s: float | None = None  # on the dispatcher's clock
     salt: bytes = b""  # the tenant's; never anything that a client has sent
     kv_quota_bytes: int = 0  # that the tenant's blocks may take in each arena; 0: no bound
-    priority: int = 0  # the smaller one is computed first
-    first_due_s: float | None = None  # when its first token is to be there by its SLO, on the dispatcher's clock
+    priority: int = 0  # smaller values are computed first
+    first_due_s: float | None = None  # when its first token is due by its SLO, on the dispatcher's clock
     tpot_limit_s: float | None = None
-    has_begun: bool = False  # the client has part of the call's answer already: another of its n answers
-    prompt_logprobs: int | None = None  # alternatives of each of the prompt's tokens; None: not asked for
+    has_begun: bool = False  # the client already has part of the call: another of its n answers
+    prompt_logprobs: int | None = None  # alternatives of each prompt token; None: not requested
     trace: Trace = NO_TRACE  # of the call
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Tokens that came, and in the last one why they ended. The first one has the prompt's logprobs, if any."""
+    """Tokens that came; the last one has the finish reason, the first one the prompt's logprobs, if any."""
 
     tokens: Sequence[common_pb2.Token]
     finish_reason: common_pb2.FinishReason = UNFINISHED
@@ -48,7 +48,7 @@ class Progress:
 
 @dataclass(eq=False)
 class Journey:
-    """One request on its way: what it has, and whom it need not ask again."""
+    """One request on its way: what it has so far, and which nodes not to ask again."""
 
     request: RoutedRequest
     output_ids: list[int] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Journey:
     last_failure: RouterError | None = None
     failed: set[str] = field(default_factory=set)  # node ids
     refused: dict[str, set[str]] = field(default_factory=lambda: {"prefill": set(), "decode": set()})
-    stuck_since_s: float | None = None  # nobody takes it
+    stuck_since_s: float | None = None  # no node takes it
     pool: Pool | None = None  # whose nodes may run it
     _failed_at_tokens: int = 0
     _root: BlockHash | None = None
@@ -71,7 +71,7 @@ class Journey:
         return len(self.request.prompt_ids) + len(self.output_ids)
 
     def hashes(self, pool: Pool) -> list[BlockHash]:
-        """The names of all full blocks so far; only new ones are computed."""
+        """The names of all full blocks so far; only new ones are hashed."""
         root = salted(pool.root, self.request.salt)
         if root != self._root:
             self._root, self._hashes = root, []
@@ -83,9 +83,9 @@ class Journey:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the client would see what it must not see, if the request were given up now.
+        """Whether giving up the request now would be visible to the client as a failure.
 
-        It has, once a leg of it failed: whoever failed may be back by now, under a new incarnation.
+        True once a leg of it has failed, too: the failed node may be back by now, under a new incarnation.
         """
         return bool(self.request.has_begun or self.output_ids or self.num_failures)
 
@@ -96,11 +96,11 @@ class Journey:
 
     @property
     def is_scoring(self) -> bool:
-        """Whether its prompt's logprobs are still to come: they do with the first token, and never again."""
+        """Whether its prompt's logprobs are still to come; they come with the first token, and only once."""
         return self.request.prompt_logprobs is not None and not self.output_ids
 
     def view(self, hits: Mapping[str, Hit], warming: Mapping[str, int], now_s: float) -> RequestView:
-        """What a policy is to know. A request that has begun has no limits any more: it must not be lost."""
+        """The request as a policy sees it. One that has begun has no limits any more: it must not be lost."""
         due_s = [moment for moment in (self.request.first_due_s, self.request.deadline_s) if moment is not None]
         has_limits = not self.has_begun
         return RequestView(
@@ -116,7 +116,7 @@ class Journey:
         )
 
     def admit(self, runs_alone: bool) -> node_pb2.DecodeRequest:
-        """What a decode node is told first. Filled in where it lies: a message that is put into another is copied."""
+        """The first message to a decode node. Filled in place, because protobuf copies a message put into another."""
         message, request = node_pb2.DecodeRequest(), self.request
         message.admit.runs_alone = runs_alone
         told = message.admit.request
@@ -133,7 +133,7 @@ class Journey:
         return message
 
     def scoring(self, message: node_pb2.NodeRequest) -> node_pb2.NodeRequest:
-        """What a first leg is sent: `message`, or it with the wish for logprobs, which no other leg has."""
+        """The message to a first leg: `message`, plus the request for prompt logprobs, which only first legs get."""
         if not self.is_scoring:
             return message
         asking = node_pb2.NodeRequest(prompt_logprobs=self.request.prompt_logprobs)
@@ -141,7 +141,7 @@ class Journey:
         return asking
 
     def is_whole(self, scores: common_pb2.PromptLogprobs) -> bool:
-        """Whether a node has told all of the prompt's logprobs."""
+        """Whether a node has sent all of the prompt's logprobs."""
         num_scored = len(self.request.prompt_ids) - 1
         num_tops = num_scored * scores.num_top
         return (
@@ -155,18 +155,18 @@ class Journey:
         self.stuck_since_s = None
 
     def note(self, failure: LegFailed | LegRefused) -> None:
-        """A node that failed is as good as dead for this request; one without room may still run the other leg."""
+        """A node that failed counts as dead for this request; one without room may still run the other leg."""
         self.last_failure = failure
         if isinstance(failure, LegRefused) and not failure.is_draining:
             self.refused[failure.leg].add(failure.node_id)
         else:
             self.failed.add(failure.node_id)
-        # A machine that dies takes many nodes along; calls that none of them took are no attempts.
+        # A dying machine takes many nodes with it; calls that no node accepted are not attempts.
         if isinstance(failure, LegFailed) and not failure.is_unreached:
             self._count_failure()
 
     def _count_failure(self) -> None:
-        """Failures add up only while they keep the request from going on; and somebody had taken it until now."""
+        """Counts consecutive failures; the count restarts once the request has made progress in between."""
         if len(self.output_ids) - self._failed_at_tokens >= LASTING_TOKENS:
             self.num_failures = 0
         self._failed_at_tokens = len(self.output_ids)
@@ -174,14 +174,14 @@ class Journey:
         self.stuck_since_s = None
 
     def forgive(self) -> None:
-        """Everybody may be asked again: what kept them may be over."""
+        """All nodes may be asked again, as the reasons against them may have passed."""
         self.failed.clear()
         self.refused = {"prefill": set(), "decode": set()}
 
     def end(self) -> common_pb2.FinishReason:
-        """Why the tokens so far are all there will be, where a node died before it could say so."""
+        """The finish reason, if the tokens so far are complete but the node died before it could say so."""
         sampling, count = self.request.sampling, len(self.output_ids)
-        # An end comes before min_tokens only where a grammar leaves nothing else, and then it is one.
+        # Before min_tokens, an end token comes only if a grammar allows nothing else; then it is an end.
         may_end = count >= sampling.min_tokens or sampling.WhichOneof("grammar") is not None
         if count and self.output_ids[-1] in self.request.end_ids and may_end:
             return common_pb2.FINISH_REASON_STOP

@@ -1,7 +1,7 @@
-"""One leg in flight: its call, what it holds on its node, and how its end is told apart.
+"""One leg in flight: its call, what it holds on its node, and how it ended.
 
 A leg ends well, is refused, fails, or is broken off from outside when its node hangs. Foreign errors are mapped here,
-once; what follows from them is the dispatcher's.
+once; the dispatcher decides what follows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from batonpb import common_pb2, node_pb2
 from router.calls import DecodeCalls
 from router.errors import InvalidRequest, LegFailed, LegRefused
 
-# What gRPC's core says where no connection could be made; where it says anything else, the call counts as taken.
+# gRPC's messages when no connection could be made; with any other, the call counts as accepted.
 UNREACHED = "failed to connect to all addresses"
 Metadata = tuple[tuple[str, str], ...] | None  # of a call to a node
 
@@ -35,19 +35,19 @@ class Callee:
 
 @dataclass(frozen=True)
 class Burden:
-    """What a leg lays on its node, as far as a router can tell."""
+    """The load that a leg puts on its node, as far as a router can tell."""
 
     compute_s: float = 0.0  # of prefill, predicted
-    blocks: int = 0  # that it holds
+    blocks: int = 0  # that the leg holds
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a first leg has computed, by the node's own word."""
+    """What a first leg has computed, as reported by the node."""
 
     uncached_tokens: int
     cached_tokens: int
-    seconds: float  # 0.0: not told
+    seconds: float  # 0.0: not reported
 
 
 class Leg:
@@ -89,7 +89,7 @@ class Leg:
         except grpc.aio.AioRpcError as error:
             raise self._mapped(error, may_refuse) from error
         except asyncio.CancelledError:
-            # Either our own task is cancelled, or `break_off` has cancelled the call under it.
+            # Either our own task was cancelled, or `break_off` cancelled the call under it.
             if not asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 self._check_broken_off()
             raise
@@ -122,7 +122,7 @@ class PrefillLeg(Leg):
     kind = "prefill"
 
     def __init__(self, callee: Callee, burden: Burden, clock: Callable[[], float], method: Any) -> None:
-        """`method` is that of the node's stub."""
+        """`method` is the node stub's Prefill."""
         super().__init__(callee, burden, clock)
         self._method = method
 
@@ -143,16 +143,16 @@ class DecodeLeg(Leg):
     kind = "decode"
 
     def __init__(self, callee: Callee, burden: Burden, clock: Callable[[], float], calls: DecodeCalls) -> None:
-        """`calls` are those to the node."""
+        """`calls` has the node's reusable calls."""
         super().__init__(callee, burden, clock)
         self._calls = calls
         self._starting: asyncio.Task[None] | None = None
         self._expiring: asyncio.TimerHandle | None = None
-        self._may_keep = False  # the call has nothing that is this leg's alone
+        self._may_keep = False  # nothing of this leg is left on the call
         self._is_over = False
 
     async def admit(self, message: node_pb2.DecodeRequest, timeout_s: float | None, metadata: Metadata = None) -> None:
-        """Waits until the node holds room. `message` is the Admit; a leg that runs alone needs no `start`.
+        """Waits until the node has reserved room. `message` is the Admit; a leg that runs alone needs no `start`.
 
         Raises `InvalidRequest`, `LegRefused`, `LegFailed`.
         """
@@ -164,14 +164,14 @@ class DecodeLeg(Leg):
         with self._waiting(may_refuse=True):
             if self._may_keep and (kept := self._calls.take()) is not None:
                 answer = await self._ask(kept, message)
-            if answer is grpc.aio.EOF:  # also where the node had ended the kept one before it read this
+            if answer is grpc.aio.EOF:  # also if the node ended the kept call before it read this
                 options = {} if self._may_keep else {"timeout": timeout_s, "metadata": metadata}
                 answer = await self._ask(self._calls.open(**options), message)
         if answer is grpc.aio.EOF or answer.WhichOneof("message") != "admitted":
             raise self._failed("did not answer Admit with Admitted")
 
     def start(self, tokens: Sequence[common_pb2.Token], coming_blocks: int = 0) -> None:
-        """Sends Start on its way without waiting for it: the client's first token goes out meanwhile."""
+        """Sends Start without waiting for it: the client's first token goes out meanwhile."""
         message = node_pb2.DecodeRequest(start=node_pb2.Start(tokens=tokens, coming_blocks=coming_blocks))
         self._starting = asyncio.get_running_loop().create_task(self._write(message))
 

@@ -1,6 +1,6 @@
 """How much of a router each tenant may use. Pure: the clock is passed in.
 
-Counted by each router process for itself: behind N routers a tenant gets up to N times as much.
+Each router process counts for itself: behind N routers a tenant gets up to N times as much.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from router.errors import ClusterBusy, ClusterUnavailable, InvalidRequest, RateLimited, TryLater
 
 MINUTE_S = 60.0
-CROWDED_S = 1.0  # when to come again where too many requests run: nobody knows when one of them ends
-MAX_PRIORITY = 100  # of a request, also below 0; the smaller one is computed first
+CROWDED_S = 1.0  # when to retry if too many requests run: it is unknown when one will end
+MAX_PRIORITY = 100  # of a request, and as much below 0; smaller values are computed first
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """What a tenant may ask of one router; 0 is no bound."""
+    """What a tenant may use of one router; 0 is no bound."""
 
     requests_per_minute: int = 0
     tokens_per_minute: int = 0  # of prompts and answers, cached or not
@@ -27,10 +27,10 @@ class Allowance:
 
 
 class Bucket:
-    """Fills evenly, up to a minute's worth, which whoever has rested may take at once.
+    """A token bucket that refills evenly and holds a minute's worth, which an idle tenant may then take at once.
 
-    It can be overdrawn, as nobody knows beforehand how long an answer will be; then it gives nothing until it is
-    paid back. `per_minute` 0 gives everything.
+    It can be overdrawn, as the length of an answer is not known beforehand; then it gives nothing until it has
+    recovered. `per_minute` 0 means no limit.
     """
 
     def __init__(self, per_minute: int, now_s: float) -> None:
@@ -39,14 +39,14 @@ class Bucket:
         self._at_s = now_s
 
     def resize(self, per_minute: int, now_s: float) -> None:
-        """Another rate from now on. What was taken stays taken."""
+        """Changes the rate. What was taken stays taken."""
         if per_minute != self._per_minute:
             self._fill(now_s)
             self._level = min(self._level, per_minute) if self._per_minute else float(per_minute)
             self._per_minute = per_minute
 
     def wait_s(self, amount: int, now_s: float) -> float:
-        """Until `amount` may be taken; what is more than a minute's worth waits until the bucket is full."""
+        """Seconds until `amount` may be taken; an amount above a minute's worth waits until the bucket is full."""
         if not self._per_minute:
             return 0.0
         self._fill(now_s)
@@ -54,7 +54,7 @@ class Bucket:
         return max(0.0, missing) * MINUTE_S / self._per_minute
 
     def take(self, amount: int) -> None:
-        """A negative amount gives back."""
+        """Takes `amount`; a negative amount is a refund."""
         if self._per_minute:
             self._level = min(self._level - amount, float(self._per_minute))
 
@@ -73,7 +73,7 @@ class Visit:
         self._prompt_tokens = 0
 
     def charge_prompt(self, num_tokens: int) -> None:
-        """Before anything is spent on it. Raises `InvalidRequest`, `RateLimited`."""
+        """To be called before anything is spent on the prompt. Raises `InvalidRequest`, `RateLimited`."""
         most = self._allowance.max_prompt_tokens
         if most and num_tokens > most:
             raise InvalidRequest("prompt", f"{most} tokens at most for this tenant, got {num_tokens}")
@@ -82,9 +82,9 @@ class Visit:
         self._prompt_tokens = num_tokens
 
     def charge_output(self, num_tokens: int) -> None:
-        """As tokens come. An answer that has begun is never cut short; it makes the next request wait."""
+        """To be called as tokens come. An answer that has begun is never cut short; it makes the next request wait."""
         self._tokens.take(num_tokens)
-        self._prompt_tokens = 0  # not to be given back any more
+        self._prompt_tokens = 0  # no longer refundable
 
     def refund(self) -> None:
         """The cluster refused the request before its first token."""
@@ -93,7 +93,7 @@ class Visit:
 
 
 class _Usage:
-    """What one tenant uses now."""
+    """One tenant's current use."""
 
     def __init__(self, now_s: float) -> None:
         self.num_running = 0
@@ -102,7 +102,7 @@ class _Usage:
 
 
 class Turnstile:
-    """Counts the requests of one router, whichever door they came through. `max_concurrent` is of all; 0: no bound."""
+    """Counts the requests of one router, over either API. `max_concurrent` is for all together; 0: no bound."""
 
     def __init__(self, max_concurrent: int, clock: Callable[[], float]) -> None:
         self._max_concurrent = max_concurrent
@@ -112,7 +112,7 @@ class Turnstile:
 
     @contextmanager
     def admit(self, name: str, allowance: Allowance) -> Iterator[Visit]:
-        """A tenant's request, to the end of the context. Raises `RateLimited` before it counts."""
+        """Counts a tenant's request until the end of the context. Raises `RateLimited` without counting it."""
         usage = self._enter(name, allowance)
         self._num_running += 1
         usage.num_running += 1

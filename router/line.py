@@ -1,7 +1,7 @@
-"""What a node's prefill queue does with a newcomer: shortest first with ageing, as `engine/order.py` has it. Pure.
+"""Where a new prompt goes in a node's prefill queue: shortest first with ageing, as in `engine/order.py`. Pure.
 
-A prompt's rank falls as long as it waits, and those of two prompts that wait fall alike: which of them goes first is
-known when they are sent, by a key of the one's seconds of work and of the moment.
+A prompt's rank falls while it waits, and the ranks of two waiting prompts fall alike. So which of them goes first is
+known when they are sent, by a key made of a prompt's seconds of work and the moment it was sent.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 AGEING = 0.05  # as engine.order has it; router and engine do not import each other
 
-SHORTEST_S, LONGEST_S = 1 / 64, 256.0  # of prompts that are told apart by their length; a class doubles it
+SHORTEST_S, LONGEST_S = 1 / 64, 256.0  # range of prompts told apart by length; each class is twice as long
 _EDGES_S = tuple(SHORTEST_S * 2**n for n in range(round(math.log2(LONGEST_S / SHORTEST_S)) + 1))
 
 
 class Waiting(NamedTuple):
-    """A first leg that was sent and has not begun. The least key goes first."""
+    """A first leg that was sent and has not begun. The smallest key goes first."""
 
     key: float
     work_s: float
@@ -30,24 +30,24 @@ class Waiting(NamedTuple):
 
 
 def key(work_s: float, sent_s: float) -> float:
-    """Of a leg: by it those that wait are ranked."""
+    """The key by which waiting legs are ordered."""
     return work_s + AGEING * sent_s
 
 
 class Line:
-    """Those that wait for one node; whoever goes first comes first."""
+    """The legs waiting for one node, in order."""
 
     def __init__(self, ranked: Sequence[Waiting]) -> None:
         self._keys = [one.key for one in ranked]
         self._until_s = [0.0, *itertools.accumulate([one.work_s for one in ranked])]
 
     def overtaken_s(self, newcomer: float) -> float:
-        """Seconds of work that a newcomer of this key goes before."""
+        """Seconds of waiting work that a newcomer with this key overtakes."""
         return self._until_s[-1] - self._until_s[bisect_right(self._keys, newcomer)]
 
 
 class Demand:
-    """How much of the nodes' time prompts take that are shorter than so much: of those that came lately."""
+    """The share of the nodes' time that prompts shorter than a given length take, by those that came recently."""
 
     def __init__(self, memory_s: float = 120.0) -> None:
         self._memory_s = memory_s
@@ -55,13 +55,13 @@ class Demand:
         self._at_s = self._began_s = -math.inf
 
     def sent(self, work_s: float, now_s: float) -> None:
-        """A first leg was sent that will compute for so long."""
+        """A first leg was sent that will compute for `work_s`."""
         self._fade(now_s)
         if work_s > 0.0:
             self._work_s[_class_of(work_s)] += work_s
 
     def shares(self, num_nodes: int, now_s: float) -> tuple[float, ...]:
-        """By class: the share of all nodes' time that shorter prompts take, for one in the middle of it."""
+        """By class of length: the share of all nodes' time taken by prompts shorter than the middle of the class."""
         self._fade(now_s)
         seen_s = self._memory_s * -math.expm1(-max(1.0, now_s - self._began_s) / self._memory_s)
         whole_s, shorter_s = seen_s * max(1, num_nodes), itertools.accumulate(self._work_s)
@@ -79,15 +79,15 @@ class Demand:
 def with_overtakers(
     wait_s: NDArray[np.float64], work_s: NDArray[np.float64], shares: Sequence[float]
 ) -> NDArray[np.float64]:
-    """How long prompts of `work_s` will wait behind `wait_s` of work, when shorter ones go on coming before them.
+    """How long prompts of `work_s` will wait behind `wait_s` of work, while shorter ones keep overtaking them.
 
-    Whoever comes t seconds later overtakes a prompt if it is shorter by `AGEING * t`, so the longer it has waited, the
-    fewer overtake it: with shares that it is passed by r(x) of those shorter than x, it begins when
-    the integral of 1 - r(work_s - AGEING * t) over its wait is `wait_s`.
+    A prompt that comes t seconds later overtakes if it is shorter by more than `AGEING * t`, so overtakers become fewer
+    with time. If prompts shorter than x take a share r(x) of the time, the wait is the one over which the integral of
+    1 - r(work_s - AGEING * t) is `wait_s`.
     """
     if not shares or not wait_s.any():
         return wait_s
-    rows = np.flatnonzero(wait_s)  # who need not wait is overtaken by nobody
+    rows = np.flatnonzero(wait_s)  # a prompt that does not wait is not overtaken
     left_s, top_s = wait_s[rows], work_s[rows]
     total_s, longest_s = np.zeros(len(rows)), top_s.max()
     for edge_s, share in zip(reversed((0.0, *_EDGES_S[:-1])), reversed(shares), strict=True):

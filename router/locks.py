@@ -1,4 +1,4 @@
-"""What guards a router's doors: tenants' keys and TLS, read at the start, and again whenever their files change."""
+"""Tenants' keys and TLS of a router's ports, read at the start, and again whenever their files change."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Locks:
-    """None is no lock."""
+    """A router's tenants and TLS; None means without."""
 
     tenants: Tenants | None
     tls: DoorTls | None
 
     @property
     def ssl_context(self) -> ssl.SSLContext | None:
-        """For the HTTP door. Its certificate follows the file's."""
+        """The context for HTTP. Its certificate follows changes of the file."""
         return None if self.tls is None else self.tls.context
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
-        """Makes a gRPC server listen, with TLS where there is any. Raises `RuntimeError` where the port is taken."""
+        """Makes a gRPC server listen, with TLS if configured. Raises `RuntimeError` if the port is taken."""
         if self.tls is None:
             return int(server.add_insecure_port(address))
         return int(server.add_secure_port(address, self.tls.grpc_credentials()))
 
 
 async def open_locks(config: RouterConfig, stack: AsyncExitStack) -> Locks:
-    """Reads the files, and goes on watching them until `stack` closes. Raises `UnusableTenants`, `UnusableTls`."""
+    """Reads the files, and watches them until `stack` closes. Raises `UnusableTenants`, `UnusableTls`."""
     tenants = await _open_tenants(Path(config.tenants_file), stack) if config.tenants_file else None
     files = tls_files(config.tls_cert, config.tls_key, config.tls_client_ca)
     tls = None

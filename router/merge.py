@@ -1,4 +1,4 @@
-"""Several streams as one, in the order in which their items come. Knows nothing of what they carry."""
+"""Merges several streams into one, in the order in which items come. Knows nothing of what they carry."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ T = TypeVar("T")
 
 
 class _End:
-    """Of one stream; with the error that it ended in."""
+    """The end of one stream, with its error, if any."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """All items of all streams, which run at once. The first error ends all of them and is raised.
+    """Yields all items of all streams, which run concurrently. The first error ends all of them and is raised.
 
-    Close the generator to end all streams; they are closed when that returns. As many items as there are streams are
-    held at most, so a slow reader slows them down.
+    Closing the generator closes all streams before it returns. At most as many items as there are streams are
+    buffered, so a slow reader slows them down.
     """
     queue: asyncio.Queue[T | _End] = asyncio.Queue(len(streams))
     pumps = [asyncio.create_task(_pump(stream, queue)) for stream in streams]

@@ -1,7 +1,7 @@
-"""A router's numbers for Prometheus, read when they are asked for. Their number does not grow.
+"""A router's metrics for Prometheus, read when it scrapes. The number of series does not grow.
 
-What vLLM has too is called as there, with `baton_` before it, and has its label `model_name`: the one that is served.
-Other labels take the router's own words alone. docs/observability.md has them all.
+Metrics that vLLM has keep their names, with `baton_` in front, and its label `model_name` (the served model). Other
+labels have only the router's own fixed values. docs/observability.md lists them all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STATES = ("up", "draining", "down")
 
 
 class RouterCollector(Collector):
-    """What became of requests; decisions by kind, rejections by reason, predictions against what became of them."""
+    """Requests by outcome; decisions by kind, rejections by reason, predictions against actual values."""
 
     def __init__(self, accuracy: Accuracy, tally: Tally, registry: Registry) -> None:
         self._accuracy = accuracy
@@ -109,7 +109,7 @@ class RouterCollector(Collector):
 def _counts(
     label: str, name: str, words: str, values: Mapping[str, float], common: Mapping[str, str] | None = None
 ) -> Metric:
-    """One counter. `label` "": it has none of its own, and one value."""
+    """One counter. With `label` "" it has no label of its own, and one value."""
     given = common or {}
     labels: Sequence[str] = [*given, *([label] if label else [])]
     family = CounterMetricFamily(name, words, labels=labels)

@@ -1,4 +1,4 @@
-"""One node as a router sees it: its last record, its connection, and this router's legs on it. Decides nothing."""
+"""One node as a router sees it: its last record, its connection, and this router's legs on it. Makes no decisions."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from router.tenants import AUTHORIZATION
 
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 * 2**20),
-    # A node that comes back is to be reached within a second, not after gRPC's patient default.
+    # A node that comes back must be reachable within a second, not after gRPC's long default.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 ]
-REST_S = 10.0  # a node that ran nothing for so long is to be measured again
+REST_S = 10.0  # a node that ran nothing for this long must be measured again
 LegT = TypeVar("LegT", bound=Leg)
 
 
@@ -36,16 +36,16 @@ class Node:
     """One node process, as seen from here: its last record, its connection, and this router's legs on it."""
 
     def __init__(self, record: NodeRecord, now_s: float, token: str = "") -> None:
-        """`token` goes with each call but those about its health."""
+        """`token` is sent with each call except health checks."""
         self.record = record
         self.seen_s = now_s
         self.busy_s = now_s
         self.speeds = NodeSpeeds()
         self.in_use: tuple[PrefillSpeed, StepSpeed] = GUESSED_PREFILL, GUESSED_STEP
         self._backlog = Backlog()
-        self._is_news = True  # the record has not been reckoned with yet
+        self._is_news = True  # the record has not been processed yet
         self.down_since_s: float | None = None
-        self.asked_s = now_s  # when its health was known last
+        self.asked_s = now_s  # when its health was last known
         self.asking: asyncio.Task[None] | None = None
         self.legs: set[Leg] = set()
         self._channel = grpc.aio.insecure_channel(record.address, options=CHANNEL_OPTIONS)
@@ -59,12 +59,12 @@ class Node:
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     def update(self, record: NodeRecord, now_s: float, last_poll_s: float) -> None:
-        """Takes a new record. One that differs was written after the last poll, so it counts what was sent before."""
+        """Takes a new record. If it differs, it was written after the last poll, and includes what was sent before."""
         self.seen_s = now_s
         if self.legs or record.num_running:
             self.busy_s = now_s
         if record.draining:
-            self._decode_calls.clear()  # a node that is to stop waits for them
+            self._decode_calls.clear()  # a stopping node waits for them
         if record == self.record:
             return
         self.record, self._is_news = record, True
@@ -73,13 +73,13 @@ class Node:
 
     @property
     def state(self) -> Literal["up", "draining", "down"]:
-        """Whether it can be given work: not while it drains, nor while it does not answer."""
+        """Whether it can be given work: not while it is draining, nor while it does not answer."""
         if self.down_since_s is not None:
             return "down"
         return "draining" if self.record.draining else "up"
 
     def learn(self) -> None:
-        """What the last record says of the node's speeds; before all nodes' speeds are compared."""
+        """Takes the node's speeds from its last record. To be called before all nodes' speeds are compared."""
         record = self.record
         if self._is_news:
             self.speeds.reported(record.prefill_tokens_per_s, record.decode_step_s, record.num_running)
@@ -89,7 +89,7 @@ class Node:
             self.speeds.is_rested = False
 
     def reckon(self, prefill: PrefillSpeed, step: StepSpeed, now_s: float) -> None:
-        """Speeds to reckon with from now on, and by them the seconds of what the last record says is queued."""
+        """Sets the speeds to use from now on, and computes from them the seconds of the queue in the last record."""
         self.in_use = prefill, step
         if self._is_news:
             self._is_news = False
@@ -100,14 +100,14 @@ class Node:
                     self._backlog.counted(leg)
 
     def computed(self, leg: Leg, work: Work, now_s: float) -> None:
-        """A leg has its first token: nothing of it is queued any more, and it says how fast this node is."""
+        """A leg has its first token: nothing of it is queued any more, and it is a measurement of this node's speed."""
         self._backlog.computed(leg, now_s)
         prefill, step = self.in_use
         self.speeds.computed(work.uncached_tokens, work.cached_tokens, work.seconds, prefill)
         self.in_use = self.speeds.prefill() or prefill, step
 
     def view(self) -> NodeView:
-        """What a policy is to know of this node now."""
+        """This node as a policy sees it now."""
         record = self.record
         sent = [leg.burden for leg in self.legs if not leg.is_reported]
         prefill, step = self.in_use
@@ -135,17 +135,17 @@ class Node:
         return self._kept(DecodeLeg(self._callee(), burden, clock, self._decode_calls))
 
     async def illness(self, timeout_s: float) -> str:
-        """Why this node should get no work; "" where it is well."""
+        """Why this node should get no work; "" if it is healthy."""
         try:
             answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND):
-                return ""  # it answers, and that is what was asked
+                return ""  # it answers, and that was the question
             return f"health: {error.code().name}: {error.details()}"
         return "" if answer.status == health_pb2.HealthCheckResponse.SERVING else "health: not serving"
 
     async def drain(self, undo: bool, timeout_s: float) -> bool:
-        """Whether it takes nothing new from now on. Raises `grpc.aio.AioRpcError`."""
+        """Starts or undoes a drain; returns whether the node is draining now. Raises `grpc.aio.AioRpcError`."""
         load = await self._drain(node_pb2.DrainRequest(undo=undo), timeout=timeout_s)
         return bool(load.draining)
 
@@ -164,7 +164,7 @@ class Node:
 
     @contextmanager
     def _kept(self, leg: LegT) -> Iterator[LegT]:
-        """Keeps the books: a leg counts from here to the end of the context, however that is left."""
+        """Counts a leg until the end of the context, however that is left."""
         self.legs.add(leg)
         self.busy_s = leg.sent_s
         if leg.burden.compute_s:
@@ -178,6 +178,6 @@ class Node:
 
 
 def _called(method: Any, own: Metadata, *arguments: Any, metadata: Metadata = None, **options: Any) -> Any:
-    """A call of a method with metadata of its own beside the caller's."""
+    """Calls a method with metadata of its own in addition to the caller's."""
     both = (*(own or ()), *(metadata or ()))
     return method(*arguments, metadata=both or None, **options)

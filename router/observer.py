@@ -1,6 +1,6 @@
-"""Sees each call begin and end, and tells those who keep count: sums, the last answers, and traces where there are any.
+"""Observes the beginning and end of each call, for the sums, the last answers, and traces, if any.
 
-What it costs is paid once an answer, at its end.
+Its cost is paid once per answer, at its end.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from router.tally import ABORT, REASONS, Tally
 
 
 class Watched:
-    """One answer that is on its way."""
+    """One answer in progress."""
 
     is_finished = False
 
 
 class Observer:
-    """One for each router."""
+    """One per router."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.tally = Tally()
@@ -32,7 +32,7 @@ class Observer:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Counts the call's error, if it has one."""
+        """Counts the call's error, if there is one."""
         try:
             yield
         except Exception as error:
@@ -41,13 +41,13 @@ class Observer:
 
     @contextmanager
     def answer(self) -> Iterator[Watched]:
-        """Counts an answer in flight. One that is left before its end, and not by an error, is an abort."""
+        """Counts an answer in progress. If the context ends early without an error, it is counted as an abort."""
         watched = Watched()
         self.tally.num_in_flight += 1
         try:
             yield watched
         except Exception:
-            watched.is_finished = True  # the call has it
+            watched.is_finished = True  # counted with the call
             raise
         finally:
             self.tally.num_in_flight -= 1
@@ -55,7 +55,7 @@ class Observer:
                 self.tally.finished[ABORT] += 1
 
     def finished(self, watched: Watched, request: RoutedRequest, response: inference_pb2.GenerateResponse) -> None:
-        """An answer's last response."""
+        """An answer has ended with this response."""
         watched.is_finished = True
         legs = spans(response.timeline)
         self.tally.finish(response, {leg.name: leg.seconds for leg in legs}, request.sampling.max_tokens)

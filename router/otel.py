@@ -1,7 +1,7 @@
 """Spans for OpenTelemetry, sent over OTLP: an extra, `pip install baton[otel]`, imported only where it is asked for.
 
-A call's own span begins with it; those of its legs are made at its end out of the timeline, so that the way of a
-token knows nothing of traces.
+A call's own span begins with it; those of its legs are made at its end from the timeline, so that traces are not on the
+path of a token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATH = "/v1/traces"
 def open_traces(endpoint: str, model: str, environment: Mapping[str, str] = os.environ) -> Traces:
     """`endpoint` is an OTLP receiver's "http://host:port"; "": what OpenTelemetry's variables say, or none.
 
-    Raises `UnusableTraces` where spans are asked for and the packages are not there.
+    Raises `UnusableTraces` if spans are requested and the packages are not installed.
     """
     is_off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if is_off or not (endpoint or any(environment.get(name) for name in ENDPOINTS)):
@@ -47,7 +47,7 @@ def open_traces(endpoint: str, model: str, environment: Mapping[str, str] = os.e
 
 
 class OtelTraces:
-    """Begins traces whose spans go to the provider."""
+    """Starts traces whose spans go to the provider."""
 
     def __init__(self, provider: TracerProvider, model: str = "") -> None:
         self._provider = provider

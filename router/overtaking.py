@@ -1,4 +1,4 @@
-"""How much of the overtaking that is expected has to be reckoned with, as it shows in who came too late. Pure state."""
+"""Learns, from requests that were late, what share of the expected overtaking must be allowed for. Pure state."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ LATE_STEP, IN_TIME_STEP = 0.4, 0.01
 
 
 class OvertakingShare:
-    """Which part of the overtakers that are expected a request under a limit is to leave time for.
+    """The share of the expected overtakers that a request with a limit must leave time for.
 
-    Bursts end, so fewer come than the last minutes say, unless there is more load than the nodes can carry: which of
-    the two it is shows in what becomes of those that were admitted in spite of all that might overtake them. Each of
-    them that is late puts the share up, each that is in time down, until about one in forty is late.
+    Bursts end, so fewer overtakers come than the last minutes suggest, unless the load exceeds what the nodes can
+    carry. Which it is shows in the requests that were admitted although many might overtake them: each of them that is
+    late raises the share, each that is in time lowers it, until about one in forty is late.
     """
 
     def __init__(self) -> None:
         self.share = FIRST_SHARE
 
     def note(self, terms: PrefillTerms, limit_s: float | None, actual_s: float) -> None:
-        """A request was admitted with these terms under that limit, and its first token took so long."""
+        """A request was admitted with these terms under this limit, and its first token took `actual_s`."""
         if limit_s is None or terms.order_s <= 0.0:
             return
         expected_s = terms.ttft_s - terms.order_s + terms.order_s / self.share

@@ -1,4 +1,4 @@
-"""What a policy is asked, and what it answers: a request, a plan with its terms in seconds, a rejection. Pure data."""
+"""A policy's input and output: a request, a plan with its terms in seconds, a rejection. Pure data."""
 
 from __future__ import annotations
 
@@ -17,54 +17,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rates:
-    """What predictions assume where nothing is measured, and where they stop to tell choices apart."""
+    """What predictions assume where nothing was measured, and the margins within which choices count as equal."""
 
     memory_bytes_per_s: float = 4e9  # from an arena of the same machine
     wire_bytes_per_s: float = 1e9  # from another machine's
-    disk_bytes_per_s: float = 5e8  # what comes from an arena's disk first
+    disk_bytes_per_s: float = 5e8  # from an arena's disk
     request_s: float = 0.002  # what each request ahead costs besides its tokens
-    handoff_s: float = 0.01  # what a second leg costs besides its bytes, until it is measured: calls, publishing
+    handoff_s: float = 0.01  # what a second leg costs besides its bytes (calls, publishing), until it is measured
     no_room_s: float = 1.0  # waiting until a full node has room for a prefill
-    pressure_s: float = 0.15  # times k / (1 - k) where k of the decode node's blocks are in use
-    max_stall_s: float = 0.02  # a decode node's own streams may be held up so long by a prompt that skips the first leg
-    work_ratio: float = 0.1  # what each second that a prefill node computes costs those who come later
-    horizon_tokens: int = 32  # output tokens that a decode node's speed is weighed over
-    ttft_slack_s: float = 0.0  # first tokens come so much later than predicted, now and then: kept free under a limit
+    pressure_s: float = 0.15  # times k / (1 - k), where k is the fraction of the decode node's blocks in use
+    max_stall_s: float = 0.02  # how long a prompt that skips the first leg may stall a decode node's running streams
+    work_ratio: float = 0.1  # what each second that a prefill node computes costs later requests
+    horizon_tokens: int = 32  # output tokens over which a decode node's speed is weighed
+    ttft_slack_s: float = 0.0  # margin kept below a TTFT limit: how late first tokens are, at the 90th percentile
     tie_s: float = 0.002
     tie_ratio: float = 0.01
-    shares: tuple[float, ...] = ()  # of nodes' time that shorter prompts take, by class (router/line.py)
-    calls_s: float = 0.0  # what calls add to each first token, wherever it is made
-    overtaking_share: float = 1.0  # of the wait for overtakers: what a request under a TTFT limit leaves time for
+    shares: tuple[float, ...] = ()  # of the nodes' time that shorter prompts take, by class (router/line.py)
+    calls_s: float = 0.0  # what calls add to each first token, wherever it is computed
+    overtaking_share: float = 1.0  # of the expected wait for overtakers that a request with a TTFT limit allows for
 
 
 @dataclass(frozen=True)
 class RequestView:
     """What the choice depends on. `hits`: arena id -> the leading run of blocks that it holds.
 
-    `warming`: node id -> the leading run that it was just sent to compute: whoever queues there finds it computed.
+    `warming`: node id -> the leading run that it was just sent to compute, and will have when its queue gets there.
     """
 
-    num_tokens: int  # the prompt, and what was put out before a failover
+    num_tokens: int  # the prompt, and output before a failover
     max_new_tokens: int
     hits: Mapping[str, Hit] = field(default_factory=dict)
     warming: Mapping[str, int] = field(default_factory=dict)
-    failed: frozenset[str] = frozenset()  # node ids that broke this request off: as good as dead
-    no_prefill: frozenset[str] = frozenset()  # node ids that refused a leg for want of room: alive
+    failed: frozenset[str] = frozenset()  # node ids that failed this request: treated as dead
+    no_prefill: frozenset[str] = frozenset()  # node ids that refused a leg for lack of room: alive
     no_decode: frozenset[str] = frozenset()
-    ttft_limit_s: float | None = None  # from now on; what its SLO and its deadline leave
+    ttft_limit_s: float | None = None  # from now on: what its SLO and deadline leave
     tpot_limit_s: float | None = None
 
 
 @dataclass(frozen=True)
 class PrefillTerms:
-    """Predicted seconds of a first leg. `stall_s` is what the node's own streams lose, not the request itself."""
+    """Predicted seconds of a first leg. `stall_s` is what the node's running streams lose, not the request itself."""
 
     queue_s: float
     room_s: float
-    fetch_s: float  # beside the queue, so the longer of the two counts
+    fetch_s: float  # parallel to the queue, so the longer of the two counts
     compute_s: float
     stall_s: float = 0.0
-    order_s: float = 0.0  # what the queue's order adds to its own wait: whom it overtakes, and who will overtake it
+    order_s: float = 0.0  # what the queue's order adds to its own wait: those it overtakes, and its overtakers
 
     @property
     def ttft_s(self) -> float:
@@ -72,7 +72,7 @@ class PrefillTerms:
 
     @property
     def cost_s(self) -> float:
-        """As if nobody overtook anybody: those whom it overtakes wait as much longer as it gains."""
+        """The cost without any overtaking: what the request gains by it, the overtaken lose."""
         return max(self.queue_s + self.room_s, self.fetch_s) + self.compute_s + self.stall_s
 
 
@@ -101,12 +101,12 @@ class Plan:
     prefill_tokens: int  # that the first leg computes
     fetch_blocks: int  # leading blocks that it has when it begins to compute
     blocks: int  # that each leg holds
-    is_known: bool = True  # both nodes' speeds were measured lately
+    is_known: bool = True  # both nodes' speeds were measured recently
     calls_s: float = 0.0  # as in `Rates`
     seen: Survey | None = field(default=None, compare=False, repr=False)  # what it was chosen from
 
     def bare(self) -> Plan:
-        """Without what it was chosen from, which is as large as the cluster."""
+        """The plan without its alternatives, which are as large as the cluster."""
         return replace(self, seen=None)
 
     @property
@@ -119,7 +119,7 @@ class Plan:
 
     @property
     def predicted_tpot_s(self) -> float:
-        """A step, and its share of the hand-off, which lies between the first token and the second."""
+        """A step, plus its share of the hand-off, which falls between the first token and the second."""
         num_steps = self.decode.steps_s / self.decode.step_s if self.decode.step_s else 1.0
         return self.decode.step_s + self.handoff_s / max(1.0, num_steps - 1.0)
 
@@ -144,7 +144,7 @@ class Reason(enum.Enum):
 
 @dataclass(frozen=True)
 class Reject:
-    """Nobody takes the request. `best` is the choice that came closest, where limits were broken."""
+    """No node takes the request. `best` is the choice that came closest, if limits were the reason."""
 
     reason: Reason
     best: Plan | None = None
@@ -152,7 +152,7 @@ class Reject:
     seen: Survey | None = field(default=None, compare=False, repr=False)
 
     def bare(self) -> Reject:
-        """Without what it was made from, which is as large as the cluster."""
+        """The rejection without its basis, which is as large as the cluster."""
         return replace(self, best=self.best.bare() if self.best else None, seen=None)
 
     def __str__(self) -> str:
@@ -163,7 +163,7 @@ class Reject:
 
 
 class Policy(Protocol):
-    """Decides for one request. What it remembers from one call to the next is its own."""
+    """Decides for one request. It may keep state from one call to the next."""
 
     def __call__(
         self, request: RequestView, cluster: Cluster, now_s: float, rng: random.Random, rates: Rates

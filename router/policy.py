@@ -1,4 +1,4 @@
-"""Who runs a request: the policies by name. Pure: no clock, no I/O; what one remembers is its own.
+"""Who runs a request: the policies by name. Pure: no clock, no I/O; each may keep state of its own.
 
 The same code decides live and in the simulator.
 """

@@ -1,4 +1,4 @@
-"""Baton's own policy: the pair of legs that is predicted to cost the fewest seconds. Pure, without a memory."""
+"""Baton's own policy: the pair of legs with the least predicted seconds. Pure and stateless."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHORTLIST = 4  # nodes of each role that are tried in pairs
 
 
 def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Random, rates: Rates) -> Plan | Reject:
-    """The cheapest choice that keeps the request's limits; one of them at random where several are about as cheap."""
+    """The cheapest choice that keeps the request's limits; a random one of those that are about equally cheap."""
     request = cautious(request, rates)
     # 1) Filter and score: who may run which leg, and seconds for each node alone.
     seen = survey(request, cluster, now_s, rates)
@@ -28,7 +28,7 @@ def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Ra
     sources = shortlist(seen.first.cost_s, firsts, rng, rates)
     seconds = within(seen.seconds, known, seen.second.step_s, request.tpot_limit_s)
     targets = shortlist(seen.second.cost_s, seconds, rng, rates)
-    # Where one node is to run both legs, its queue and its hits count as much as its steps.
+    # If one node runs both legs, its queue and its hits count as much as its steps.
     both = shortlist(seen.first.cost_s + seen.second.cost_s, seen.alone, rng, rates)
     # 2) The best few in pairs.
     pairs = [(source, target) for source, target in itertools.product(sources, targets) if source != target]
@@ -39,10 +39,10 @@ def predict(request: RequestView, cluster: Cluster, now_s: float, rng: random.Ra
 
 
 def cautious(request: RequestView, rates: Rates) -> RequestView:
-    """Asks for as much less than its TTFT limit as predictions were short of late, but for no less than half of it.
+    """Lowers the TTFT limit by the recent lateness of predictions, but to no less than half.
 
-    Else half of what is admitted under overload would be late: each is admitted as soon as it is predicted to be just
-    in time, and several routers, who do not see what the others send meanwhile, are all too hopeful.
+    Otherwise half of what is admitted under overload would be late: each request is admitted as soon as it is predicted
+    to be just in time, and several routers, which do not see what the others send meanwhile, are all too optimistic.
     """
     limit_s = request.ttft_limit_s
     if limit_s is None or rates.ttft_slack_s <= 0.0:
@@ -67,9 +67,9 @@ def pick(request: RequestView, plans: Sequence[Plan], rng: random.Random, rates:
 
 
 def broken_limit(request: RequestView, plan: Plan) -> Reason | None:
-    """Which limit of the request the plan is predicted to break.
+    """Which limit of the request the plan is predicted to break, if any.
 
-    A guess breaks none: were requests refused by it, nobody would ever measure the node.
+    A guess breaks none: if requests were refused because of it, the node would never be measured.
     """
     if not plan.is_known:
         return None
@@ -81,7 +81,7 @@ def broken_limit(request: RequestView, plan: Plan) -> Reason | None:
 
 
 def within(mask: Mask, known: Mask, values_s: Column, limit_s: float | None) -> Mask:
-    """The rows of `mask` that keep the limit as far as is `known`, where there are any."""
+    """The rows of `mask` that keep the limit, as far as that is `known`; all of `mask` if there are none."""
     if limit_s is None:
         return mask
     kept = mask & ((values_s <= limit_s) | ~known)
@@ -89,7 +89,7 @@ def within(mask: Mask, known: Mask, values_s: Column, limit_s: float | None) -> 
 
 
 def shortlist(cost_s: Column, mask: Mask, rng: random.Random, rates: Rates) -> list[int]:
-    """The rows of `mask` with the least cost; of near ties a random choice, or the first of many would always be in."""
+    """The rows of `mask` with the least cost; near ties are chosen at random, or the first rows would always win."""
     rows = mask.nonzero()[0]
     if len(rows) <= SHORTLIST:
         return [int(row) for row in rows]

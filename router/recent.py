@@ -1,6 +1,6 @@
-"""What one router did lately: its last answers, and how it went over the last minutes. Plain state, of bounded size.
+"""A router's recent past: its last answers, and figures of the last minutes. Plain state of bounded size.
 
-No text of a prompt or an answer comes here.
+It never contains text of a prompt or an answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from batonpb import inference_pb2
 MAX_ANSWERS = 50
 BIN_S = 2.0
 NUM_BINS = 150  # five minutes
-MAX_SAMPLES = 64  # of a bin; of more answers, the last ones
+MAX_SAMPLES = 64  # per bin; the last ones, if there are more
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Ended:
 
 @dataclass(slots=True)
 class Bin:
-    """The answers that ended in one stretch of time."""
+    """The answers that ended in one interval."""
 
     index: int  # of the stretch
     count: int = 0
@@ -51,7 +51,7 @@ class Bin:
 
 
 class Recent:
-    """`note` each answer that ended."""
+    """Call `note` for each answer that has ended."""
 
     def __init__(self) -> None:
         self.answers: deque[Ended] = deque(maxlen=MAX_ANSWERS)
@@ -60,19 +60,19 @@ class Recent:
     def note(self, ended: Ended) -> None:
         self.answers.append(ended)
         index = int(ended.at_s // BIN_S)
-        if not self.bins or self.bins[-1].index < index:  # a clock that was set back adds to the newest
+        if not self.bins or self.bins[-1].index < index:  # if the clock was set back, it goes into the newest
             self.bins.append(Bin(index))
         if ended.timeline.first_token_s >= 0.0:
             self.bins[-1].add(ended.usage, ended.timeline)
 
     def since(self, now_s: float) -> list[Bin]:
-        """The bins that are not too old by now, oldest first; where nothing ended there is none."""
+        """The bins that are recent enough, oldest first; intervals in which nothing ended have none."""
         oldest = int(now_s // BIN_S) - NUM_BINS
         return [one for one in self.bins if one.index > oldest]
 
 
 def quantile(values: Sequence[float], part: float) -> float | None:
-    """None where there is nothing to take it of."""
+    """The quantile of `values`; None if there are none."""
     ranked = sorted(values)
     return ranked[min(len(ranked) - 1, int(part * len(ranked)))] if ranked else None
 

@@ -1,7 +1,7 @@
 """Who is alive and how busy: nodes as their heartbeats describe them, plus what this router sent them since.
 
-Polls the directory, which is a hint: a node that does not answer is left at once, whatever its record says, and while
-Redis is away nobody is forgotten. Knows no request.
+Polls the directory, which is a hint: a node that does not answer is avoided at once, whatever its record says, and
+while Redis is unavailable no node is forgotten. Knows no request.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Ground = tuple[str, BlockHash]  # model, root
 
 @dataclass(frozen=True)
 class Patience:
-    """How long the registry waits before it draws a conclusion. Seconds."""
+    """How long the registry waits before it draws conclusions, in seconds."""
 
     poll_s: float = 0.25
     ttl_s: float = 3.0  # without a record
     cool_down_s: float = 2.0  # before a node that did not answer is tried again
-    stall_s: float = 5.0  # an answer that takes longer makes the registry ask after its node's health
-    probe_s: float = 5.0  # for the answer to that
+    stall_s: float = 5.0  # after this long without an answer, the node's health is checked
+    probe_s: float = 5.0  # time-out of that check
     progress_s: float = 300.0  # an answer may take no longer, however healthy its node
 
 
 @dataclass(frozen=True)
 class Pool:
-    """What the nodes that can work together have in common. Limits are those of the smallest."""
+    """What the nodes that can work together have in common. Limits are those of the smallest node."""
 
     model: str  # served name
     root: BlockHash
@@ -53,7 +53,7 @@ class Pool:
 
 
 class Registry:
-    """All nodes of one cluster that serve `model` ("" is whatever most of them serve)."""
+    """All nodes of one cluster that serve `model` ("": the one that most of them serve)."""
 
     def __init__(
         self,
@@ -63,23 +63,23 @@ class Registry:
         clock: Callable[[], float] = time.monotonic,
         token: str = "",
     ) -> None:
-        """`token` is what nodes ask their callers for; "": they ask for none."""
+        """`token` is what nodes require from their callers; "" if they require none."""
         self._token = token
         self._directory = directory
         self._model = model
         self._patience = patience or Patience()
         self._clock = clock
         self._nodes: dict[str, Node] = {}
-        self._left: list[Node] = []  # gone or replaced; their connection is open as long as they have legs
+        self._left: list[Node] = []  # gone or replaced; their connections stay open as long as they have legs
         self._pool: Pool | None = None
         self._clusters: dict[Ground, Cluster] = {}  # those of each that can be given work
-        self._changed: dict[Node, None] = {}  # nodes whose rows are not what they should be
+        self._changed: dict[Node, None] = {}  # nodes whose rows are out of date
         self._last_poll_s = clock()
         self._is_blind = False
         self._polling: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Polls once, whether or not Redis answers, and then for ever."""
+        """Polls once, whether or not Redis answers, and then keeps polling."""
         await self.refresh()
         self._polling = asyncio.create_task(self._poll())
 
@@ -91,18 +91,21 @@ class Registry:
 
     @property
     def pool(self) -> Pool | None:
-        """The common ground of most nodes that can be given work, or of most; the last one known, None before that."""
+        """What most nodes that are up have in common, or most of all nodes if none is up.
+
+        The last one known while no node is alive, None before the first.
+        """
         return self._pool
 
     @property
     def nodes(self) -> list[Node]:
-        """All that are known, by name, to be looked at; those that take no work are among them."""
+        """All known nodes, by name, including those that take no work. For reading only."""
         return [self._nodes[node_id] for node_id in sorted(self._nodes)]
 
     def snapshot(self, pool: Pool | None = None) -> Cluster:
-        """The nodes of `pool` (None: of the registry's own) that can be given work, as of now.
+        """The nodes of `pool` (None: the registry's own) that can be given work, as of now.
 
-        It is the registry's own and goes on changing: ask for it, decide, and let it go.
+        It is the registry's own and keeps changing: get it, decide, and do not keep it.
         """
         for node in self._changed:
             self._put(node)
@@ -112,12 +115,12 @@ class Registry:
         return Cluster(1, 1) if cluster is None else cluster
 
     def prefill_leg(self, node_id: str, burden: Burden) -> AbstractContextManager[PrefillLeg]:
-        """A leg to `run` inside the context. Raises `LegFailed` where the node is gone by now."""
+        """A leg to `run` inside the context. Raises `LegFailed` if the node is gone by now."""
         node = self._find(node_id)
         return self._counted(node, node.prefill_leg(burden, self._clock))
 
     def decode_leg(self, node_id: str, burden: Burden) -> AbstractContextManager[DecodeLeg]:
-        """A leg to `admit` and `start` inside the context. Raises `LegFailed` where the node is gone by now."""
+        """A leg to `admit` and `start` inside the context. Raises `LegFailed` if the node is gone by now."""
         node = self._find(node_id)
         return self._counted(node, node.decode_leg(burden, self._clock))
 
@@ -129,13 +132,13 @@ class Registry:
             self._changed[node] = None
 
     def mark_down(self, node_id: str, incarnation: str, problem: str) -> None:
-        """Sends a node nothing more until it answers again, or a new incarnation takes its place."""
+        """Stops sending to a node until it answers again, or a new incarnation takes its place."""
         node = self._nodes.get(node_id)
         if node is not None and node.record.incarnation == incarnation:
             self._set_down(node, problem)
 
     async def refresh(self) -> None:
-        """One poll of the directory, and one look at the legs that wait."""
+        """Polls the directory once, and checks the waiting legs once."""
         started_s = self._clock()
         try:
             records = await self._directory.nodes()
@@ -153,16 +156,16 @@ class Registry:
             await asyncio.sleep(self._patience.poll_s)
             try:
                 await self.refresh()
-            except Exception:  # whatever it is, a router that knows no nodes any more is worse
+            except Exception:  # whatever it is, a router that forgets all nodes would be worse
                 logger.exception("event=poll_failed")
 
     def _take(self, records: Sequence[NodeRecord], started_s: float) -> None:
-        """What a poll has found: news, newcomers, and who is missing."""
+        """Processes a poll's records: updates, new nodes, and missing ones."""
         now_s = self._clock()
         if self._is_blind:
             logger.warning("event=directory_back records=%d", len(records))
             self._is_blind = False
-            for node in self._nodes.values():  # their heartbeats need a moment to find it too
+            for node in self._nodes.values():  # their heartbeats need a moment to find Redis, too
                 node.seen_s = now_s
         for record in records:
             if _is_sound(record) and self._model in ("", record.model):
@@ -182,7 +185,7 @@ class Registry:
         return _common_ground([node.record for node in nodes if node.state == "up"] or [node.record for node in nodes])
 
     def _reckon(self, now_s: float) -> None:
-        """Compares all nodes' speeds, and puts their rows anew."""
+        """Compares all nodes' speeds, and updates their rows."""
         groups: dict[Ground, list[Node]] = defaultdict(list)
         for node in self._nodes.values():
             node.learn()
@@ -196,7 +199,7 @@ class Registry:
             self._clusters[_ground(nodes[0].record)].block_bytes = nodes[0].record.block_bytes
 
     def _put(self, node: Node) -> None:
-        """Its row as it is now, or none where it can be given no work."""
+        """Updates a node's row, or removes it if it can be given no work."""
         record = node.record
         if self._nodes.get(record.node_id) is not node:
             return  # another one has taken its place
@@ -213,7 +216,7 @@ class Registry:
 
     @contextmanager
     def _counted(self, node: Node, kept: AbstractContextManager[LegT]) -> Iterator[LegT]:
-        """Whoever is planned next sees what the leg lays on its node, from here to the end of the context."""
+        """Until the end of the context, later plans see the leg's load on its node."""
         try:
             with kept as leg:
                 self._changed[node] = None
@@ -235,9 +238,9 @@ class Registry:
         )
 
     def _watch(self) -> None:
-        """Breaks off legs without progress; asks after nodes that are slow to answer, or did not a while ago.
+        """Breaks off legs without progress; checks nodes that are slow to answer, or did not answer a while ago.
 
-        Only what they answer to that says whether they are down: one answer may be slow for reasons of its own.
+        Only that check says whether a node is down: a single answer may be slow for reasons of its own.
         """
         now_s, patience = self._clock(), self._patience
         for node in [*self._nodes.values(), *self._left]:
@@ -251,7 +254,7 @@ class Registry:
                     node.asking = asyncio.create_task(self._ask(node))
 
     async def _ask(self, node: Node) -> None:
-        """Asks a node whether it is well. If not, all that waits for it is broken off."""
+        """Checks a node's health. If it is not healthy, all legs waiting for it are broken off."""
         problem = await node.illness(self._patience.probe_s)
         node.asked_s = self._clock()
         if problem:
@@ -281,7 +284,7 @@ class Registry:
 
 
 def _is_sound(record: NodeRecord) -> bool:
-    """Whether a record makes sense: it comes off the wire, and a bad one must not stop the router."""
+    """Whether a record is plausible: it comes off the wire, and a bad one must not stop the router."""
     try:
         root = bytes.fromhex(record.kv_root)
     except ValueError:
@@ -291,7 +294,7 @@ def _is_sound(record: NodeRecord) -> bool:
 
 
 def _ground(record: NodeRecord) -> Ground:
-    """Nodes may exchange blocks if, and only if, this is equal. (The root names the block size too.)"""
+    """Nodes may exchange blocks if and only if this is equal. (The root covers the block size, too.)"""
     return record.model, BlockHash(bytes.fromhex(record.kv_root))
 
 

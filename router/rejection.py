@@ -1,4 +1,4 @@
-"""What a failed call says beside its code and its text: details that programs can read, in gRPC's metadata."""
+"""Machine-readable details of a failed call, in gRPC's trailing metadata, in addition to its code and message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from router.errors import InvalidRequest, RouterError, TryLater
 
-RETRY_AFTER = "retry-after-ms"  # of a request that would be late
+RETRY_AFTER = "retry-after-ms"  # with TryLater errors
 DETAILS = "grpc-status-details-bin"  # a google.rpc.Status, where gRPC's libraries look for it
 
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -33,7 +33,7 @@ def metadata_of(error: RouterError, code: grpc.StatusCode) -> Metadata:
 
 
 def _details(error: RouterError, code: grpc.StatusCode, detail: Message) -> tuple[str, bytes]:
-    # The message must be the call's own, to the letter: gRPC's libraries refuse details whose is not.
+    # The message must equal the call's own: gRPC's libraries refuse details whose message differs.
     status = status_pb2.Status(code=code.value[0], message=str(error))
     status.details.add().Pack(detail)
     return DETAILS, status.SerializeToString()

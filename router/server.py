@@ -1,4 +1,4 @@
-"""One router process: its parts, opened in the order in which they need each other, behind its doors."""
+"""One router process: opens its parts in the order in which they need each other, and its ports last."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Requests leave hardly anything that is garbage only to the collector. By default it looks for it every dozen requests,
-# and holds up all others for milliseconds now and then.
+# Requests leave hardly any cyclic garbage. By default the collector runs every dozen requests,
+# and sometimes delays all others by milliseconds.
 GC_THRESHOLDS = (10_000, 5, 10)
 
 
@@ -51,16 +51,16 @@ class RouterServer:
         self._admin_address = ""
 
     async def start(self) -> dict[str, object]:
-        """Listens. Returns the address and what else a launcher wants to print.
+        """Listens. Returns its addresses and what else a launcher prints.
 
         Raises `UnusableTokenizer`, `UnusableTenants`, `UnusableTls`, `UnusableKeys`, `UnusableTraces`, and
-        `RuntimeError` where a port is taken.
+        `RuntimeError` if a port is taken.
         """
         async with AsyncExitStack() as stack:
             address, http_address, metrics_address = await self._open(stack)
             self._stack = stack.pop_all()
         gc.collect()
-        gc.freeze()  # libraries and tokenizer stay: the collector need not walk over them between requests
+        gc.freeze()  # libraries and tokenizer stay: the collector need not traverse them
         gc.set_threshold(*GC_THRESHOLDS)
         words = address, http_address or "none", metrics_address or "none"
         logger.info("event=router_up address=%s http=%s metrics=%s", *words)
@@ -79,13 +79,13 @@ class RouterServer:
         return self.frontend is not None and self.frontend.is_ready
 
     async def stop(self) -> None:
-        """Takes no new requests, lets those that run end within `drain_s`, closes. Idempotent."""
+        """Refuses new requests, lets running ones end within `drain_s`, then closes. Idempotent."""
         await self._stack.aclose()
 
     async def _open(self, stack: AsyncExitStack) -> tuple[str, str, str]:
         """Opens the parts in the order in which they need each other; `stack` closes them in the opposite one.
 
-        Returns where the doors for gRPC and HTTP are, and where the metrics are; "" for nowhere.
+        Returns the addresses of gRPC, HTTP and the metrics; "" for those that are off.
         """
         config = self._config
         tokenizer = await asyncio.to_thread(Tokenizer, Path(config.model_dir))
@@ -133,7 +133,7 @@ class RouterServer:
         locks: Locks,
         page: StatusPage | None,
     ) -> tuple[HttpDoor | None, str]:
-        """The door, and where it is; None and "" where there is none."""
+        """The HTTP server and its address; None and "" if HTTP is off."""
         config = self._config
         if not config.http:
             return None, ""
@@ -146,7 +146,7 @@ class RouterServer:
         return door, f"{config.advertise_host or config.host}:{port}"
 
     async def _open_metrics(self, stack: AsyncExitStack, collector: RouterCollector) -> str:
-        """Where they are; "" for nowhere."""
+        """The address of the metrics; "" if they are off."""
         config = self._config
         if not config.metrics:
             return ""
@@ -155,7 +155,7 @@ class RouterServer:
         return await door.open(collector, config.host, config.advertise_host or config.host, config.metrics_port)
 
     async def _report_health(self, frontend: Frontend) -> None:
-        """The process is well while it answers; its service is, while there is a node to serve it."""
+        """The process is healthy while it answers; the Inference service is, while there is a node."""
         status = health_pb2.HealthCheckResponse
         while True:
             await self._health.set(SERVICE, status.SERVING if frontend.is_ready else status.NOT_SERVING)
@@ -163,6 +163,6 @@ class RouterServer:
 
 
 async def _drain(server: grpc.aio.Server, http: HttpDoor | None, drain_s: float) -> None:
-    """Both doors at once: whoever stops a router waits for its requests once."""
+    """Drains both APIs at the same time, so that stopping a router takes one drain period."""
     closing = [server.stop(drain_s)] + ([http.close(drain_s)] if http is not None else [])
     await asyncio.gather(*closing)

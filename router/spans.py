@@ -1,4 +1,4 @@
-"""A request's time by what it was spent on, read from its timeline. Pure; for the page, the histograms and traces."""
+"""Divides a request's time into legs, from its timeline. Pure; for the live page, the histograms and traces."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Span:
         return self.end_s - self.start_s
 
 
-# name -> what happens in it; in their order, and together all of a request's time
+# name -> what happens in it; in order, and together all of a request's time
 LEGS = {
     "route": "the router checks, tokenises, looks up and decides",
     "admit": "the decode node is asked for room",
@@ -36,9 +36,9 @@ LEGS = {
 
 
 def spans(timeline: inference_pb2.Timeline) -> list[Span]:
-    """Those that it has stamps for, one behind the other. What the nodes told is cut to what was seen from here.
+    """The legs that the timeline has stamps for, in order. Waits reported by nodes are capped at what was seen here.
 
-    After a migration the legs before the first token are those of the attempt that made it.
+    After a migration, the legs before the first token are those of the attempt that produced it.
     """
     return [span for span in _all(timeline) if span.end_s > span.start_s]
 

@@ -1,6 +1,6 @@
-"""What a node's work takes, as formulas with a few factors, and how these are learned from what it did. Pure.
+"""How long a node's work takes, as formulas with a few factors, which are learned from its legs and reports. Pure.
 
-A node that is new, or has run nothing for a while, is taken to be as fast as its peers.
+A node that is new, or has run nothing for a while, is assumed to be as fast as its peers.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import TypeVar
 
 from router.fit import LinearFit
 
-STEP_SLOPE = 0.08  # how much longer a step takes with each further request, until several sizes were seen
-MEDIAN_TOKENS, MEDIAN_REQUESTS = 1024, 8  # of two formulas the faster one is that for work of this size
+STEP_SLOPE = 0.08  # how much longer a step takes per further request, until several sizes were observed
+MEDIAN_TOKENS, MEDIAN_REQUESTS = 1024, 8  # speeds are compared by their time for work of this size
 
 
 @dataclass(frozen=True)
 class PrefillSpeed:
-    """Seconds of a prefill: a constant, each token's share of the products, and each pair of tokens that attend."""
+    """Seconds of a prefill: a constant, a term per token (matrix products), and one per pair of attending tokens."""
 
     base_s: float
     token_s: float
@@ -26,7 +26,7 @@ class PrefillSpeed:
 
     @classmethod
     def of_rate(cls, tokens_per_s: float) -> PrefillSpeed | None:
-        """What a rate alone says; None where it was not measured."""
+        """The speed implied by a rate alone; None if it was not measured."""
         return cls(0.0, 1.0 / tokens_per_s) if tokens_per_s > 0.0 else None
 
     def seconds(self, uncached_tokens: float, cached_tokens: float) -> float:
@@ -34,7 +34,7 @@ class PrefillSpeed:
         return self.base_s * base + self.token_s * tokens + self.pair_s * pairs
 
     def queue_seconds(self, num_tokens: float, num_requests: int) -> float:
-        """What a queue takes of which only its size is known: prompts of equal length, nothing cached."""
+        """Seconds of a queue of which only the size is known, assuming prompts of equal length and no hits."""
         if num_tokens <= 0:
             return 0.0
         count = max(1, num_requests)
@@ -43,14 +43,14 @@ class PrefillSpeed:
 
 @dataclass(frozen=True)
 class StepSpeed:
-    """Seconds of a decode step: a constant (weights are read once), and a share for each request of the batch."""
+    """Seconds of a decode step: a constant (the weights are read once), and a term per request in the batch."""
 
     base_s: float
     request_s: float = 0.0
 
     @classmethod
     def of_step(cls, step_s: float, num_requests: int) -> StepSpeed | None:
-        """What one step of so many requests says; None where it was not measured."""
+        """The speed implied by one step of `num_requests`; None if it was not measured."""
         if step_s <= 0.0:
             return None
         alone_s = step_s / (1.0 + STEP_SLOPE * max(0, num_requests - 1))
@@ -64,7 +64,7 @@ GUESSED_PREFILL, GUESSED_STEP = PrefillSpeed(0.0, 1 / 2000.0), StepSpeed(0.0276,
 
 
 def prefill_features(uncached_tokens: float, cached_tokens: float) -> tuple[float, float, float]:
-    """What `PrefillSpeed`'s factors are multiplied with. A token attends to all cached ones and half of the others."""
+    """The features of `PrefillSpeed`. A token attends to all cached tokens and, on average, half of the others."""
     return 1.0, uncached_tokens, uncached_tokens * (cached_tokens + uncached_tokens / 2)
 
 
@@ -72,7 +72,7 @@ class PrefillMeter:
     """Learns a node's `PrefillSpeed` from its prefill legs."""
 
     def __init__(self, prior: PrefillSpeed) -> None:
-        # Long ones alone: a rate says nothing of what a prompt of a few tokens takes.
+        # Only long ones: a rate says nothing about a prompt of a few tokens.
         points = [prefill_features(tokens, 0.0) for tokens in (1024.0, 8192.0)]
         self._fit = LinearFit((prior.base_s, prior.token_s, prior.pair_s), points)
 
@@ -81,7 +81,7 @@ class PrefillMeter:
         return self._fit.num_observed > 0
 
     def observe(self, uncached_tokens: int, cached_tokens: int, seconds: float) -> None:
-        """One leg: `seconds` of computing `uncached_tokens` behind `cached_tokens`, waiting not included."""
+        """One leg: `seconds` of computing `uncached_tokens` after `cached_tokens`, not including waiting."""
         self._fit.observe(prefill_features(uncached_tokens, cached_tokens), seconds)
 
     def speed(self) -> PrefillSpeed:
@@ -99,7 +99,7 @@ class StepMeter:
         return self._fit.num_observed > 0
 
     def observe(self, num_requests: int, seconds: float) -> None:
-        """One report: steps of so many requests take so long."""
+        """One report: steps with `num_requests` take `seconds`."""
         if num_requests > 0:
             self._fit.observe((1.0, float(num_requests)), seconds)
 
@@ -108,7 +108,7 @@ class StepMeter:
 
 
 class NodeSpeeds:
-    """What one node's reports and this router's legs say of it. None: nothing yet."""
+    """One node's speeds, by its reports and this router's legs. None: nothing known yet."""
 
     def __init__(self) -> None:
         self._tokens_per_s = 0.0
@@ -125,12 +125,12 @@ class NodeSpeeds:
         return self._step.speed() if self._step else self._reported_step
 
     def is_known(self, role: str) -> bool:
-        """Whether what this role takes was measured, and lately."""
+        """Whether what this role needs was measured recently."""
         can_tell = (role == "decode" or self.prefill() is not None) and (role == "prefill" or self.step() is not None)
         return can_tell and not self.is_rested
 
     def reported(self, prefill_tokens_per_s: float, decode_step_s: float, num_running: int) -> None:
-        """A report that is news. Of an idle node, what its steps took last says little."""
+        """A new report. For an idle node, the time of its last steps says little."""
         if prefill_tokens_per_s != self._tokens_per_s:
             self._tokens_per_s = prefill_tokens_per_s
             self._reported_prefill = PrefillSpeed.of_rate(prefill_tokens_per_s)
@@ -141,14 +141,14 @@ class NodeSpeeds:
             self._step.observe(num_running, decode_step_s)
 
     def computed(self, uncached_tokens: int, cached_tokens: int, seconds: float, prior: PrefillSpeed) -> None:
-        """A leg's computation; `prior` is what was assumed until now."""
+        """A leg was computed; `prior` is the speed assumed until now."""
         if seconds > 0.0:
             self._prefill = self._prefill or PrefillMeter(prior)
             self._prefill.observe(uncached_tokens, cached_tokens, seconds)
         self.is_rested = False
 
     def rest(self) -> None:
-        """It has run nothing for a while: what comes next begins a new measurement."""
+        """The node has run nothing for a while: the next work starts a new measurement."""
         self.is_rested = True
         self._reported_prefill, self._reported_step = self.prefill(), self.step()
         self._prefill = self._step = None
@@ -158,9 +158,9 @@ SpeedT = TypeVar("SpeedT", PrefillSpeed, StepSpeed)
 
 
 def in_use(nodes: Sequence[tuple[str, NodeSpeeds]]) -> list[tuple[PrefillSpeed, StepSpeed]]:
-    """What to reckon with for each of these (role, speeds): its own, or the median of those most like it.
+    """The speeds to use for each of these (role, speeds): its own, or the median of those most like it.
 
-    A fixed guess would keep a newcomer out of work for good where it is too low; and a node that was slow once would
+    A fixed guess that is too low would keep a new node out of work for good; and a node that was slow once would
     never be measured again.
     """
     prefill = [(role, known.is_rested, known.prefill()) for role, known in nodes]
@@ -173,7 +173,7 @@ def in_use(nodes: Sequence[tuple[str, NodeSpeeds]]) -> list[tuple[PrefillSpeed, 
 def _typical(
     known: Sequence[tuple[str, bool, SpeedT | None]], guess: SpeedT, rank: Callable[[SpeedT], float]
 ) -> list[SpeedT]:
-    """Own and fresh, else a median: of the role's fresh ones, of the role's, of all fresh ones, of all."""
+    """Its own if recent, else a median: of the role's recent ones, of the role's, of all recent ones, of all."""
 
     def median(may_be_rested: bool, role: str | None) -> SpeedT | None:
         group = [s for r, is_rested, s in known if s and role in (None, r) and (may_be_rested or not is_rested)]

@@ -1,4 +1,4 @@
-"""What the live page shows of a router, as plain data: nodes, stores, the last answers, how it went lately. Pure."""
+"""The live page's view of a router, as plain data: nodes, stores, the last answers, recent figures. Pure."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def store_state(arena: ArenaRecord) -> Json:
 
 
 def answer_state(ended: Ended, shows_id: bool) -> Json:
-    """One answer, without a word of its text."""
+    """One answer, without any of its text."""
     usage, timeline = ended.usage, ended.timeline
     return {
         "id": ended.request_id if shows_id else "",
@@ -82,13 +82,13 @@ def totals(tally: Tally) -> Json:
 
 
 def series(recent: Recent, now_s: float) -> Json:
-    """How it went over the last minutes; seconds since the epoch."""
+    """Figures of the last minutes; times in seconds since the epoch."""
     points = [_point(one) for one in recent.since(now_s)]
     return {"bin_s": BIN_S, "span_s": BIN_S * NUM_BINS, "points": points}
 
 
 def last_answers(answers: Sequence[Ended], shows_ids: bool) -> list[Json]:
-    """The newest first."""
+    """The last answers, newest first."""
     return [answer_state(ended, shows_ids) for ended in reversed(answers)]
 
 

@@ -1,6 +1,6 @@
-"""What one router's requests came to, as counts. Plain state; `metrics.py` shows it to Prometheus.
+"""Counts over one router's requests. Plain state; `metrics.py` shows it to Prometheus.
 
-Nothing here grows with what clients send: reasons and errors are the router's own words.
+Nothing here grows with what clients send: reasons and errors have fixed values.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ERRORS: Mapping[type[Exception], str] = {
     ClusterUnavailable: "unavailable",
     DeadlinePassed: "deadline",
 }
-INTERNAL = "internal"  # whatever else it was
+INTERNAL = "internal"  # anything else
 
 # Histograms of requests: attribute -> name behind `baton_`, what it is. Names are vLLM's where it has the same.
 HISTOGRAMS = {
@@ -68,7 +68,7 @@ HISTOGRAMS = {
 
 
 class Tally:
-    """Sums over all answers since the router is up."""
+    """Sums over all answers since the router came up."""
 
     def __init__(self) -> None:
         self.num_in_flight = 0
@@ -84,7 +84,7 @@ class Tally:
         self.prompt_tokens, self.generation_tokens, self.max_tokens = (Histogram(_TOKENS) for _ in range(3))
 
     def finish(self, response: inference_pb2.GenerateResponse, seconds: Mapping[str, float], max_tokens: int) -> None:
-        """An answer's last response, and the seconds of its legs by their names."""
+        """An answer has ended with this response; `seconds` are those of its legs by name."""
         usage, timeline = response.usage, response.timeline
         self.finished[REASONS.get(response.finish_reason, "stop")] += 1
         self.num_migrations += timeline.migrations
@@ -100,7 +100,7 @@ class Tally:
             self._legs(timeline, seconds, usage.output_tokens)
 
     def fail(self, error: Exception) -> None:
-        """A call that ended with an error."""
+        """A call has ended with an error."""
         self.failed[ERRORS.get(type(error), INTERNAL)] += 1
 
     def _legs(self, timeline: inference_pb2.Timeline, seconds: Mapping[str, float], num_tokens: int) -> None:

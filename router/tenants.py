@@ -1,7 +1,7 @@
-"""Who may use this router: tenants, their API keys, and what each of them gets. Pure, but for `read_tenants`.
+"""Who may use this router: tenants, their API keys, and what each of them gets. Pure, except for `read_tenants`.
 
-A tenant's name makes the salt of his blocks' names, so the caches of two tenants have no block in common, in no engine
-and in no arena. Keys are never kept, only their SHA-256: it is that of a long random key, which nobody can guess.
+A tenant's name determines the salt of its blocks' names, so the caches of two tenants have no block in common, neither
+in engines nor in arenas. Keys are never kept, only their SHA-256; keys are long and random, so it cannot be guessed.
 
     [[tenant]]
     name = "search"
@@ -10,7 +10,7 @@ and in no arena. Keys are never kept, only their SHA-256: it is that of a long r
     requests_per_minute = 600  # and so on, see `router.limits.Allowance`; without them there is no bound
     least_priority = -5  # of his requests, the smaller one is computed first; without it 0
 
-`key_sha256` may be a list: while keys are changed, the old and the new one open.
+`key_sha256` may be a list: while keys are rotated, both the old and the new one are valid.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _FIELD = re.compile(r"""\s*["']?([A-Za-z0-9_-]+)["']?\s*=""")
 
 @dataclass(frozen=True)
 class Tenant:
-    """Whose a request is, and what he gets. The one without a name is everybody, where there are no tenants."""
+    """The tenant of a request, and what it gets. The one without a name is everybody, if there are no tenants."""
 
     name: str = ""
     kv_quota_bytes: int = 0  # in each machine's arena; 0: no bound
@@ -52,7 +52,7 @@ class Tenant:
 
     @property
     def salt(self) -> bytes:
-        """Makes his blocks' names his own. Follows from his name alone, so it outlives restarts and new keys."""
+        """Separates its blocks' names from others'. Depends on its name only, so it survives restarts and new keys."""
         return hashlib.sha256(b"baton-tenant\0" + self.name.encode()).digest() if self.name else b""
 
 
@@ -60,7 +60,7 @@ EVERYBODY = Tenant(least_priority=-MAX_PRIORITY)
 
 
 class Tenants:
-    """The tenants by the digests of their keys. `replace` swaps all of them at once, in between two calls."""
+    """The tenants by the digests of their keys. `replace` swaps all of them at once, between two calls."""
 
     def __init__(self, by_digest: Mapping[bytes, Tenant]) -> None:
         self._by_digest = dict(by_digest)
@@ -69,18 +69,18 @@ class Tenants:
         return len({tenant.name for tenant in self._by_digest.values()})
 
     def replace(self, others: Tenants) -> None:
-        """From the next call on. Calls that are in already go on."""
+        """Swaps the tenants, from the next call on. Running calls go on."""
         self._by_digest = others._by_digest
 
     def authenticate(self, values: Sequence[str | bytes]) -> Tenant:
-        """Whose key a call's authorization has. Raises `Unauthenticated`, which never repeats what it was given."""
+        """The tenant whose key a call's authorization has. Raises `Unauthenticated`, which never repeats the key."""
         tenant = self._of_digest(hashlib.sha256(key_of(values).encode()).digest())
         if tenant is None:
             raise Unauthenticated(f"{AUTHORIZATION}: the key is no tenant's")
         return tenant
 
     def _of_digest(self, digest: bytes) -> Tenant | None:
-        """Looks at all of them, each in constant time: how long it takes tells nothing of the keys."""
+        """Compares all of them, each in constant time, so that the duration reveals nothing about the keys."""
         found = None
         for known, tenant in self._by_digest.items():
             if hmac.compare_digest(known, digest):
@@ -165,7 +165,7 @@ def _digest_texts(table: Mapping[str, Any]) -> list[str]:
 
 
 def _digest(text: str) -> bytes:
-    if not _DIGEST.fullmatch(text):  # which may be a key itself: not to be shown
+    if not _DIGEST.fullmatch(text):  # which may be a key itself, so it is not shown
         raise _BadField("key_sha256", f"must be 64 hex digits, the SHA-256 of a key; got {len(text)} characters")
     return bytes.fromhex(text)
 
@@ -202,7 +202,7 @@ def _quota_bytes(table: Mapping[str, Any]) -> int:
 
 
 class _Lines:
-    """Where fields stand in a file, which `tomllib` does not tell. Good enough for messages."""
+    """Line numbers of a file's fields, which `tomllib` does not give. Good enough for messages."""
 
     def __init__(self, text: str) -> None:
         self._heads: list[int] = []
@@ -214,7 +214,7 @@ class _Lines:
                 self._fields.setdefault((len(self._heads) - 1, match[1]), number)
 
     def of_field(self, index: int, field: str) -> str:
-        """ "line N: " of the field of a table, or of the table's head where it has no such field."""
+        """ "line N: " for the field of a table, or for the table's header if it has no such field."""
         number = self._fields.get((index, field))
         if number is None and 0 <= index < len(self._heads):
             number = self._heads[index]

@@ -1,6 +1,6 @@
-"""When things happened to one request, and what it cost: stamps in, the proto's Timeline and Usage out.
+"""When things happened to one request, and what it cost: timestamps in, the proto's Timeline and Usage out.
 
-Knows no clock of its own: it is passed in, and so the simulator can keep the same books.
+The clock is passed in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NEVER_S = -1.0
 
 
 class Timeline:
-    """The stamps of one request, from its receipt on. All seconds are since then.
+    """The timestamps of one request, in seconds since its receipt.
 
     Until the first token, a stamp made by a later attempt replaces that of an earlier one. `gaps` takes the seconds
     between tokens.
@@ -54,12 +54,12 @@ class Timeline:
             self._message.admitted_s = self._now_s()
 
     def prefill_started(self) -> None:
-        """The first leg was sent off, be it to a node of its own or to the decode node."""
+        """The first leg was sent, to a node of its own or to the decode node."""
         if not self._num_tokens:
             self._message.prefill_start_s = self._now_s()
 
     def took(self, num_tokens: int) -> None:
-        """Tokens that came together. Of several, each is taken to have come behind an equal part of the gap."""
+        """`num_tokens` came together; each is taken to have come after an equal part of the gap."""
         if not num_tokens:
             return
         now_s = self._now_s()
@@ -74,16 +74,16 @@ class Timeline:
         self._last_token_s = now_s
 
     def hit(self, local_tokens: int, store_tokens: int) -> None:
-        """What the leg that computed the first token had not to compute. Only the first report counts."""
+        """What the leg that computed the first token did not have to compute. Only the first report counts."""
         if self._hits is None:
             self._hits = local_tokens, store_tokens
 
     def waited(self, queue_s: float, fetch_s: float) -> None:
-        """What the leg that computed the first token waited: in all, and for blocks of the store."""
+        """How long the leg that computed the first token waited: in total, and for blocks from the store."""
         self._message.queue_s, self._message.fetch_s = max(0.0, queue_s - fetch_s), max(0.0, fetch_s)
 
     def transferred(self, seconds: float) -> None:
-        """What the second leg waited for the prompt's blocks."""
+        """How long the second leg waited for the prompt's blocks."""
         self._message.transfer_s = max(0.0, seconds)
 
     def decode_hit(self, store_tokens: int) -> None:
@@ -93,14 +93,14 @@ class Timeline:
         self._message.migrations += 1
 
     def finish(self, num_output_tokens: int) -> inference_pb2.Timeline:
-        """Stamps the end. `num_output_tokens` may be fewer than came: a stop string cuts."""
+        """Stamps the end. `num_output_tokens` may be fewer than came, if a stop string cut the output."""
         message, self._message.finished_s = self._message, self._now_s()
         if num_output_tokens > 1:
             message.tpot_s = (message.finished_s - message.first_token_s) / (num_output_tokens - 1)
         return message
 
     def usage(self, num_prompt_tokens: int, num_output_tokens: int) -> inference_pb2.Usage:
-        """Hits count as far as they are the prompt's; after a failover some may be output."""
+        """The usage. Hits count only within the prompt; after a failover some may be output tokens."""
         local, store = self._hits or (0, 0)
         local = min(local, num_prompt_tokens)
         store = min(store, num_prompt_tokens - local)

@@ -1,6 +1,6 @@
-"""TLS of a router's doors, all from one certificate: read and checked here, once, and again when its files change.
+"""TLS of a router's ports, all with one certificate: read and checked here, once, and again when its files change.
 
-TLS 1.2 at least. With an authority for clients, only those get in that have a certificate of it (mutual TLS).
+TLS 1.2 or newer. With an authority for clients, only clients with a certificate from it are admitted (mutual TLS).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROUND_TRIPS = 8  # a handshake takes fewer
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """Paths of PEM files. The certificate's is followed by those of the authorities in between."""
+    """Paths of PEM files. In the certificate's file, intermediate certificates follow."""
 
     cert: str
     key: str
@@ -31,7 +31,7 @@ class TlsFiles:
 
 @dataclass(frozen=True)
 class Certificates:
-    """What was in the files: it fits together and is in date."""
+    """The contents of the files, which match and are currently valid."""
 
     cert: bytes
     key: bytes
@@ -39,7 +39,7 @@ class Certificates:
 
 
 def tls_files(cert: str, key: str, client_ca: str) -> TlsFiles | None:
-    """None where no TLS is asked for. Raises `UnusableTls` where only half of it is."""
+    """None if no TLS is requested. Raises `UnusableTls` if the files given are incomplete."""
     if bool(cert) != bool(key):
         raise UnusableTls("a TLS certificate and its key are needed, or neither of them")
     if client_ca and not cert:
@@ -48,7 +48,7 @@ def tls_files(cert: str, key: str, client_ca: str) -> TlsFiles | None:
 
 
 def read_certificates(files: TlsFiles) -> Certificates:
-    """Raises `UnusableTls`, which names the file and never shows what is in it."""
+    """Raises `UnusableTls`, which names the file and never shows its contents."""
     found = Certificates(_bytes(files.cert), _bytes(files.key), _bytes(files.client_ca) if files.client_ca else None)
     _check_authority(files.cert, "certificate")
     if files.client_ca:
@@ -62,7 +62,7 @@ def read_certificates(files: TlsFiles) -> Certificates:
 
 
 class DoorTls:
-    """What both doors need for TLS. Connections that are open are not touched by new certificates."""
+    """TLS for gRPC and HTTP. Open connections are not affected by new certificates."""
 
     def __init__(self, files: TlsFiles) -> None:
         """Raises `UnusableTls`."""
@@ -76,7 +76,7 @@ class DoorTls:
         self._load_context()
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
-        """For gRPC, which asks at each handshake whether there is news."""
+        """The credentials for gRPC, which asks for changes at each handshake."""
         is_mutual = self._now.client_ca is not None
         return grpc.dynamic_ssl_server_credentials(_configuration(self._now), self._news, is_mutual)
 
@@ -84,7 +84,7 @@ class DoorTls:
         return read_certificates(self.files)
 
     def swap(self, found: Certificates) -> None:
-        """For connections from now on. Over HTTP, an authority for clients that was taken out opens until a restart."""
+        """Applies to new connections. Over HTTP, a client authority that was removed is accepted until a restart."""
         self._load_context()
         self._now = found
 
@@ -94,7 +94,7 @@ class DoorTls:
             self.context.load_verify_locations(self.files.client_ca)
 
     def _news(self) -> grpc.ServerCertificateConfiguration | None:
-        """Called on gRPC's threads. None: as before."""
+        """The new configuration, if any; None: unchanged. Called on gRPC's threads."""
         now = self._now
         if now is self._given:
             return None
@@ -132,7 +132,7 @@ def _load(context: ssl.SSLContext, files: TlsFiles) -> None:
 
 
 def _shake_hands(server_context: ssl.SSLContext, cert: str) -> str:
-    """A handshake in memory with a client that trusts this very certificate: what it objects to is its dates or use."""
+    """A handshake in memory with a client that trusts this certificate: it can only object to its dates or use."""
     client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client_context.check_hostname = False
     client_context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN

@@ -1,6 +1,6 @@
 """Text and chats to token ids, with the model's own tokenizer files. Knows no request and no cluster; imports no torch.
 
-Chats are set in the model's own template, rendered as `transformers` does it (its `utils/chat_template_utils.py`): in
+Chats are rendered with the model's own template, as `transformers` does it (its `utils/chat_template_utils.py`): in
 Jinja's immutable sandbox, with the same filters, globals and special tokens.
 """
 
@@ -30,15 +30,15 @@ _BYTE_OF |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)
 
 MAX_REMEMBERED_TOKENS = 1 << 16
 MAX_ERROR_CHARS = 500  # of a template: it may repeat the prompt, and a call's metadata is bounded
-_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # a byte as a token, in vocabularies of characters
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")  # a byte as a token, in character vocabularies
 _KNOWS_TOOLS = re.compile(r"\btools\b")  # what a template calls them
-# Put behind the message that is to be gone on with, to find its end in the text. The space at its end is gone where a
-# template strips messages.
+# Appended to the message to be continued, to find its end in the text. Its trailing space is lost if a template
+# strips messages.
 _END_MARK = "<|where the last message ends|> "
 
 
 class Decoder(Protocol):
-    """Tokens back to text; `bytes_of` is None where a token's bytes depend on its neighbours."""
+    """Tokens back to text; `bytes_of` is None if a token's bytes depend on its neighbours."""
 
     bytes_of: Callable[[int], bytes] | None
 
@@ -47,18 +47,18 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """How a chat is set in its template."""
+    """How a chat is rendered with its template."""
 
-    variables: Mapping[str, Any] = field(default_factory=dict)  # that the template may look at
-    opens_answer: bool = True  # it ends with the beginning of an assistant's message
-    continues: bool = False  # it ends within the last message
+    variables: Mapping[str, Any] = field(default_factory=dict)  # for the template
+    opens_answer: bool = True  # the text ends with the opening of an assistant message
+    continues: bool = False  # the text ends inside the last message
 
 
 PLAIN = Setting()
 
 
 class Tokenizer:
-    """A model folder's `tokenizer.json`, its chat template and its end tokens. Safe to share by threads."""
+    """A model folder's `tokenizer.json`, its chat template and its end tokens. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
@@ -72,7 +72,7 @@ class Tokenizer:
         self._special_tokens = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
         sources = _find_templates(folder, config)
         self._template = compile_template(sources["default"]) if "default" in sources else None
-        # As `transformers` has it, a template of that name is the one for chats with tools.
+        # As in `transformers`, a template of that name is the one for chats with tools.
         with_tools = sources.get("tool_use") or sources.get("default", "")
         self._tools_template = compile_template(with_tools) if _KNOWS_TOOLS.search(with_tools) else None
         self.eos_token_ids = _eos_token_ids(folder)
@@ -85,9 +85,9 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, is_template: bool = False) -> list[int]:
-        """Token ids. A chat template writes the special tokens itself; a plain text gets those that belong around it.
+        """Token ids. A chat template writes special tokens itself; to a plain text the tokenizer adds its own.
 
-        Releases the interpreter's lock while it works, so that a long text can be encoded on a thread.
+        Releases Python's lock while it works, so that a long text can be encoded on a thread.
         """
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=not is_template)
         return list(encoding.ids)
@@ -98,7 +98,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] = (),
         setting: Setting = PLAIN,
     ) -> str:
-        """The text of a chat up to where the model goes on; messages and tools are as `transformers` gives them.
+        """The text of a chat up to where the model continues; messages and tools are in `transformers`' format.
 
         Raises `InvalidRequest`.
         """
@@ -109,13 +109,13 @@ class Tokenizer:
         try:
             text = template.render({**setting.variables, **given})
             text.encode()
-        except Exception as error:  # the template is foreign code: it may refuse a chat, or stumble over it
+        except Exception as error:  # the template is foreign code: it may refuse a chat, or fail on it
             said = str(error)[:MAX_ERROR_CHARS]
             raise InvalidRequest("prompt.chat.messages", f"the model's chat template says: {said}") from error
         return _up_to_mark(text, messages[-1]) if setting.continues else text
 
     def _choose(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[object]) -> jinja2.Template:
-        """The template for such a chat: one that would pass over tools, or calls of them, is none for it."""
+        """The template for such a chat. Raises `InvalidRequest` if it would ignore the tools, or calls of them."""
         if self._template is None:
             raise InvalidRequest("prompt.chat", "this model has no chat template")
         has_calls = any("tool_calls" in message for message in messages)
@@ -127,22 +127,22 @@ class Tokenizer:
         return self._tools_template if tools else self._template
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
+        """The text of tokens, without special tokens."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
 
     def fewest_tokens(self, num_bytes: int) -> int:
-        """A lower bound of the tokens that so many bytes of text take, known without encoding them."""
+        """A lower bound of the number of tokens in `num_bytes` of text, without encoding it."""
         return num_bytes // self._longest_token_bytes
 
     @functools.cached_property
     def added_tokens(self) -> frozenset[str]:
-        """Texts that are one token whatever surrounds them. Special ones are none: they are no text of an answer."""
+        """Texts that are a single token in any context, without special tokens, which never appear as text."""
         added = self._backend.get_added_tokens_decoder().values()
         return frozenset(token.content for token in added if not token.special)
 
     @functools.cached_property
     def largest_id(self) -> int:
-        """Of all that it may encode to."""
+        """The largest id that it may encode to."""
         return max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @functools.cached_property
@@ -160,7 +160,7 @@ class Tokenizer:
         return token_id in self._special_ids
 
     def piece(self, token_id: int) -> bytes:
-        """A token as it is written, special ones by their names: a list of tokens has a word for each."""
+        """A token's bytes for display in a list of tokens; special tokens by their names."""
         data = self.bytes_of(token_id) if self.bytes_of is not None else b""
         if data:
             return data
@@ -196,14 +196,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """What templates call bos_token, eos_token and so on; an entry is a string, or an object with its content."""
+    """The variables bos_token, eos_token and so on of templates; an entry is a string, or an object with `content`."""
     entries = {name: value for name, value in config.items() if name.endswith("_token")}
     entries = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
     return {name: value for name, value in entries.items() if isinstance(value, str)}
 
 
 def _find_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """By name. A file of its own wins over the config's entry, which is a template or a list of named ones."""
+    """Templates by name. A separate file wins over the config's entry, which is a template or a list of named ones."""
     path = folder / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(source, list):
@@ -221,14 +221,14 @@ def _eos_token_ids(folder: Path) -> frozenset[int]:
 
 
 def _is_byte_level(path: Path) -> bool:
-    """Whether the decoder is byte-level BPE and nothing else, so that each token is so many bytes by itself."""
+    """Whether the decoder is only byte-level BPE, so that each token is a fixed byte string."""
     decoder = _read_json(path).get("decoder") or {}
     steps: Iterable[dict[str, Any]] = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
     return [step.get("type") for step in steps] == ["ByteLevel"]
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's part for training. Here it only has to be let through."""
+    """`{% generation %}` marks the assistant's part for training. Here it only has to be accepted."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's way)
 

@@ -1,6 +1,6 @@
-"""The grammar of an answer in which tools have a say: calls where one is required, or calls and else the client's own.
+"""The grammar of an answer with tools: required calls, or the choice between calls and the client's own grammar.
 
-It is llguidance's Lark, with JSON Schemas inside. Pure; whether it can be kept to is for the library to say.
+It is written in llguidance's Lark, with JSON Schemas inside. Pure; whether it can be enforced, the library decides.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ TOOLS = f"{FIELD}.tools"
 
 
 def hold_to_tools(sampling: common_pb2.SamplingParams, chat: Chat, added_tokens: Collection[str]) -> bool:
-    """Puts the grammar that the chat's tools ask for in the place of the client's. Whether they ask for one.
+    """Replaces the client's grammar by the one that the chat's tools need. Returns whether they need one.
 
-    Raises `InvalidRequest`. Beside tools that may be called a client's grammar is one of two: calls, or a text of it.
+    If tools may be called, a client's grammar is an alternative to calls. Raises `InvalidRequest`.
     """
     kind = sampling.WhichOneof("grammar")
     if not chat.tools or not (chat.is_required or kind):
@@ -43,9 +43,9 @@ def hold_to_tools(sampling: common_pb2.SamplingParams, chat: Chat, added_tokens:
 
 
 def schemas(chat: Chat) -> dict[str, dict[str, Any]]:
-    """By the names of the tools that may be called, what their arguments must be.
+    """The JSON schemas of the arguments, by the names of the tools that may be called.
 
-    Raises `InvalidRequest` for arguments that can be no object.
+    Raises `InvalidRequest` for arguments that cannot be an object.
     """
     functions = [tool["function"] for tool in chat.tools]
     return {one["name"]: _arguments(one) for one in functions if chat.tool_name in ("", one["name"])}
@@ -54,10 +54,11 @@ def schemas(chat: Chat) -> dict[str, dict[str, Any]]:
 def calls_grammar(
     schemas: Mapping[str, dict[str, Any]], added_tokens: Collection[str], is_single: bool = False, answer: str = ""
 ) -> str:
-    """Lark of one call or more, exactly one where it `is_single`; or of `answer`, itself Lark, where there is one.
+    """The Lark grammar of one or more calls, exactly one if `is_single`; or else of `answer`, itself Lark, if given.
 
-    `schemas` of the arguments are by the tools' names, each one by itself: "#/$defs" is its own.
-    A tag that is one of the tokenizer's `added_tokens` is that token: the library takes them for no text.
+    `schemas` has the arguments' schemas by tool name, each on its own: "#/$defs" refers to the schema itself.
+    A tag that is one of the tokenizer's `added_tokens` is written as that token, which the library would not match as
+    text.
     """
     opening, closing = (tag if tag in added_tokens else json.dumps(tag) for tag in (OPEN, CLOSE))
     rules = ["start: calls | answer", f"answer: {answer}"] if answer else ["start: calls"]
@@ -79,7 +80,7 @@ def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _answer(sampling: common_pb2.SamplingParams) -> str:
-    """The client's grammar as an alternative to calls. Raises `InvalidRequest` where it can be none."""
+    """The client's grammar as an alternative to calls. Raises `InvalidRequest` if it cannot be one."""
     kind = sampling.WhichOneof("grammar")
     if kind == "regex":
         raise InvalidRequest("sampling.grammar.regex", "goes without tools, or with tool_choice NONE, only")

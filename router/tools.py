@@ -1,11 +1,11 @@
-"""Calls of tools in a model's text, as the Hermes and Qwen chat templates ask for them. Pure.
+"""Parses tool calls in a model's text, in the format of the Hermes and Qwen chat templates. Pure.
 
     <tool_call>
     {"name": "get_weather", "arguments": {"city": "Paris"}}
     </tool_call>
 
-Text outside of calls goes on as soon as it is certain; whitespace around calls belongs to the format and is dropped, as
-templates set it anew in the next turn. What looked like a call and is none is text again, to the last character.
+Text outside of calls is released as soon as it is final; whitespace around calls belongs to the format and is dropped,
+as templates add their own in the next turn. What looked like a call but is not one stays text, to the last character.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BETWEEN = re.compile(r"[ \t\r\n,:]*")  # members of an object that is known to 
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that `text` is, or None: also for one that could not be written again as UTF-8 JSON."""
+    """The JSON object in `text`; None if it is not one, or could not be written again as UTF-8 JSON."""
     try:
         value = json.loads(text, parse_float=_number)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -36,12 +36,12 @@ def parse_object(text: str) -> dict[str, Any] | None:
 
 
 def _number(text: str) -> float:
-    """JSON bounds no number, and a grammar of it neither: 1e999 is one, and to be written again it must be finite."""
+    """Neither JSON nor its grammar bounds numbers: 1e999 is valid, but must be finite to be written again."""
     return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
 
 
 def parse_call(text: str) -> tuple[str, str] | None:
-    """Name and arguments of a call, these as they are written in `text`; None where it is no call."""
+    """Name and arguments of a call, the latter exactly as in `text`; None if it is not a call."""
     call = parse_object(text)
     if call is None or not isinstance(call.get("arguments"), dict):
         return None
@@ -52,7 +52,7 @@ def parse_call(text: str) -> tuple[str, str] | None:
 
 
 def _member_texts(text: str) -> dict[str, str]:
-    """The members of a valid JSON object, each value as it is written."""
+    """The members of a valid JSON object, each value exactly as in `text`."""
     decode, members = json.JSONDecoder().raw_decode, {}
     at = _skip(text, text.index("{") + 1)
     while text[at] != "}":
@@ -71,7 +71,7 @@ def _skip(text: str, at: int) -> int:
 
 @dataclass
 class _Body:
-    """How far a call has been read, a character at a time."""
+    """The state of reading a call, character by character."""
 
     text: str = ""
     has_begun: bool = False  # its brace is there
@@ -79,7 +79,7 @@ class _Body:
     is_escape: bool = False
 
     def takes(self, char: str) -> bool:
-        """Whether a call can go on like this. Inside of a string everything can, but a bare control character."""
+        """Whether a call can continue with `char`. Inside a string anything can, except a bare control character."""
         if self.is_string:
             if self.is_escape:
                 self.is_escape = False
@@ -96,18 +96,18 @@ class _Body:
 
 
 class ToolCallParser:
-    """Parts one answer's text into text and calls, whatever pieces it comes in. `key` makes the calls' ids."""
+    """Splits one answer into text and calls, however it comes in pieces. The calls' ids are derived from `key`."""
 
     def __init__(self, key: str) -> None:
         self._key = key
         self._rest = ""  # not looked at yet, or undecided
-        self._opening = ""  # of the call that is being read: the tag and the whitespace before it
+        self._opening = ""  # of the call being read: the tag and the whitespace before it
         self._body: _Body | None = None
         self._is_behind_call = False
         self.num_calls = 0
 
     def feed(self, text: str) -> tuple[str, list[inference_pb2.ToolCall]]:
-        """Text that is certain, and calls that are complete."""
+        """Final text, and complete calls."""
         self._rest += text
         pieces: list[str] = []
         calls: list[inference_pb2.ToolCall] = []
@@ -121,7 +121,7 @@ class ToolCallParser:
         return "".join(pieces), calls
 
     def finish(self) -> tuple[str, list[inference_pb2.ToolCall]]:
-        """What is left at the end. A call that only lacks its closing tag is one."""
+        """What is left at the end. A call that only lacks its closing tag counts as a call."""
         text, self._rest = self._rest, ""
         if self._body is None:
             is_format = self._is_behind_call and not text.strip(WHITESPACE)
@@ -132,7 +132,7 @@ class ToolCallParser:
         return ("", [call]) if call else (self._opening + body + text, [])
 
     def _find_opening(self, pieces: list[str]) -> bool:
-        """Hands text on up to the next call. Whether there is one."""
+        """Releases text up to the next call. Returns whether there is one."""
         rest = self._rest
         at = rest.find(OPEN)
         end = at if at >= 0 else len(rest) - _overlap(rest)
@@ -148,7 +148,7 @@ class ToolCallParser:
         return True
 
     def _read(self, body: _Body, pieces: list[str], calls: list[inference_pb2.ToolCall]) -> bool:
-        """Reads on in a call, up to its end or to what no call can have. Whether it got there."""
+        """Continues to read a call, up to its end or to something invalid. Returns whether it got there."""
         rest = self._rest
         for at, char in enumerate(rest):
             if char == "<" and body.has_begun and not body.is_string:
@@ -174,7 +174,7 @@ class ToolCallParser:
         self._body, self._rest, self._is_behind_call = None, rest, True
 
     def _give_back(self, body: str, rest: str, pieces: list[str]) -> None:
-        """It was no call. Whitespace at its end may be that before the next one."""
+        """It was not a call, so it is text. Whitespace at its end may belong to the next call."""
         text = self._opening + body
         certain = text.rstrip(WHITESPACE)
         pieces.append(certain)
@@ -191,6 +191,6 @@ class ToolCallParser:
 
 
 def _overlap(text: str) -> int:
-    """How many characters at the end of `text` are the beginning of the opening tag."""
+    """How many characters at the end of `text` are a prefix of the opening tag."""
     longest = min(len(OPEN) - 1, len(text))
     return next((length for length in range(longest, 0, -1) if text.endswith(OPEN[:length])), 0)

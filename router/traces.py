@@ -1,6 +1,6 @@
-"""W3C trace context, in and out, and what of a call becomes spans. Without OpenTelemetry the context is only passed on.
+"""W3C trace context, in and out, and the spans of a call. Without OpenTelemetry the context is only passed on.
 
-`otel.py` makes spans of it where the router was told where to send them.
+`otel.py` makes the spans if the router was told where to send them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})
 
 
 class Trace:
-    """One call's trace: `context` is the traceparent that nodes and the client are told, "" where there is none.
+    """One call's trace: `context` is the traceparent sent to nodes and to the client, "" if there is none.
 
-    Leave it as a context manager when the call is over.
+    A context manager, to be left when the call is over.
     """
 
     def __init__(self, context: str = "", state: str = "") -> None:
@@ -37,10 +37,10 @@ class Trace:
     def legs(
         self, request_id: str, legs: Sequence[Span], reason: str, response: inference_pb2.GenerateResponse
     ) -> None:
-        """An answer's last response, and where its time went."""
+        """An answer has ended with this response; `legs` says where its time went."""
 
     def end(self, error: BaseException | None) -> None:
-        """The call is over."""
+        """The call is over, with `error` if it failed."""
 
     def __enter__(self) -> Trace:
         return self
@@ -55,7 +55,7 @@ NO_TRACE = Trace()
 
 
 class Traces(Protocol):
-    """Begins traces."""
+    """Starts traces."""
 
     def begin(self, traceparent: str, tracestate: str) -> Trace: ...
 

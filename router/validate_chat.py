@@ -1,4 +1,4 @@
-"""Checks a chat and its tools, and gives them the shape that chat templates take. Pure."""
+"""Checks a chat and its tools, and converts them to the form that chat templates take. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIELD = "prompt.chat"
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}  # of a tool that names none
 MAX_VARIABLES_BYTES = 1 << 14
 VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
-# What a template is given anyhow, and what it calls. Names of special tokens end in `_token`.
+# What a template is given anyway, and what it calls. Names of special tokens end in `_token`.
 OTHERS = frozenset(
     "messages tools documents add_generation_prompt continue_final_message raise_exception strftime_now "
     "range dict lipsum cycler joiner namespace self super caller varargs kwargs loop".split()
@@ -31,18 +31,18 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages and tools in the shapes that `transformers` gives to templates."""
+    """Messages and tools in the form that `transformers` gives to templates."""
 
     messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...] = ()  # empty also where the model is not to know of them
-    is_required: bool = False  # one call at least must be made
-    tool_name: str = ""  # the only tool that may be called then; empty: any
-    is_single: bool = False  # one call then, and no more
+    tools: tuple[dict[str, Any], ...] = ()  # also empty if the model must not see them
+    is_required: bool = False  # at least one call is required
+    tool_name: str = ""  # the only tool that may be called in that case; empty: any
+    is_single: bool = False  # exactly one call then
     setting: Setting = PLAIN  # in the chat template
 
 
 def check_chat(prompt: inference_pb2.ChatPrompt, max_bytes: int) -> Chat:
-    """A sound chat, or `InvalidRequest`. `max_bytes` is for all texts in it together, as UTF-8."""
+    """The checked chat. Raises `InvalidRequest`. `max_bytes` bounds all texts in it together, as UTF-8."""
     _check(bool(prompt.messages), "messages", "must not be empty")
     for message in prompt.messages:
         _check_message(message)
@@ -103,7 +103,7 @@ def _setting(prompt: inference_pb2.ChatPrompt) -> Setting:
 
 
 def _variables(prompt: inference_pb2.ChatPrompt) -> dict[str, Any]:
-    """Of the template, none of which stands for anything that it is given anyhow."""
+    """The template's variables, none of which may replace one that it is given anyway."""
     name, text, effort = "chat_template_kwargs", prompt.chat_template_kwargs, prompt.reasoning_effort
     size = len(text.encode())
     _check(size <= MAX_VARIABLES_BYTES, name, f"{MAX_VARIABLES_BYTES} bytes at most, got {size}")
@@ -129,7 +129,7 @@ def _num_bytes(prompt: inference_pb2.ChatPrompt) -> int:
 
 
 def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
-    """Only what is set: templates ask whether a key is there."""
+    """The message with only the keys that are set, as templates test for them."""
     out: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         out["tool_calls"] = [_call(call) for call in message.tool_calls]

@@ -1,11 +1,11 @@
 """Blocks that a node was just sent to compute: it does not have them yet, but will. Pure: times are passed in.
 
-A burst of prompts with a common beginning would be spread over all nodes, for none of them has it when the second
-prompt comes; so the router remembers where it sent the first. By node and not by arena: who queues behind that prompt
-finds its blocks computed, and whoever would have to fetch them would wait longer than that.
+A burst of prompts with a common prefix would be spread over all nodes, because none of them has it when the second
+prompt comes; so the router remembers where it sent the first. By node and not by arena: a prompt that queues behind the
+first one finds its blocks computed, while fetching them elsewhere would take longer than that.
 
-A name stands for all blocks before it too, so whoever computes one of them computes those: how far a prompt is known
-is found by looking at a few of its blocks, and whole prompts are noted at once.
+A name stands for all blocks before it too, so a node that computes a block computes those as well: how far a prompt is
+known is found by looking at a few of its blocks, and whole prompts are noted at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NEVER_S = math.inf
 
 
 class Warming:
-    """Which node is about to have which block. All prompts are named from their first block on."""
+    """Which node is about to have which block. The hashes given here always start with a prompt's first block."""
 
     def __init__(self, ttl_s: float = TTL_S, max_blocks: int = MAX_BLOCKS) -> None:
         self._ttl_s, self._max_blocks = ttl_s, max_blocks
@@ -50,7 +50,7 @@ class Warming:
             self._drop(hashes, node_id, before_s)
 
     def forget(self, hashes: Sequence[BlockHash], node_id: str) -> None:
-        """The leg that was to compute them is over without having done so."""
+        """The leg that should have computed them has ended without doing so."""
         self._drop(hashes, node_id, _NEVER_S)
 
     def runs(self, hashes: Sequence[BlockHash], now_s: float) -> dict[str, int]:
@@ -59,7 +59,7 @@ class Warming:
         if not firsts:
             return {}
         blocks, second = self._blocks, hashes[1] if len(hashes) > 1 else hashes[0]
-        # Hundreds of nodes may share a first block, and hardly any of them the second: they cost no call.
+        # Hundreds of nodes may share a first block, but few the second: those without it cost no call.
         return {
             node_id: _run(blocks[node_id], hashes, now_s) if blocks[node_id].get(second, 0.0) > now_s else 1
             for node_id, until_s in firsts.items()
@@ -67,7 +67,7 @@ class Warming:
         }
 
     def _drop(self, hashes: Sequence[BlockHash], node_id: str, until_s: float) -> None:
-        """What was not promised anew since."""
+        """Drops the blocks that were not noted again since."""
         blocks = self._blocks.get(node_id, {})
         for block_hash in hashes:
             if blocks.get(block_hash, _NEVER_S) <= until_s:
@@ -82,7 +82,7 @@ class Warming:
 
 
 def _run(blocks: Mapping[BlockHash, float], hashes: Sequence[BlockHash], now_s: float) -> int:
-    """How many of `hashes` are promised, of which the first is: in steps that double, then by halves."""
+    """How many of `hashes` are noted, given that the first is: by doubling steps, then bisection."""
     known, unknown = 1, 2
     while unknown <= len(hashes) and blocks.get(hashes[unknown - 1], 0.0) > now_s:
         known, unknown = unknown, 2 * unknown
