@@ -37,6 +37,7 @@ from router.validate import (
     check_detokenize,
     check_length,
     check_model,
+    check_priority,
     check_prompt,
     check_scores,
     check_tokens,
@@ -227,6 +228,7 @@ class Frontend:
         """Fills in what the model and this router decide, but for the seed: tokens, length, end tokens, whose cache."""
         pool = self._pool()
         check_model(checked.model, pool.model)
+        check_priority(checked.priority, caller.tenant.least_priority)
         await self._grammars.check(checked.sampling, checked.chat)
         prompt_ids = await self._tokenise(checked, pool)
         is_ours = checked.token_ids is None and self._tokenizer.largest_id < pool.vocab_size
