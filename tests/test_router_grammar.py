@@ -109,7 +109,7 @@ async def test_a_grammar_that_was_judged_waits_for_no_other(monkeypatch: pytest.
     try:
         await asyncio.sleep(0)
         await checker.check(common_pb2.SamplingParams(json_object=True))
-        with pytest.raises(ClusterBusy, match="sampling.grammar: 32 others wait to be compiled"):
+        with pytest.raises(ClusterBusy, match=r"sampling\.grammar: 32 others wait to be compiled"):
             await checker.check(common_pb2.SamplingParams(regex="b"))
     finally:
         let_go.set()
