@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvstore.arena import Arena, Written
@@ -87,10 +87,22 @@ class Looks:
         return self._generations.copy()
 
 
-STEPS = st.lists(st.tuples(st.sampled_from(["change", "tell", "look"]), st.integers(0, 3)), max_size=40)
+STEPS = st.lists(st.tuples(st.sampled_from(["change", "tell", "again", "look"]), st.integers(0, 3)), max_size=40)
+# A block that was seen is said once more behind another one that was not.
+ONCE_MORE = [
+    ("change", 0),
+    ("change", 0),
+    ("tell", 0),
+    ("look", 0),
+    ("change", 1),
+    ("change", 1),
+    ("tell", 1),
+    ("again", 0),
+]
 
 
 @given(STEPS)
+@example(ONCE_MORE)
 def test_no_change_is_missed_whoever_tells_of_his_first(steps: list[tuple[str, int]]) -> None:
     """Writers beside each other: between a change and word of it, others change, tell and look."""
     arena_map, index = mapped(4)
@@ -113,6 +125,9 @@ def test_no_change_is_missed_whoever_tells_of_his_first(steps: list[tuple[str, i
             tell(slot, untold.pop(slot))
         if step == "change":
             change(slot)
+        block_hash = arena_map.name(slot)
+        if step == "again" and block_hash is not None:  # as a store says it when it hears of a block
+            arena_map.finish(slot, arena_map.generation(slot) - 1, block_hash, 0)
     for slot, generation in untold.items():
         tell(slot, generation)
     for block_hash in known:
