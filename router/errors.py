@@ -114,3 +114,8 @@ class UnusableTls(RouterError):
 
 class UnusableTraces(RouterError):
     """Traces are to be sent somewhere, but the packages for it are missing."""
+
+
+def said(error: Exception) -> str:
+    """An error's words for a log: one line, whatever of a client's they repeat."""
+    return "".join(char if char.isprintable() else " " for char in str(error))

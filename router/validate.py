@@ -122,6 +122,7 @@ def check_answers(request: inference_pb2.GenerateRequest) -> None:
         "request_id",
         f"{longest} characters at most{' with n' if request.n > 1 else ''}, got {length}",
     )
+    _check(request.request_id.isprintable(), "request_id", "must have printable characters only")
     if request.echo:
         _check(request.WhichOneof("prompt") != "chat", "echo", "goes with a text or token prompt only")
 
