@@ -19,6 +19,8 @@ class Reply:
     def __init__(self, head: Json, asked: Asked, choices: Sequence[Choice], piece: Piece) -> None:
         self._head = head
         self._asked = asked
+        self._is_scored = asked.is_scored
+        self._shows_beside = asked.is_scored and asked.is_chat
         self._choices = choices
         self._piece = piece
         self._totals = _Totals(len(asked.messages))
@@ -28,8 +30,9 @@ class Reply:
 
     def is_long(self, response: inference_pb2.GenerateResponse) -> bool:
         """Whether it brings a prompt's logprobs that are shown. A chat shows them once, whatever its answers."""
-        is_shown = self._asked.is_scored and response.HasField("prompt_logprobs")
-        return is_shown and not (self._asked.is_chat and response.index)
+        if not (self._is_scored and response.HasField("prompt_logprobs")):
+            return False
+        return not (self._shows_beside and response.index)
 
     def event(self, prompt: int, response: inference_pb2.GenerateResponse) -> Json | None:
         """The next event, of a response to that prompt of the call; None: nothing to show yet."""
@@ -38,8 +41,10 @@ class Reply:
         delta = self._choices[index].delta(response)
         if delta is None:
             return None
-        beside, self._beside = self._beside, {}
-        event = {**self._head, "choices": [delta], **beside}
+        event = {**self._head, "choices": [delta]}
+        if self._beside:
+            event |= self._beside
+            self._beside = {}
         if self._asked.includes_usage:
             event["usage"] = self._counts.usage(index) if self._asked.counts_usage else None
         return event
@@ -67,7 +72,7 @@ class Reply:
         """Notes what is not of one choice alone; returns whose the response is."""
         if response.finish_reason:
             self._totals.add(prompt, response.usage)
-        if self._asked.is_chat and self.is_long(response):
+        if self._shows_beside and self.is_long(response):
             self._beside = {"prompt_logprobs": prompt_entries(response.prompt_logprobs, self._piece)}
         return prompt * self._asked.num_answers + response.index
 
