@@ -88,9 +88,7 @@ def _digest(value: str | bytes) -> bytes:
 
 
 async def _refuse(_requests: object, context: grpc.aio.ServicerContext) -> None:
-    with suppress(
-        TimeoutError
-    ):  # a caller that is still writing would otherwise see an internal error of gRPC
+    with suppress(TimeoutError):  # a caller that is still writing would otherwise see an internal error of gRPC
         await asyncio.wait_for(context.read(), HEAR_OUT_S)
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{AUTHORIZATION}: not this cluster's token")
 
