@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from deploy import logs
+from deploy.leftovers import hold, sweep
 
 if TYPE_CHECKING:  # each process imports its own kind's packages only: this is most of what a start costs
     from deploy.node_config import NodeConfig
@@ -117,6 +118,7 @@ class ServerActor:
         self._server: Server | None = None
         self._part = 0.0
         self._starts = StartLog(spec.folder / f"{spec.name}.{spec.life}.starts")
+        self._held = hold(spec.folder, spec.name)
         self._started = asyncio.get_running_loop().create_task(self._start())
 
     def __repr__(self) -> str:
@@ -150,6 +152,8 @@ class ServerActor:
         self._starts.add(now)
         await asyncio.sleep(backoff_s(earlier, now))
         try:
+            if self._spec.kind == "store":
+                await asyncio.to_thread(sweep, self._spec.folder.parent, self._spec.folder)  # who may have its room
             self._server = build(self._spec, self._report)
             record = as_dict(await self._server.start())
         except Exception as error:

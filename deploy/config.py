@@ -115,6 +115,7 @@ class ClusterConfig:
         check("--http-port", 0 <= self.http_port <= 65535, f"between 0 and 65535, got {self.http_port}")
         check("--metrics-port", 0 <= self.metrics_port <= 65535, f"between 0 and 65535, got {self.metrics_port}")
         check("--min-machines", self.min_machines >= 0, "0 or more")
+        check("--min-machines", self.min_machines <= 1 or bool(self.ray_address), "1 at most without --ray-address")
         check("--block-size", 1 <= self.block_size <= 1024, f"between 1 and 1024 tokens, got {self.block_size}")
         check("--kv-memory", self.kv_bytes >= 2**20, f"1M or more, got {self.kv_bytes} bytes")
         check("--store-memory", self.store_bytes >= 2**20, f"1M or more, got {self.store_bytes} bytes")
@@ -168,8 +169,14 @@ class ClusterConfig:
 
 
 def temp_base() -> Path:
-    """Where a launcher's own folder goes: the usual place for temporary files, unless its path is too long."""
-    base = Path(tempfile.gettempdir())
+    """Where a launcher's own folder goes: the usual place for temporary files, unless its path is too long.
+
+    Raises `DeployError` where there is none that can be written to.
+    """
+    try:
+        base = Path(tempfile.gettempdir())
+    except OSError as error:
+        raise DeployError(f"TMPDIR: {error.strerror}") from None
     return base if len(str(base)) <= MAX_TEMP_DIR else Path("/tmp")
 
 

@@ -15,22 +15,30 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 CALL_S = 5.0
+SILENCE_S = 60.0  # after which it is gone; it answers between two steps, which may take longer than one call
 
 
 def drain(address: str, timeout_s: float, is_over: Callable[[], bool] = lambda: False, token: str = "") -> int:
     """Calls with the cluster's token. How many requests were left after `timeout_s`, or when it `is_over`.
 
-    0 too where the node does not answer, for then it has none.
+    Of a node that is gone: how many it had when it was heard last; 0 where it never was, for then it has none.
     """
-    deadline, metadata = time.monotonic() + timeout_s, ((AUTHORIZATION, f"Bearer {token}"),) if token else None
+    deadline, heard_s, num_left, drains = time.monotonic() + timeout_s, time.monotonic(), 0, False
+    metadata = ((AUTHORIZATION, f"Bearer {token}"),) if token else None
     with grpc.insecure_channel(address) as channel:
         control = node_pb2_grpc.NodeControlStub(channel)  # type: ignore[no-untyped-call]
-        try:
-            load = control.Drain(node_pb2.DrainRequest(), timeout=CALL_S, metadata=metadata)
-            while (num_left := load.num_running + load.num_waiting) and time.monotonic() < deadline and not is_over():
-                time.sleep(POLL_S)
-                load = control.GetLoad(node_pb2.GetLoadRequest(), timeout=CALL_S, metadata=metadata)
-        except grpc.RpcError as error:
-            logger.warning("event=drain_failed address=%s error=%s", address, error)
-            return 0
-    return int(num_left)
+        while True:
+            try:
+                if drains:
+                    load = control.GetLoad(node_pb2.GetLoadRequest(), timeout=CALL_S, metadata=metadata)
+                else:
+                    load = control.Drain(node_pb2.DrainRequest(), timeout=CALL_S, metadata=metadata)
+                heard_s, num_left, drains = time.monotonic(), load.num_running + load.num_waiting, load.draining
+            except grpc.RpcError as error:
+                is_late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                if not is_late or time.monotonic() > heard_s + SILENCE_S:
+                    logger.warning("event=drain_failed address=%s error=%s", address, error)
+                    return num_left
+            if (drains and not num_left) or time.monotonic() > deadline or is_over():
+                return num_left
+            time.sleep(POLL_S)

@@ -75,15 +75,16 @@ def _addresses(args: argparse.Namespace) -> Sequence[str]:
 
 
 def _ask(addresses: Sequence[str], args: argparse.Namespace) -> inference_pb2.ExplainResponse:
-    """The answer of whichever router had the request. Raises `DeployError`."""
+    """The answer of whichever router had the request; another one may be away. Raises `DeployError`."""
+    problem = DeployError(f"no router keeps a decision on request {args.request_id!r}")
     for address in addresses:
         with Client(address, api_key_from(args), tls_from(args)) as client:
             try:
                 return client.explain(args.request_id)
             except RequestFailed as error:
                 if error.code is not grpc.StatusCode.NOT_FOUND:
-                    raise
-    raise DeployError(f"no router keeps a decision on request {args.request_id!r}")
+                    problem = error
+    raise problem
 
 
 def _table(title: str, names: Sequence[str]) -> Table:

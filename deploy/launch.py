@@ -7,29 +7,28 @@ removes: actors, folders, Ray's session, Redis.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import secrets
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from deploy import on_ray
-from deploy.config import ClusterConfig, ConfigError, DeployError, cluster_dir
+from deploy.config import ClusterConfig, DeployError, cluster_dir
 from deploy.drain import drain
+from deploy.layout import layout_of, read_model
+from deploy.leftovers import sweep
 from deploy.on_ray import Member, StartFailed
-from deploy.placement import Machine, Placement, place, router_machines, usable
+from deploy.placement import Machine, Placement, num_usable, place, surplus, usable
 from deploy.ports import given_ports, not_to_be_had
 from deploy.processes import CLUSTER_VARIABLE, end_all, processes_of
 from deploy.redis import EmbeddedRedis, check_given
 from deploy.specs import PlacedSpec, Specs
+from deploy.store_dir import unusable
 from deploy.widths import kv_pieces
-from engine.config import EngineConfig, ModelConfig, kv_layout
-from engine.errors import UnsupportedModel
-from kvstore.blocks import KVLayout
+from engine.config import ModelConfig
 from kvstore.curve import new_wire_key
 from node.gate import new_cluster_token
 
@@ -74,25 +73,25 @@ class Cluster:
     @property
     def routers(self) -> tuple[str, ...]:
         """Addresses, "ip:port"."""
-        return tuple(str(m.started.record["address"]) for m in self._members if m.kind == "router" and m.started)
+        return self._of_routers("address")
 
     @property
     def router_http(self) -> tuple[str, ...]:
         """Where each router speaks OpenAI's API, "ip:port"; "" for nowhere."""
-        routers = [m.started.record for m in self._members if m.kind == "router" and m.started]
-        return tuple(str(record["http_address"]) for record in routers)
+        return self._of_routers("http_address")
 
     @property
     def router_metrics(self) -> tuple[str, ...]:
         """Where each router shows its metrics; "" for nowhere."""
-        routers = [m.started.record for m in self._members if m.kind == "router" and m.started]
-        return tuple(str(record["metrics_address"]) for record in routers)
+        return self._of_routers("metrics_address")
 
     @property
     def router_admins(self) -> tuple[str, ...]:
         """Each router's door for its operator; "" is none."""
-        routers = [m.started.record for m in self._members if m.kind == "router" and m.started]
-        return tuple(str(record["admin_address"]) for record in routers)
+        return self._of_routers("admin_address")
+
+    def _of_routers(self, field: str) -> tuple[str, ...]:
+        return tuple(str(m.started.record[field]) for m in self._members if m.kind == "router" and m.started)
 
     @property
     def pids(self) -> dict[str, int]:
@@ -101,7 +100,7 @@ class Cluster:
 
     def check(self) -> None:
         """What can be said of the cluster before anything is started. Raises `DeployError`."""
-        self._model()
+        read_model(self.config)
 
     def start(self) -> None:
         """Returns when every server is up. Raises `DeployError`, and leaves nothing behind, when one is not."""
@@ -112,22 +111,29 @@ class Cluster:
             raise
 
     def _start(self) -> None:
-        model = self._model()
+        model = read_model(self.config)
+        if not self.config.ray_address:
+            self._check_store_dir(model)
         if self.redis_url:
             asyncio.run(check_given(self.redis_url, self.config.cluster))
         if not self.config.router_hosts and (problem := not_to_be_had(given_ports(self.config))):
             raise StartFailed(problem)
+        self._check_interrupt()
         self.folders[0].mkdir(mode=0o700)
         on_ray.join(self.config.ray_address, self.folders[0] / "ray", self.cluster_id)
         machines, own = self._wait_for_machines()
         placements = place(self.config, machines)
+        if own in usable(self.config, machines):
+            self._check_store_dir(model)
+        self._check_interrupt()
         self._start_redis(own)
         self._report(f"ray: {_count(len(machines), 'machine')}, redis: {'embedded' if self._redis else 'given'}")
         if self.config.pin_cores:
             for address, cores in sorted({(p.machine.address, p.machine.cores) for p in placements if p.is_crowded}):
                 self._report(f"{address}: more threads than its {_count(cores, 'core')}, so no node is pinned to any")
         self.wire_key = new_wire_key() if self.config.store_encryption else ""
-        layout, pieces = self._layout(model, placements), kv_pieces(self.config.widths, model)
+        device = "cuda" if any(placement.num_gpus for placement in placements) else "cpu"
+        layout, pieces = layout_of(self.config, model, device), kv_pieces(self.config.widths, model)
         self._specs = Specs(
             self.config, self.cluster_id, self.redis_url, layout, pieces, self.wire_key, new_cluster_token()
         )
@@ -137,27 +143,32 @@ class Cluster:
         self._wait_until_routed()
 
     def _add(self, placed: Iterable[PlacedSpec]) -> list[Member]:
-        added = on_ray.add(placed)
+        added = on_ray.add([*placed])  # all of them are known, or none is started
         self._members += added
         return added
 
     def scale(self, config: ClusterConfig) -> list[str]:
-        """Adds nodes, then drains and removes others, until there are as many as `config` says; returns what was done.
+        """Forgets nodes that were lost with a machine, adds nodes, then drains and removes others, until there are as
+        many as `config` says; returns what was done.
 
         Raises `DeployError`; what was new is gone then, and the rest as it was.
         """
-        placements = [member.placed.placement for member in self._members if member.placed.placement is not None]
-        wanted = Counter(config.roles)
-        by_role = {
-            role: [p.node_id for p in placements if p.role == role and p.rank == 0]
-            for role in wanted | Counter(p.role for p in placements)
-        }
-        gone = {name for role, names in by_role.items() for name in sorted(names, key=_number)[wanted[role] :]}
         machines, _ = self._machines()
+        lines = self._forget_lost(machines)
+        placements = [member.placed.placement for member in self._members if member.placed.placement is not None]
+        gone = surplus(config, placements)
         new = place(config, machines, [placement for placement in placements if placement.node_id not in gone])
-        lines = self._grow(new) + self._shrink(gone)
+        lines += self._grow(new) + self._shrink(gone)
         self.config = config
         return lines or ["nothing to do"]
+
+    def _forget_lost(self, machines: Collection[Machine]) -> list[str]:
+        """Ray starts a server again on its own machine or nowhere; a node is lost with any of its ranks."""
+        there = {machine.ray_node_id for machine in machines}
+        away = [member for member in self._members if member.placed.machine.ray_node_id not in there]
+        lost = {member.node_id for member in away} - {""}
+        self._remove([m for m in self._members if m.node_id in lost or (m in away and m.kind == "store")])
+        return [f"{node_id} was lost with its machine" for node_id in sorted(lost)]
 
     def _grow(self, placements: Sequence[Placement]) -> list[str]:
         with_stores = {member.placed.machine.ray_node_id for member in self._members if member.kind == "store"}
@@ -197,19 +208,28 @@ class Cluster:
 
         Returns what it could not remove, in words; an empty list is how it should be.
         """
-        if on_ray.is_joined():
-            for kinds in (("router",), ("node", "rank"), ("store",)):
-                members = [member for member in self._members if member.kind in kinds]
-                # Ranks that follow are told with their leader, and leave behind it.
-                leaderless = {member.node_id for member in members if member.kind == "node" and not member.started}
-                up = [member for member in members if member.started and member.node_id not in leaderless]
-                on_ray.call("stop", up, self.config.stop_timeout_s)
-                with_store = {m.placed.machine.ray_node_id for m in self._members if m.kind == "store"}
-                last = [m for m in members if "store" in kinds or m.placed.machine.ray_node_id not in with_store]
-                last = [m for m in last if m.placed.spec.folder not in self.folders]  # those of this machine go below
-                on_ray.call("remove_folder", last, self.config.stop_timeout_s)
-                on_ray.kill(members)
-            on_ray.leave()
+        try:
+            if on_ray.is_joined():
+                self._stop_members()
+                on_ray.leave()
+        finally:  # whatever has become of that Ray
+            left = self._clean_up()
+        return left
+
+    def _stop_members(self) -> None:
+        for kinds in (("router",), ("node", "rank"), ("store",)):
+            members = [member for member in self._members if member.kind in kinds]
+            # Ranks that follow are told with their leader, and leave behind it.
+            leaderless = {member.node_id for member in members if member.kind == "node" and not member.started}
+            up = [member for member in members if member.started and member.node_id not in leaderless]
+            on_ray.call("stop", up, self.config.stop_timeout_s)
+            with_store = {m.placed.machine.ray_node_id for m in self._members if m.kind == "store"}
+            last = [m for m in members if "store" in kinds or m.placed.machine.ray_node_id not in with_store]
+            last = [m for m in last if m.placed.spec.folder not in self.folders]  # those of this machine go below
+            on_ray.call("remove_folder", last, self.config.stop_timeout_s)
+            on_ray.kill(members)
+
+    def _clean_up(self) -> list[str]:
         self._members.clear()
         if self._redis is not None:
             self._redis.stop()
@@ -220,31 +240,19 @@ class Cluster:
 
     # --- the steps of a start ---
 
-    def _model(self) -> ModelConfig:
-        """The model that is to be served, read before anything is started for it."""
-        try:
-            model = ModelConfig.from_pretrained(self.config.model_dir)
-        except UnsupportedModel as error:
-            raise StartFailed(str(error)) from None
-        self._layout(model, ())
-        return model
-
-    def _layout(self, model: ModelConfig, placements: Sequence[Placement]) -> KVLayout:
-        """One layout for all nodes, whatever they run on: their blocks are to fit each other."""
-        device = "cuda" if any(placement.num_gpus for placement in placements) else "cpu"
-        try:
-            layers, heads = kv_pieces(self.config.widths, model)
-            engine = EngineConfig(self.config.dtype, device, self.config.block_size)
-            return kv_layout(model, dataclasses.replace(engine, kv_layer_pieces=layers, kv_head_pieces=heads))
-        except UnsupportedModel as error:
-            raise StartFailed(str(error)) from None
+    def _check_store_dir(self, model: ModelConfig) -> None:
+        """This machine's: its store would say the same, but only once the rest has started."""
+        sweep(self.config.store_base)
+        slot_bytes = layout_of(self.config, model).block_bytes
+        if problem := unusable(self.config.store_base, self.config.store_bytes, slot_bytes):
+            raise StartFailed(problem)
 
     def _wait_for_machines(self) -> tuple[list[Machine], Machine]:
         """`_machines`, once at least `min_machines` are there that this cluster may use."""
         deadline = time.monotonic() + self.config.start_timeout_s
         while True:
             machines, own = self._machines()
-            if (count := self._num_wanted(machines, own)) >= self.config.min_machines:
+            if (count := num_usable(self.config, machines, own)) >= self.config.min_machines:
                 return machines, own
             self._check_patience(deadline, [f"{self.config.min_machines - count} machines more than the {count} there"])
             time.sleep(POLL_S)
@@ -252,13 +260,6 @@ class Cluster:
     def _machines(self) -> tuple[list[Machine], Machine]:
         """All machines of this Ray, and the one that this process runs on."""
         return on_ray.machines(is_own=not self.config.ray_address)
-
-    def _num_wanted(self, machines: Sequence[Machine], own: Machine) -> int:
-        try:
-            wanted = [*usable(self.config, machines), *router_machines(self.config, machines, own)]
-        except ConfigError:  # one that is named is not there, or not yet
-            return 0
-        return len({machine.ray_node_id for machine in wanted})
 
     def _start_redis(self, own: Machine) -> None:
         if not self.redis_url:
@@ -287,20 +288,19 @@ class Cluster:
         time.sleep(max(0.0, begin + ROUTER_POLL_S - time.monotonic()))
 
     def _check_patience(self, deadline: float, waiting_for: Iterable[str]) -> None:
-        if self._interrupt.is_set():
-            raise Interrupted("stopped while it was starting")
+        self._check_interrupt()
         if time.monotonic() > deadline:
             raise StartFailed(f"not up within {self.config.start_timeout_s:g} s: {', '.join(waiting_for)}")
+
+    def _check_interrupt(self) -> None:
+        if self._interrupt.is_set():
+            raise Interrupted("stopped while it was starting")
 
     def _note(self, member: Member) -> None:
         assert member.started is not None
         if member.kind == "node":
             self._on_part(member.name, 1.0)
         self._report(f"{member.name} is up on {member.placed.machine.address}, pid {member.started.pid}")
-
-
-def _number(node_id: str) -> int:
-    return int(node_id.rpartition("-")[2])
 
 
 def _count(number: int, noun: str) -> str:

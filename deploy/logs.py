@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -82,14 +83,17 @@ def head(level: str, name: str, created_s: float) -> dict[str, Any]:
 
 
 class JsonLines(io.TextIOBase):
-    """Makes each line of a stream a JSON object: what Ray forwards loses its prefix, plain words become a message."""
+    """Makes each line of a stream a JSON object: what Ray forwards loses its prefix, plain words become a message.
+
+    Several threads may write, each its own lines, in as many parts as it likes.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._part = ""
+        self._own = threading.local()
 
     def write(self, text: str) -> int:
-        *lines, self._part = (self._part + text).split("\n")
+        *lines, self._own.part = (getattr(self._own, "part", "") + text).split("\n")
         for line in lines:
             if line.strip():
                 self._stream.write(as_json(line) + "\n")

@@ -40,6 +40,7 @@ class TargetsFile:
         self._file = file
         self._cluster = cluster
         self._written: list[Target] | None = None
+        self._is_failing = False
         self.routers: Sequence[str] = ()
 
     @property
@@ -47,7 +48,7 @@ class TargetsFile:
         return self._file is not None
 
     def update(self, nodes: Sequence[NodeRecord], arenas: Sequence[ArenaRecord]) -> None:
-        """A file that cannot be written is a line in the log: the cluster goes on."""
+        """Where it cannot be written, the log says so once, and the cluster goes on."""
         self._write(targets(self._cluster, self.routers, nodes, arenas))
 
     def clear(self) -> None:
@@ -61,6 +62,9 @@ class TargetsFile:
         try:
             part.write_text(json.dumps(now, indent=1) + "\n")
             part.replace(self._file)
-            self._written = now
         except OSError as error:
-            logger.warning("event=no_metrics_targets file=%s error=%s", self._file, error)
+            if not self._is_failing:
+                logger.warning("event=no_metrics_targets file=%s error=%s", self._file, error)
+            self._is_failing = True
+        else:
+            self._written, self._is_failing = now, False

@@ -46,7 +46,7 @@ class NodeCollector(Collector):
             ("kv_cache_usage_perc", "Part of the engine's KV blocks that requests hold; 1 is all.", used),
             ("queued_prefill_tokens", "Prompt tokens that are still to be computed.", record.queued_prefill_tokens),
             ("prefill_tokens_per_second", "Speed of prompts, measured; 0: not yet.", record.prefill_tokens_per_s),
-            ("decode_step_seconds", "Seconds of a decode step, measured; 0: not yet.", record.decode_step_s),
+            ("decode_step_seconds", "Seconds to a stream's next token, measured; 0: not yet.", record.decode_step_s),
             ("node_draining", "1 while the node takes no requests.", float(record.draining)),
         ):
             family = GaugeMetricFamily(f"baton_{name}", words, labels=["model_name", "role"])

@@ -121,6 +121,16 @@ def _new_nodes(config: ClusterConfig, existing: Sequence[Placement]) -> list[tup
     return nodes
 
 
+def surplus(config: ClusterConfig, existing: Sequence[Placement]) -> set[str]:
+    """Nodes that are more than are wanted: of each role, those with the highest numbers."""
+    names: dict[str, list[str]] = {}
+    for placement in existing:
+        if placement.rank == 0:
+            names.setdefault(placement.role, []).append(placement.node_id)
+    num_wanted = Counter(config.roles)
+    return {name for role, ids in names.items() for name in sorted(ids, key=_number)[num_wanted[role] :]}
+
+
 def usable(config: ClusterConfig, machines: Sequence[Machine]) -> list[Machine]:
     """Those that a node of any role may be on, now or later; the others need no store. Raises `ConfigError`."""
     roles = sorted(set(config.roles))
@@ -132,6 +142,15 @@ def router_machines(config: ClusterConfig, machines: Sequence[Machine], own: Mac
     """The machine of each router: the launcher's `own`, or --router-hosts in turn. Raises `ConfigError`."""
     named = _named("router", config.router_hosts, machines) if config.router_hosts else [own]
     return [named[index % len(named)] for index in range(config.routers)]
+
+
+def num_usable(config: ClusterConfig, machines: Sequence[Machine], own: Machine) -> int:
+    """How many machines nodes or routers may be on; 0 as long as one that is named is not there."""
+    try:
+        found = [*usable(config, machines), *router_machines(config, machines, own)]
+    except ConfigError:
+        return 0
+    return len({machine.ray_node_id for machine in found})
 
 
 def _allowed(config: ClusterConfig, role: str, machines: Sequence[Machine]) -> Sequence[Machine]:
@@ -150,3 +169,7 @@ def _named(role: str, names: Sequence[str], machines: Sequence[Machine]) -> list
         there = ", ".join(m.address for m in machines)
         raise ConfigError(f"--{role}-hosts: no Ray machine {', '.join(sorted(unknown))}; there are: {there}")
     return [m for m in machines if not names or {m.address, m.name, *m.tags} & set(names)]
+
+
+def _number(node_id: str) -> int:
+    return int(node_id.rpartition("-")[2])

@@ -1,4 +1,4 @@
-"""The routers' ports that are given by option: that no two are the same, and that they are free before a start."""
+"""Ports that are given by option: that no two are the same, and that those of routers are free before a start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_PORT = 65535
 
 @dataclass(frozen=True)
 class Port:
-    """One that a router is to listen on."""
+    """One that a server is to listen on."""
 
     option: str
     host: str
@@ -30,12 +30,20 @@ def given_ports(config: ClusterConfig) -> list[Port]:
     return [Port(door, host, first + nth) for door, host, first in doors if first > 0 for nth in range(config.routers)]
 
 
+def metrics_ports(config: ClusterConfig) -> list[Port]:
+    """Those of all servers where they are on one machine; elsewhere it is not known yet how many are on each."""
+    if config.ray_address or not config.metrics or not config.metrics_port:
+        return []
+    num_servers = 1 + len(config.roles) + config.routers  # with the store
+    return [Port("--metrics-port", config.host, config.metrics_port + nth) for nth in range(num_servers)]
+
+
 def clash(ports: Sequence[Port]) -> str:
     """What is wrong with them among themselves, in words; "" where nothing is. Pure."""
     seen: dict[int, str] = {}
     for port in ports:
         if port.number > MAX_PORT:
-            return f"{port.option} leaves no port up to {MAX_PORT} for each router"
+            return f"{port.option} leaves no port up to {MAX_PORT} for each server"
         if (other := seen.setdefault(port.number, port.option)) != port.option:
             return f"{port.option} and {other} both ask for port {port.number}"
     return ""

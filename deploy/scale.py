@@ -49,6 +49,7 @@ class Mailbox:
 
     def __init__(self, folder: Path) -> None:
         self._asked, self._answered = folder / "scale.json", folder / "scaled.json"
+        self._unsaid: dict[str, object] = {}  # an answer that found the disk full
 
     def ask(self, request: Request, is_served: Callable[[], bool]) -> list[str]:
         """What was done, in words. Raises `DeployError` for what could not be, or where nobody serves any more."""
@@ -56,8 +57,8 @@ class Mailbox:
             return self._ask(request, is_served)
 
     def _ask(self, request: Request, is_served: Callable[[], bool]) -> list[str]:
-        _put(self._asked, dataclasses.asdict(request))
         try:
+            _put(self._asked, dataclasses.asdict(request))
             while True:
                 answer = _get(self._answered)
                 if answer.get("request_id") == request.request_id:
@@ -65,35 +66,61 @@ class Mailbox:
                 if not is_served():
                     raise DeployError("the cluster went down before it was done")
                 time.sleep(POLL_S)
+        except OSError as problem:
+            raise DeployError(f"--state-dir {self._asked.parent}: cannot be written to: {problem.strerror}") from None
         finally:
-            for file in (self._asked, self._answered):
-                file.unlink(missing_ok=True)
+            self.clear()
         if error := answer.get("error"):
             raise DeployError(str(error))
         lines = answer.get("lines")
         return [str(line) for line in lines] if isinstance(lines, list) else []
 
+    def clear(self) -> None:
+        """Also for a cluster that starts: an asker that was killed may have left what this one is not to do."""
+        for file in (self._asked, self._answered):
+            file.unlink(missing_ok=True)
+
     def serve(self, do: Callable[[Request], list[str]]) -> None:
-        """Does what was asked for since the last call, if anything was, and answers."""
+        """Does what was asked for since the last call, if anything was, and answers. Where the disk is full, a later
+        call answers."""
+        is_new = not self._unsaid
+        if is_new:
+            fields = self._take()
+            if fields is None:
+                return
+            self._unsaid = _done(fields, do)
+        try:
+            _put(self._answered, self._unsaid)
+            self._unsaid = {}
+        except OSError as error:
+            if is_new:
+                logger.warning("event=scale_unanswered file=%s error=%s", self._answered, error)
+
+    def _take(self) -> dict[str, object] | None:
         taken = self._asked.with_suffix(".taken")
         try:
             self._asked.replace(taken)  # in one go: what is asked for in between would be lost
-        except FileNotFoundError:
-            return
-        fields = _get(taken)
-        taken.unlink(missing_ok=True)
-        lines: list[str] = []
-        error = ""
-        try:
-            lines = do(Request(**fields))  # type: ignore[arg-type]
-        except TypeError:
-            error = "the cluster that is up is of another version"
-        except DeployError as problem:
-            error = str(problem)
-        except Exception as problem:  # the cluster goes on
-            logger.exception("event=scale_failed")
-            error = f"{type(problem).__name__}: {problem}"
-        _put(self._answered, {"request_id": fields.get("request_id"), "lines": lines, "error": error})
+            fields = _get(taken)
+            taken.unlink()
+        except OSError:  # nobody asked
+            return None
+        return fields
+
+
+def _done(fields: dict[str, object], do: Callable[[Request], list[str]]) -> dict[str, object]:
+    """The answer to what was asked for, once that is done."""
+    lines: list[str] = []
+    error = ""
+    try:
+        lines = do(Request(**fields))  # type: ignore[arg-type]
+    except TypeError:
+        error = "the cluster that is up is of another version"
+    except DeployError as problem:
+        error = str(problem)
+    except Exception as problem:  # the cluster goes on
+        logger.exception("event=scale_failed")
+        error = f"{type(problem).__name__}: {problem}"
+    return {"request_id": fields.get("request_id"), "lines": lines, "error": error}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,15 +25,17 @@ from kvstore.directory import Directory
 from kvstore.errors import DirectoryUnavailable
 
 WATCH_S = 1.0
+POLL_S = 0.1
 DOWN_TIMEOUT_S = 60.0
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Runs a cluster until SIGINT, SIGTERM or SIGHUP."""
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP, which nohup spares it."""
     begin = time.monotonic()
     config, interrupt = config_from(args), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: interrupt.set())
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: interrupt.set())
     if config.log_format == "json":
         sys.stderr = logs.JsonLines(sys.stderr)  # what Ray forwards and what is said comes there, too
     logs.configure(config.log_level, config.log_format)
@@ -53,6 +55,7 @@ def _serve(
 
     bar, mailbox = StartBar(len(config.roles)), Mailbox(state_dir.folder)
     cluster = Cluster(config, say, interrupt, bar.show)
+    mailbox.clear()
     state = ServeState(
         pid=os.getpid(),
         start_ticks=start_ticks(os.getpid()),
@@ -93,26 +96,54 @@ def _serve(
 async def _watch(
     redis_url: str, cluster: str, interrupt: threading.Event, targets: TargetsFile, work: Callable[[], None]
 ) -> None:
-    """Tells of nodes that come and go, and does `work` now and then, until someone interrupts."""
+    """Tells of nodes that come and go until someone interrupts. Beside that, on a thread, as a drain takes minutes,
+    `work` is done again and again; it is over when this returns."""
     directory = Directory(redis_url, cluster)
+    working = asyncio.create_task(_keep_working(work, interrupt))
+    try:
+        await _tell(directory, interrupt, targets)
+    finally:
+        interrupt.set()  # to `work`, where it was a failure that ended this
+        await working
+        await directory.close()
+
+
+async def _keep_working(work: Callable[[], None], interrupt: threading.Event) -> None:
+    try:
+        while not interrupt.is_set():
+            await asyncio.to_thread(work)
+            await asyncio.sleep(POLL_S)
+    finally:
+        interrupt.set()  # a failure ends the watch: half of it would go unseen
+
+
+async def _tell(directory: Directory, interrupt: threading.Event, targets: TargetsFile) -> None:
     known: dict[str, str] = {}
-    due = 0.0
+    due, is_heard = 0.0, True
     while not interrupt.is_set():
-        work()
         if time.monotonic() >= due:
             due = time.monotonic() + WATCH_S
             try:
-                nodes = await directory.nodes()
-                now = {node.node_id: node.incarnation for node in nodes}
-                targets.update(nodes, await directory.arenas() if targets.is_kept else ())
-            except DirectoryUnavailable:
-                continue  # the nodes go on without Redis, and so does the watch
-            for line in changes(known, now):
-                say(line)
-            known |= now
-            known |= {node_id: "" for node_id in known if node_id not in now}
-        await asyncio.sleep(0.1)
-    await directory.close()
+                known = await _look(directory, targets, known)
+            except DirectoryUnavailable:  # the nodes go on without it, and so does the watch
+                if is_heard:
+                    say("Redis does not answer: requests go on, but nobody hears of blocks and nodes that are new")
+                is_heard = False
+            else:
+                if not is_heard:
+                    say("Redis answers again")
+                is_heard = True
+        await asyncio.sleep(POLL_S)
+
+
+async def _look(directory: Directory, targets: TargetsFile, known: Mapping[str, str]) -> dict[str, str]:
+    """Tells of what has changed since `known`, and returns what is known now; as in `changes`."""
+    nodes = await directory.nodes()
+    targets.update(nodes, await directory.arenas() if targets.is_kept else ())
+    now = {node.node_id: node.incarnation for node in nodes}
+    for line in changes(known, now):
+        say(line)
+    return dict.fromkeys(known, "") | now
 
 
 def changes(known: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

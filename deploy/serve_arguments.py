@@ -9,6 +9,7 @@ from deploy import logs
 from deploy.config import ClusterConfig, ConfigError, DeployError, parse_bytes
 from deploy.config_file import add_config_argument
 from deploy.locks import add_lock_arguments, locks_from
+from deploy.ports import clash, given_ports, metrics_ports
 from deploy.redis_url import redis_url_from
 from deploy.state import add_state_argument
 from kvstore.eviction import ADMISSIONS, POLICIES
@@ -65,7 +66,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store-disk-dir", type=Path, metavar="DIR", help="where blocks on disk lie, also after the cluster stops")
     add("--max-model-len", type=int, default=0, metavar="TOKENS", help="default: the model's")
     add("--max-batched-tokens", type=int, default=512, metavar="TOKENS", help="in one step of a node (default 512)")
-    add("--max-requests", type=int, default=64, metavar="N", help="at a time on one node (default 64)")
+    add("--max-requests", type=int, default=64, metavar="N", help="in a node's step; more go by turns (default 64)")
     add("--num-threads", type=int, default=0, metavar="N", help="of each node; default: cores / nodes of its machine")
     add(
         "--pin-cores",
@@ -158,7 +159,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
     if args.model is None:
         raise ConfigError("no MODEL: name its folder on the command line, or as `model` in the --config file")
     default = 0 if args.both else 1
-    return ClusterConfig(
+    config = ClusterConfig(
         model_dir=args.model,
         prefill=default if args.prefill is None else args.prefill,
         decode=default if args.decode is None else args.decode,
@@ -180,7 +181,7 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         block_size=args.block_size,
         kv_bytes=args.kv_memory,
         store_bytes=args.store_memory,
-        store_base=args.store_dir,
+        store_base=args.store_dir.absolute(),
         store_encryption=args.store_encryption,
         store_tcp=args.store_tcp,
         store_eviction=args.store_eviction,
@@ -204,6 +205,9 @@ def config_from(args: argparse.Namespace) -> ClusterConfig:
         status_page=args.status_page,
         otlp_endpoint=args.otlp_endpoint,
     )
+    if problem := clash([*given_ports(config), *metrics_ports(config)]):  # nodes that are added later can do without
+        raise ConfigError(problem)
+    return config
 
 
 def _redis_url(args: argparse.Namespace) -> str:

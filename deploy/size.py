@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pipeline-parallel-size", type=int, default=1, metavar="PP", help="stages of a node (default 1)")
     add("--dtype", choices=["auto", *ITEM_BYTES], default="auto", help="default: the model's")
     add("--max-batched-tokens", type=int, default=512, metavar="TOKENS", help="in one step (default 512)")
-    add("--max-requests", type=int, default=64, metavar="N", help="at a time on one node (default 64)")
+    add("--max-requests", type=int, default=64, metavar="N", help="in a node's step; more go by turns (default 64)")
     add("--max-model-len", type=int, default=0, metavar="TOKENS", help="default: the model's")
     add("--prefill-tokens-per-s", type=float, metavar="X", help="of all prefill nodes: also count arena and network")
     add("--arena-seconds", type=float, default=60.0, metavar="S", help="of it that arenas are to hold (default 60)")

@@ -108,13 +108,17 @@ class StateDir:
         self.sweep()
 
     def write(self, state: ServeState) -> None:
+        """Raises `DeployError`, of a full disk for one."""
         part = self._file.with_suffix(".part")
-        part.unlink(missing_ok=True)  # of a process that was killed: its mode may be any
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            is_private = stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600  # some file systems know no modes
-            kept = state if is_private else dataclasses.replace(state, wire_key="")
-            file.write(json.dumps(dataclasses.asdict(kept)))
-        part.replace(self._file)
+        try:
+            part.unlink(missing_ok=True)  # of a process that was killed: its mode may be any
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                is_private = stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600  # some file systems know no modes
+                kept = state if is_private else dataclasses.replace(state, wire_key="")
+                file.write(json.dumps(dataclasses.asdict(kept)))
+            part.replace(self._file)
+        except OSError as error:
+            raise DeployError(f"--state-dir {self.folder}: cannot be written to: {error.strerror}") from None
 
     def read(self) -> ServeState | None:
         try:

@@ -19,7 +19,7 @@ def say(line: str) -> None:
 def show(line: str, where: TextIO | None = None) -> None:
     """On standard output, or elsewhere. A full disk behind it, or a reader who left, is no reason to stop a cluster."""
     with contextlib.suppress(OSError):
-        print(line, file=where or sys.stdout, flush=True)
+        print(f"{line}\n", end="", file=where or sys.stdout, flush=True)  # in one go: other threads say something, too
 
 
 def console() -> Console:

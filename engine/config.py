@@ -104,7 +104,7 @@ class EngineConfig:
     kv_cache_bytes: int = 256 * 1024 * 1024
     max_model_len: int = 0  # tokens of prompt and output; 0: the model's, capped to what the pool can hold
     max_num_batched_tokens: int = 512  # token budget of one step
-    max_num_requests: int = 64  # at a time
+    max_num_requests: int = 64  # in one step; more decodes take turns
     enable_prefix_caching: bool = True
     num_threads: int = 0  # 0: torch's default
     kv_layer_pieces: int = 1  # a block is cut into so many pieces by layers, to suit the stages of all nodes

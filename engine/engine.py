@@ -329,7 +329,7 @@ class Engine:
             free_blocks=self._pool.num_free,
             total_blocks=self._pool.num_blocks,
             prefill_tokens_per_s=self._speed.prefill_tokens_per_s,
-            decode_step_s=self._speed.decode_step_s,
+            decode_step_s=self._speed.decode_step_s * max(1.0, num_running / self._scheduler.num_places),  # by turns
         )
 
     def check_integrity(self) -> None:

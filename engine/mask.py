@@ -6,6 +6,7 @@ failover) need not move any state of it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from engine.errors import InvalidRequest
 from engine.request import Request
+
+logger = logging.getLogger(__name__)
 
 WORD_BITS = 32
 
@@ -29,7 +32,7 @@ class TokenMask(Protocol):
         """Sets the bits of the tokens that may follow `output_ids`; bit 0 of word 0 is token 0.
 
         `words` is `[ceil(vocab / 32)]`, all zero at first. `output_ids` grows from call to call. Raises
-        `InvalidRequest` when no mask can be computed, which ends the request.
+        `InvalidRequest` when no mask can be computed, which ends the request; so does any other exception.
         """
 
 
@@ -75,6 +78,9 @@ def fill_masks(requests: Sequence[Request], vocab_size: int) -> Masks | None:
             index_of[row] = index
         except InvalidRequest as error:
             errors[row] = error
+        except Exception as error:  # others' code: it may cost its own request, not the engine that all of them share
+            logger.exception("event=mask_failed request=%s", requests[row].request_id)
+            errors[row] = InvalidRequest("sampling.grammar", f"its mask failed with {type(error).__name__}: {error}")
     return Masks(words, vocab_size, index_of, errors)
 
 

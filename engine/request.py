@@ -15,6 +15,7 @@ from kvstore.blocks import BlockHash, hash_blocks
 
 if TYPE_CHECKING:
     from engine.mask import TokenMask
+    from engine.penalties import SeenTokens
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 300
@@ -129,6 +130,8 @@ class Request:
     num_late_hit_tokens: int = 0  # computed here for other requests while this one waited
     num_new_tokens: int = 0  # sampled by this engine
     num_published_blocks: int = 0  # leading full blocks already reported in an output
+    last_chunk: int = 0  # the number of its newest one among all of the scheduler's; 0: none yet
+    seen_tokens: SeenTokens | None = None  # what penalties made of token_ids so far; None: nobody asked
     arrived_s: float = 0.0  # time.perf_counter() when an engine accepted it
     started_s: float | None = None  # time.perf_counter() of its first step; None: it still waits
 
@@ -201,4 +204,4 @@ class EngineLoad:
     free_blocks: int  # cached but unreferenced blocks count as free
     total_blocks: int
     prefill_tokens_per_s: float
-    decode_step_s: float
+    decode_step_s: float  # what a running request waits for its next token

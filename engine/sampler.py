@@ -1,6 +1,6 @@
 """Samples a token: a pure function of (logits, tokens so far, params, seed, position), so that a request continues
-unchanged on another node, in another batch and after a preemption. Knows no generator, no state and no engine. A mask
-depends only on the tokens so far, so it does not change that.
+unchanged on another node, in another batch and after a preemption. Knows no generator, no state and no engine. A mask,
+and what penalties remember, depend only on the tokens so far, so they do not change that.
 
 Randomness is counter-based: one uniform number for each (seed, position), from splitmix64. It is looked up in the
 distribution's cumulative sum over token ids. That sum is not sorted by probability, because two tokens of nearly
@@ -10,7 +10,6 @@ equal probability could then swap places, and change the text, on the last bit o
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from engine.errors import InvalidRequest
 from engine.mask import Masks
+from engine.penalties import has_penalties, penalised
 from engine.request import OutputToken, Request, SamplingParams
 
 MASK_64 = 2**64 - 1
@@ -37,9 +37,7 @@ def sample_all(
     largest = _argmax(logits) if any(is_plain) else []
     masked = {} if masks is None else _sample_masked(logits, requests, eos_token_ids, masks)
     return [
-        OutputToken(largest[row])
-        if is_plain[row]
-        else masked.get(row) or _sample_one(logits[row], request, eos_token_ids)
+        OutputToken(largest[row]) if is_plain[row] else masked.get(row) or sample(logits[row], request, eos_token_ids)
         for row, request in enumerate(requests)
     ]
 
@@ -57,23 +55,15 @@ def _sample_masked(
     for row in masks.rows:
         if row not in sampled:
             [allowed] = masks.allowed([row], logits.device)
-            sampled[row] = _sample_one(logits[row], requests[row], eos_token_ids, allowed)
+            sampled[row] = sample(logits[row], requests[row], eos_token_ids, allowed)
     return sampled
-
-
-def _sample_one(
-    logits: Tensor, request: Request, eos_token_ids: Sequence[int], allowed: Tensor | None = None
-) -> OutputToken:
-    prompt = request.token_ids[: request.num_prompt_tokens]
-    output = request.token_ids[request.num_prompt_tokens :]
-    return sample(logits, prompt, output, request.params, eos_token_ids, allowed)
 
 
 def _is_greedy(params: SamplingParams, num_output_tokens: int) -> bool:
     """Whether only the largest logit, or the largest allowed one, matters."""
     if params.temperature != 0.0 or params.logprobs is not None or params.logit_bias:
         return False
-    return not _has_penalties(params) and num_output_tokens >= params.min_tokens
+    return not has_penalties(params) and num_output_tokens >= params.min_tokens
 
 
 def _is_masked_greedy(request: Request) -> bool:
@@ -98,13 +88,8 @@ def _argmax_of(scores: Tensor, allowed: Tensor) -> list[int]:
     ]
 
 
-def sample(  # noqa: PLR0913
-    logits: Tensor,
-    prompt_ids: Sequence[int],
-    output_ids: Sequence[int],
-    params: SamplingParams,
-    eos_token_ids: Sequence[int],
-    allowed: Tensor | None = None,
+def sample(
+    logits: Tensor, request: Request, eos_token_ids: Sequence[int], allowed: Tensor | None = None
 ) -> OutputToken:
     """The next token of one request. `logits` is float32 `[vocab]` and is not modified.
 
@@ -114,22 +99,22 @@ def sample(  # noqa: PLR0913
     `allowed`, bool `[vocab]`, is what a mask allows, at least one token; None: all. No other token is ever sampled.
     min_tokens and ignore_eos postpone the end only as long as the mask allows anything else.
     """
-    scores = logits
+    params, scores = request.params, logits
     if params.logit_bias:
         scores = _biased(scores, params.logit_bias)
-    if _has_penalties(params):
-        scores = _penalised(scores, prompt_ids, output_ids, params)
+    if has_penalties(params):
+        scores = penalised(scores, request)
     allowed_ids = None
     if allowed is not None:
         # Forbidden tokens are removed, so that not even rounding can select them.
-        allowed_ids = _without_ends(allowed, len(output_ids), params, eos_token_ids).nonzero()[:, 0]
+        allowed_ids = _without_ends(allowed, request.num_output_tokens, params, eos_token_ids).nonzero()[:, 0]
         scores = scores[allowed_ids]
-    elif len(output_ids) < params.min_tokens:
+    elif request.num_output_tokens < params.min_tokens:
         scores = _without(scores, (*eos_token_ids, *params.stop_token_ids))
     if params.temperature == 0.0:
         index = int(scores.argmax())
     else:
-        index = _draw(scores, params, uniform(params.seed, len(prompt_ids) + len(output_ids)))
+        index = _draw(scores, params, uniform(params.seed, request.num_tokens))
     token_id = index if allowed_ids is None else int(allowed_ids[index])
     return _output_token(token_id, logits, params.logprobs)
 
@@ -168,24 +153,6 @@ def _without_ends(
     others = allowed.clone()
     others[[token_id for token_id in ends if token_id < allowed.shape[0]]] = False
     return others if bool(others.any()) else allowed
-
-
-def _has_penalties(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-
-def _penalised(scores: Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int], params: SamplingParams) -> Tensor:
-    """Repetition counts prompt and output (like transformers), presence and frequency only the output (like OpenAI)."""
-    scores = scores.clone()
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*prompt_ids, *output_ids}), dtype=torch.int64, device=scores.device)
-        old = scores[seen]
-        scores[seen] = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
-    counts = Counter(output_ids)
-    ids = torch.tensor(list(counts), dtype=torch.int64, device=scores.device)
-    times = torch.tensor(list(counts.values()), dtype=scores.dtype, device=scores.device)
-    scores[ids] -= params.presence_penalty + params.frequency_penalty * times
-    return scores
 
 
 def _without(scores: Tensor, token_ids: Sequence[int]) -> Tensor:

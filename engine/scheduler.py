@@ -8,6 +8,7 @@ same thing.
 - If it does, the request that came last is preempted: its tokens are kept, and its full blocks stay in the prefix cache
   while there is room. If there is no later request to preempt, the growing one stalls and keeps its blocks.
 - Decode steps come first, then prompts, begun or not, in the order of `engine.order`; equals in order of arrival.
+- More decodes than fit in a step take turns, those first that have waited the longest; one place is left for prompts.
 - Requests that already have their blocks (they were held) may overtake a head of the queue that finds no room: they
   take nothing from it and will give blocks back.
 - A request whose prompt is to be scored hits nothing until then, and has small chunks: each of their tokens has logits.
@@ -63,8 +64,10 @@ class Scheduler:
         self._block_size = block_size
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_requests = max_num_requests
+        self.num_places = min(max_num_requests, max_num_batched_tokens)  # for decodes, in a step
         self._enable_prefix_caching = enable_prefix_caching
         self._num_preempted = 0
+        self._num_chunks = 0
 
     # --- a request's life ---
 
@@ -131,15 +134,11 @@ class Scheduler:
         `now_s` is on the clock of `Request.arrived_s`. While the speed is 0.0 (unknown), prompts are computed in order
         of arrival, those that have begun first.
         """
-        running, waiting = self._with_status(RequestStatus.RUNNING), self._with_status(RequestStatus.WAITING)
-        decoding = [request for request in running if _num_left(request) <= 1]
-        others = [request for request in running if _num_left(request) > 1] + waiting
-        if prefill_tokens_per_s > 0.0:
-            others.sort(key=lambda request: _rank(request, now_s, prefill_tokens_per_s))
+        waiting = self._with_status(RequestStatus.WAITING)
         chunks: list[Chunk] = []
         budget, is_blocked, num_preempted = self._max_num_batched_tokens, False, self._num_preempted
         scorable = MAX_SCORED_TOKENS
-        for request in decoding + others:
+        for request in self._in_order(waiting, now_s, prefill_tokens_per_s):
             if budget == 0 or len(chunks) == self._max_num_requests:
                 break
             is_scoring = request.is_scoring
@@ -161,6 +160,23 @@ class Scheduler:
         chunks = [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
         return chunks or self._unblock(waiting)
 
+    def _in_order(self, waiting: list[Request], now_s: float, prefill_tokens_per_s: float) -> list[Request]:
+        running = self._with_status(RequestStatus.RUNNING)
+        decoding = [request for request in running if _num_left(request) <= 1]
+        others = [request for request in running if _num_left(request) > 1] + waiting
+        tails = [request for request in others if self._is_tail(request)]
+        if prefill_tokens_per_s > 0.0:
+            others.sort(key=lambda request: _rank(request, now_s, prefill_tokens_per_s))
+        num_streams = len(decoding) + sum(bool(r.num_output_tokens and r.block_table) for r in others)
+        if num_streams <= self.num_places:
+            return decoding + others
+        return _by_turns(decoding + tails, others, self.num_places)
+
+    def _is_tail(self, request: Request) -> bool:
+        """Whether what is left of an output's KV is its last block's, as of one that comes from a prefill node."""
+        is_short = request.num_output_tokens > 0 and _num_left(request) <= self._block_size
+        return is_short and self._num_missing(request) <= 0
+
     def _unblock(self, waiting: list[Request]) -> list[Chunk]:
         """If nothing can run, because all hold blocks that others need, the request that came first takes them."""
         if not waiting or not self._make_room(waiting[0]):
@@ -170,6 +186,8 @@ class Scheduler:
 
     def _start(self, request: Request, budget: int) -> Chunk:
         request.status = RequestStatus.RUNNING
+        self._num_chunks += 1
+        request.last_chunk = self._num_chunks
         return self._chunk(request, budget)
 
     def _chunk(self, request: Request, budget: int) -> Chunk:
@@ -270,6 +288,18 @@ def _scored(request: Request, start: int, end: int) -> range:
     """Positions whose next token is the prompt's and has no logprob yet; one that was preempted has some."""
     assert request.prompt_logprobs is not None
     return range(max(start, len(request.prompt_logprobs.logprobs)), min(end, request.num_prompt_tokens - 1))
+
+
+def _by_turns(streams: list[Request], others: list[Request], num_places: int) -> list[Request]:
+    """Streams, the one that has waited the longest first, and one place for those of `others` that are none.
+
+    Without it a prompt would wait for as long as streams come.
+    """
+    streams.sort(key=lambda request: request.last_chunk)
+    among_streams = set(streams)
+    num_first = max(1, num_places - 1)
+    rest = [request for request in others if request not in among_streams]
+    return streams[:num_first] + rest + streams[num_first:]
 
 
 def _num_left(request: Request) -> int:

@@ -7,7 +7,6 @@ milliseconds, releases Python's lock meanwhile, and should run on a thread.
 
 from __future__ import annotations
 
-import functools
 import json
 import threading
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from grammar.source import FIELD, Grammar
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-MAX_KEPT = 32  # compiled grammars; most clients send the same one again and again
 MAX_REASON_CHARS = 300
 # Without a bound a model may emit white space forever. Pretty printing needs a line break and its indent.
 JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}", "lenient": False}
@@ -46,13 +44,9 @@ class Compiler:
         self._vocab_size = vocab_size
         self._reading = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._compiled = functools.lru_cache(MAX_KEPT)(self._compile)
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
-        """A new matcher at the beginning of the text. Raises `InvalidGrammar`, `NoGrammars`."""
-        return self._compiled(grammar).deep_copy()
-
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+        """A newly compiled matcher at the beginning of the text. Raises `InvalidGrammar`, `NoGrammars`."""
         tokenizer = self._read_tokenizer()
         try:
             matcher = LLMatcher(tokenizer, _to_library(grammar), log_level=0, limits=LIMITS)

@@ -1,8 +1,9 @@
 """What can go wrong with a grammar.
 
 GrammarError
-├── InvalidGrammar  a client's grammar is too large, malformed, matches nothing, or exceeds the limits on work
-└── NoGrammars      the model's tokenizer or its lack of end tokens allows no grammar at all
+├── InvalidGrammar   a client's grammar is too large, malformed, matches nothing, or exceeds the limits on work
+├── NoGrammars       the model's tokenizer or its lack of end tokens allows no grammar at all
+└── TooManyGrammars  too many others wait to be compiled; nothing is wrong with this one
 """
 
 from __future__ import annotations
@@ -23,3 +24,7 @@ class InvalidGrammar(GrammarError):
 
 class NoGrammars(GrammarError):
     """No grammar can be enforced with this model."""
+
+
+class TooManyGrammars(GrammarError):
+    """The queue of grammars is full; another process may take it, or this one a little later."""

@@ -75,6 +75,7 @@ class Announcer:
             try:
                 await self.round()
             except Exception:  # if this task ended, the arena would be forgotten
+                self._lose()
                 logger.exception("event=announce_failed arena=%s", self._record().arena_id)
                 await asyncio.sleep(self._heartbeat_s)
             timeout_s = max(0.0, self._beat_at_s - time.monotonic())
@@ -89,22 +90,33 @@ class Announcer:
         self._wake.clear()
         self._stop_alarm()
         flushes, self._flushes = self._flushes, []
-        is_due = time.monotonic() >= self._beat_at_s
         try:
-            if is_due:
-                self._beat_at_s = time.monotonic() + self._heartbeat_s
-                self._is_complete &= await self._directory.heartbeat_arena(self._record(), self._ttl_s)
-            if is_due or not self._is_away:
+            if self._is_due or not self._is_away:
+                await self._beat()
                 await self._flush()
                 self._turn(is_away=False)
         except DirectoryUnavailable as error:
-            # It is unknown what arrived: when Redis is back, everything is announced again.
-            self._is_complete = False
+            self._lose()
             self._turn(is_away=True, reason=str(error))
         finally:
             for waiting in flushes:
                 if not waiting.done():
                     waiting.set_result(None)
+
+    def _lose(self) -> None:
+        """To be called when it is unknown what arrived. All will be announced again, so pending changes are dropped."""
+        self._is_complete = False
+        self._changes.clear()
+
+    @property
+    def _is_due(self) -> bool:
+        return time.monotonic() >= self._beat_at_s
+
+    async def _beat(self) -> None:
+        """Sends a heartbeat, if it is due. To be called between all round trips, as there may be many of them."""
+        if self._is_due:
+            self._beat_at_s = time.monotonic() + self._heartbeat_s
+            self._is_complete &= await self._directory.heartbeat_arena(self._record(), self._ttl_s)
 
     def _wake_within(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
@@ -121,9 +133,10 @@ class Announcer:
     async def _flush(self) -> None:
         arena_id = self._record().arena_id
         while self._changes or not self._is_complete:
+            await self._beat()
             if not self._is_complete:
                 self._changes.clear()
-                await self._directory.announce_all(arena_id, self._inventory(), self._ttl_s)
+                await self._directory.announce_all(arena_id, self._inventory(), self._ttl_s, self._beat)
                 self._is_complete = True
                 continue
             batch = dict(itertools.islice(self._changes.items(), _BATCH))

@@ -23,9 +23,10 @@ FREE, WRITING, READY = 0, 1, 2
 
 # A header is eight aligned 64-bit words, each read and written atomically:
 # generation, state, length, key (two words), checksum (xxh3_64 of the payload), last access, and, of the first slot's
-# header only, whether the store is draining.
+# header only, whether the store is draining; of the last slot's, if there are at least two, the latest change of any.
 _WORDS = HEADER_BYTES // 8
 _GENERATION, _STATE, _LENGTH, _KEY, _CHECKSUM, _LAST_ACCESS, _DRAINS = 0, 1, 2, 3, 5, 6, 7
+_CHANGE = _DRAINS
 NO_KEY = bytes(HASH_BYTES)
 
 
@@ -76,6 +77,7 @@ class ArenaMap:
         self._words = self._headers.cast("Q")
         self._slots = buffer[slots_offset(num_slots) :]
         self._stride = slot_stride(slot_bytes)
+        self._change_at = (num_slots - 1) * _WORDS + _CHANGE if num_slots > 1 else None
 
     @property
     def is_draining(self) -> bool:
@@ -85,6 +87,15 @@ class ArenaMap:
     @is_draining.setter
     def is_draining(self, value: bool) -> None:
         self._words[_DRAINS] = value
+
+    @property
+    def change(self) -> int:
+        """Identifies the latest change of a header: a new number after each change; no number is ever used again.
+
+        Whoever changes a header writes it after the change. So a reader that read it before the headers, and finds it
+        the same later, has missed nothing. Of two changes made at the same time, either may count as the latest.
+        """
+        return self.generation(0) if self._change_at is None else self._words[self._change_at]
 
     def has(self, slot: int) -> bool:
         """Whether there is such a slot."""
@@ -134,12 +145,17 @@ class ArenaMap:
         generation = self._words[at + _GENERATION] + 1
         self._words[at + _GENERATION] = generation
         self._fill(at, WRITING, 0, key, 0)
+        self._changed(slot, generation)
         return generation
 
     def finish(self, slot: int, generation: int, key: bytes, checksum: int) -> None:
         """Marks a slot that was begun with `generation` as holding a block. Idempotent."""
-        self._fill(slot * _WORDS, READY, self.slot_bytes, key, checksum)
-        self._words[slot * _WORDS + _GENERATION] = generation + 1
+        at = slot * _WORDS
+        is_change = self._words[at + _GENERATION] != generation + 1  # no change may be reported twice
+        self._fill(at, READY, self.slot_bytes, key, checksum)
+        self._words[at + _GENERATION] = generation + 1
+        if is_change:
+            self._changed(slot, generation + 1)
 
     def clear(self, slot: int, generation: int) -> None:
         """Marks a slot that was begun with `generation` as holding nothing, even if it was finished meanwhile."""
@@ -147,6 +163,11 @@ class ArenaMap:
         self._words[at + _GENERATION] = generation + 2  # odd, and not what a reader of a finished block has seen
         self._fill(at, FREE, 0, NO_KEY, 0)
         self._words[at + _GENERATION] = generation + 3
+        self._changed(slot, generation + 3)
+
+    def _changed(self, slot: int, generation: int) -> None:
+        if self._change_at is not None:
+            self._words[self._change_at] = generation * self.num_slots + slot
 
     def _fill(self, at: int, state: int, length: int, key: bytes, checksum: int) -> None:
         self._words[at + _STATE] = state

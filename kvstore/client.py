@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _HERE_BYTES = 4 << 20  # what a single thread would copy alone: waking one takes longer than copying 1 MiB
 _MIN_BYTES_PER_S = 1e6  # a slower transfer counts as broken, if no limit was given
 _AVOID_S = 5.0  # how long a store that did not answer is avoided
+_FAIR_S = 0.2  # an arena that had less time than this, and sent nothing, may still be one that answers
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class KVClient:
 
         What other machines have not sent within `limit_s` is a miss: a caller who can compute the blocks by then need
         not find out whether a hanging wire will ever move again. A store that sent nothing is avoided for a while; one
-        that is only slow is not, as `links` knows its speed.
+        that is only slow is not, as `links` knows its speed, nor is one that was asked too late to answer in time.
 
         `into` has each block's final place. A wire that can receives blocks there, and the payload's view is that
         place. Nothing is written there any more once `fetch` has ended, even by a cancellation.
@@ -306,7 +307,7 @@ class KVClient:
         found: dict[int, Payload] = {}
         step = self._wire.capabilities.num_blocks(self._slot_bytes)
         for start in range(0, len(indices), step):
-            if start and time.monotonic() >= deadline_s:
+            if deadline_s - time.monotonic() <= (_FAIR_S if start else 0.0):
                 break
             part = indices[start : start + step]
             hashes = [match.hashes[index] for index in part]
@@ -325,7 +326,10 @@ class KVClient:
         deadline_s: float,
         into: Sequence[memoryview] | None,
     ) -> Outcome:
-        """Fetches the leading run of `hashes`. An arena that failed, or sent nothing, is avoided for a while."""
+        """Fetches the leading run of `hashes`. An arena that failed, or sent nothing, is avoided for a while.
+
+        Not so if the transfer spent its time waiting behind others: a busy arena would be avoided for being busy.
+        """
         began_s, outcome = time.monotonic(), Outcome(State.PENDING)
         longest_s = self._timeout_s + len(hashes) * self._slot_bytes / _MIN_BYTES_PER_S
         limit_s = max(0.0, min(longest_s, deadline_s - began_s))
@@ -336,13 +340,17 @@ class KVClient:
         finally:
             self._wire.cancel(ticket)
             transfer.end(len(outcome.payloads), began_s, time.monotonic())
-        if outcome.state is State.PENDING and outcome.payloads:
-            came, asked = len(outcome.payloads), len(hashes)
-            logger.info("event=fetch_slow arena=%s blocks=%d of=%d limit_s=%.2f", record.arena_id, came, asked, limit_s)
-        elif outcome.state is not State.COMPLETED:
+        if outcome.state is State.COMPLETED:
+            return outcome
+        had_s = time.monotonic() - max(began_s, outcome.begun_at_s)  # negative where its turn never came
+        is_at_fault = had_s >= 0.0 if outcome.state is State.FAILED else had_s >= _FAIR_S and not outcome.payloads
+        if is_at_fault:
             reason = outcome.reason or f"no answer within {limit_s:.1f} s"
             logger.warning("event=fetch_failed arena=%s error=%r", record.arena_id, reason)
             self._avoided[record.arena_id] = time.monotonic() + _AVOID_S
+        else:
+            came, asked = len(outcome.payloads), len(hashes)
+            logger.info("event=fetch_slow arena=%s blocks=%d of=%d limit_s=%.2f", record.arena_id, came, asked, limit_s)
         return outcome
 
     def _begin_trouble(self, name: str, error: Exception) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -103,14 +103,25 @@ class Directory:
         async with self._bounded():
             return bool(await self._update(args=[self._prefix, arena_id, "", b"".join(gone), pack_places(blocks)]))
 
-    async def announce_all(self, arena_id: str, blocks: Sequence[tuple[BlockHash, int]], ttl_s: float) -> None:
-        """Replaces the whole inventory of an arena that has a heartbeat. Until it is complete, it counts as lost."""
+    async def announce_all(
+        self,
+        arena_id: str,
+        blocks: Sequence[tuple[BlockHash, int]],
+        ttl_s: float,
+        between: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        """Replaces the whole inventory of an arena that has a heartbeat. Until it is complete, it counts as lost.
+
+        This may take longer than `ttl_s`: `between` is called before each part, to keep the arena alive.
+        """
         ttl_ms = int(ttl_s * 1000)
         async with self._bounded():
             await self._begin(args=[self._prefix, arena_id, ttl_ms])
         for start in range(0, max(1, len(blocks)), _BATCH_BLOCKS):
             batch = pack_places(blocks[start : start + _BATCH_BLOCKS])
             last = [ttl_ms] if start + _BATCH_BLOCKS >= len(blocks) else []
+            if between is not None:
+                await between()
             async with self._bounded():
                 is_there = await self._update(args=[self._prefix, arena_id, "?", b"", batch, *last])
             if not is_there:

@@ -1,7 +1,8 @@
 """Which slot of a mapped arena holds which block, read from the slots' headers: no call, no directory, no delay.
 
-A hint like the directory's, but up to date: a block is found as soon as it is committed. A look-up makes one numpy pass
-over the generations; only slots whose generation has changed are read again.
+A hint like the directory's, but up to date: a block is found as soon as it is committed. A look-up reads a single word
+if nothing has changed. Otherwise it makes one numpy pass over the generations; only slots whose generation has changed
+are read again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class SlotIndex:
         self._map = arena_map
         self._generations = np.frombuffer(headers, np.uint64)[::_WORDS]
         self._seen = np.zeros_like(self._generations)  # generations when last read; 0 for empty slots
+        self._change = -1  # the arena's latest change, as read before the last pass; -1 before the first pass
         self._slots: dict[BlockHash, int] = {}
         self._blocks: dict[int, BlockHash] = {}  # by slot
         self._twins: dict[BlockHash, set[int]] = {}  # further slots of blocks that two writers wrote at the same time
@@ -44,6 +46,10 @@ class SlotIndex:
         return [self._slots.get(block_hash) for block_hash in hashes]
 
     def _look(self) -> None:
+        change = self._map.change  # read first: any change after this gets another number
+        if change == self._change:
+            return
+        self._change = change
         now = self._generations.copy()
         changed: list[int] = np.flatnonzero(now != self._seen).tolist()
         self._seen = now  # a slot that changes while it is read below is read again next time

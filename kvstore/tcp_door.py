@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import socket
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +40,7 @@ _STALL_S = 5.0  # how long a reader may accept nothing of its answer
 _READ_BYTES = 1 << 16
 _MAX_BUFFERS = 512  # per call; the kernel takes 1024
 _ACCEPT_PAUSE_S = 0.1  # when no descriptor is left
+_LOG_EVERY_S = 1.0
 
 
 class TcpDoor:
@@ -57,6 +60,9 @@ class TcpDoor:
         self._refuse = refuse
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-tcp")
         self._readers: set[asyncio.Task[None]] = set()
+        self._waiting: dict[asyncio.Task[None], None] = {}  # those that may ask now; idle for longest first
+        self._num_ended = self._num_refused = 0  # because all connections were taken
+        self._told_s = -math.inf
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
 
@@ -90,20 +96,42 @@ class TcpDoor:
                 logger.warning("event=accept_failed socket=tcp error=%r", error)
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
-            if len(self._readers) >= _MAX_READERS:
+            if len(self._readers) >= _MAX_READERS and not self._make_room():
                 stream.close()
                 continue
             task = asyncio.create_task(self._serve(stream))
             self._readers.add(task)
             task.add_done_callback(self._readers.discard)
 
+    def _make_room(self) -> bool:
+        """Ends the connection that has been idle for longest; its reader opens another when it needs one.
+
+        Returns False if all connections are being answered.
+        """
+        longest = next(iter(self._waiting), None)
+        if longest is None:
+            self._num_refused += 1
+        else:
+            self._num_ended += 1
+            del self._waiting[longest]
+            longest.cancel()
+        if time.monotonic() >= self._told_s + _LOG_EVERY_S:
+            self._told_s = time.monotonic()
+            words = "event=readers_full socket=tcp readers=%d ended=%d refused=%d"
+            logger.warning(words, _MAX_READERS, self._num_ended, self._num_refused)
+        return longest is not None
+
     async def _serve(self, stream: socket.socket) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
             tune(stream)
             unpacker, patience_s = Unpacker(), _FIRST_QUESTION_S
             while True:
+                self._waiting[task] = None
                 async with asyncio.timeout(patience_s):
                     question = await _question(stream, unpacker)
+                del self._waiting[task]
                 await self._answer(stream, question)
                 patience_s = _NEXT_QUESTION_S
         except BadFrame as error:
@@ -115,6 +143,7 @@ class TcpDoor:
         except Exception:
             logger.exception("event=message_failed socket=tcp")
         finally:
+            self._waiting.pop(task, None)
             stream.close()
 
     async def _answer(self, stream: socket.socket, question: Get) -> None:

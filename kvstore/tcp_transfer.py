@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import time
 from collections import deque
@@ -105,6 +106,7 @@ class Transfer:
     ) -> None:
         self.receiver = Receiver(request_id, hashes, slot_bytes, into)
         self.outcome: Outcome | None = None
+        self._begun_at_s = 0.0
         self._loop = asyncio.get_running_loop()
         self.over: asyncio.Future[None] = self._loop.create_future()
         self._question = pack(Get(request_id, hashes))
@@ -119,6 +121,7 @@ class Transfer:
 
     def start(self, link: Link, threads: ThreadPoolExecutor, patience_s: float) -> None:
         """Queues for its turn."""
+        self._begun_at_s = math.inf
         self._link, self._threads = link, threads
         self._patience = Patience(patience_s, link.num_bytes(), time.monotonic())
         self._timer = self._loop.call_later(self._patience.look_s, self._look)
@@ -127,6 +130,7 @@ class Transfer:
     def begin(self) -> None:
         """It is its turn. If a connection is idle the question is sent now, before anything else is prepared."""
         assert self._link is not None
+        self._begun_at_s = time.monotonic()
         self._stream = self._link.take()
         if self._stream is not None:
             with suppress(OSError):  # no room, or an error that shows again when the rest is sent
@@ -151,7 +155,7 @@ class Transfer:
             self._waiting.discard(waiting)
 
     def so_far(self, state: State, reason: str = "") -> Outcome:
-        return Outcome(state, list(self.receiver.payloads), reason)
+        return Outcome(state, list(self.receiver.payloads), reason, self._begun_at_s)
 
     def finish(self, state: State, reason: str = "") -> None:
         """Sets the outcome (the first one counts); nothing is written for this transfer any more."""

@@ -43,11 +43,15 @@ class Outcome:
 
     COMPLETED with fewer than requested: the arena does not have the next one (any more), or has other bytes for it.
     FAILED: something is wrong with the arena or the way to it; `reason` says what.
+
+    `begun_at_s` is when the transfer's turn came, by the monotonic clock, on a wire where transfers take turns, and
+    `math.inf` until then: a transfer that has requested nothing yet says nothing about the arena.
     """
 
     state: State
     payloads: Sequence[Payload] = ()
     reason: str = ""
+    begun_at_s: float = 0.0
 
 
 class Wire(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ class _Connection:
         while self.queue and len(self.asking) < _TURNS:
             transfer = self.queue.popleft()
             self.asking.append(transfer)
-            transfer.advance()
+            transfer.take_turn()
         self._is_choosing = False
 
 
@@ -145,14 +146,21 @@ class _Transfer:
         self._payloads: list[Payload] = []
         self._connection: _Connection | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._begun_at_s = 0.0
 
     def begin(self, connection: _Connection, timeout_s: float) -> None:
+        """Queues for its turn."""
+        self._begun_at_s = math.inf
         self._connection = connection
         self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
         connection.enter(self)
 
+    def take_turn(self) -> None:
+        self._begun_at_s = time.monotonic()
+        self.advance()
+
     def so_far(self, state: State, reason: str = "") -> Outcome:
-        return Outcome(state, list(self._payloads), reason)
+        return Outcome(state, list(self._payloads), reason, self._begun_at_s)
 
     def finish(self, state: State, reason: str = "") -> None:
         """Requests nothing more. What was already requested still comes, and is dropped."""

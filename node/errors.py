@@ -2,7 +2,7 @@
 
 NodeError
 ├── Draining   the node takes no new requests; another one may
-└── Busy       the queue is full, or no room became free in time
+└── Busy       a queue is full, or no room became free in time
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from llguidance import LLMatcher
 
@@ -12,8 +10,12 @@ from batonpb import common_pb2
 from engine.errors import InvalidRequest
 from engine.mask import Words
 from grammar.compiler import Compiler, check
-from grammar.errors import GrammarError
+from grammar.errors import GrammarError, TooManyGrammars
+from grammar.queue import GrammarQueue
 from grammar.source import Grammar, grammar_of
+from node.errors import Busy
+
+MAX_KEPT = 32  # compiled grammars; most clients send the same one again and again
 
 
 class GrammarMask:
@@ -44,16 +46,17 @@ class GrammarMasks:
     """Makes the masks of one node."""
 
     def __init__(self, compiler: Compiler) -> None:
-        self._compiler = compiler
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._matchers = GrammarQueue(compiler.matcher, MAX_KEPT)
 
     async def mask(self, sampling: common_pb2.SamplingParams) -> GrammarMask | None:
-        """The mask of a request; None if it has no grammar. Raises `InvalidRequest`."""
+        """The mask of a request; None if it has no grammar. Raises `InvalidRequest`, `Busy`."""
         try:
             grammar = grammar_of(sampling)
             if grammar is None:
                 return None
-            loop = asyncio.get_running_loop()
-            return GrammarMask(await loop.run_in_executor(self._thread, self._compiler.matcher, grammar), grammar)
+            matcher = await self._matchers.get(grammar)
+            return GrammarMask(matcher.deep_copy(), grammar)
+        except TooManyGrammars as error:
+            raise Busy(str(error)) from error
         except GrammarError as error:
             raise InvalidRequest(error.field, error.problem) from error

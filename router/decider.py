@@ -19,7 +19,7 @@ from router.hits import Hit
 from router.journal import Journal, decision
 from router.journey import Journey, RoutedRequest
 from router.line import Demand
-from router.plan import Plan, Rates, Reject
+from router.plan import Plan, Rates, Reason, Reject
 from router.policy import DEFAULT, POLICIES
 from router.warming import Warming
 
@@ -72,7 +72,9 @@ class Decider:
             handoff_s=accuracy.handoffs.seconds,
             overtaking_share=accuracy.overtaking.share,
         )
-        chosen = self._policy(view, cluster, begin_s, self._rng, rates)
+        chosen: Plan | Reject = Reject(Reason.BUSY)
+        if not journey.is_refused:
+            chosen = self._policy(view, cluster, begin_s, self._rng, rates)
         kept = decision(self._name, view, len(cluster), chosen)
         self.journal.decided(request.salt, request.request_id, kept)
         rejection = chosen.reason.name if isinstance(chosen, Reject) else ""

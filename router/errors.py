@@ -3,7 +3,7 @@
 RouterError
 ├── InvalidRequest      INVALID_ARGUMENT; names the field and the limit
 ├── Unauthenticated     UNAUTHENTICATED; no key, or one that is nobody's
-├── ClusterBusy         RESOURCE_EXHAUSTED; every node that could take the request refused it
+├── ClusterBusy         RESOURCE_EXHAUSTED; no node that was asked has room for it, or the router for its grammar
 ├── TryLater            RESOURCE_EXHAUSTED; nothing was spent on it, and it says when to come again
 │   ├── WouldBeLate     no node is predicted to keep the request's own limits
 │   └── RateLimited     the tenant, or everybody, asks for more than is allowed
@@ -41,7 +41,7 @@ class Unauthenticated(RouterError):
 
 
 class ClusterBusy(RouterError):
-    """There are nodes, but none of them has room."""
+    """There are nodes, but those that the request would go to have no room; or too many grammars wait here."""
 
 
 class TryLater(RouterError):
@@ -114,3 +114,8 @@ class UnusableTls(RouterError):
 
 class UnusableTraces(RouterError):
     """Traces are to be sent somewhere, but the packages for it are missing."""
+
+
+def said(error: Exception) -> str:
+    """An error's words for a log: one line, whatever of a client's they repeat."""
+    return "".join(char if char.isprintable() else " " for char in str(error))

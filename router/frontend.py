@@ -22,6 +22,7 @@ from router.errors import ClusterUnavailable
 from router.grammar import GrammarChecker
 from router.journal import part_id
 from router.journey import RoutedRequest
+from router.lead import Lead, after
 from router.limits import Turnstile, Visit
 from router.merge import merge
 from router.observer import Observer
@@ -37,6 +38,7 @@ from router.validate import (
     check_detokenize,
     check_length,
     check_model,
+    check_priority,
     check_prompt,
     check_scores,
     check_tokens,
@@ -46,7 +48,8 @@ from router.validate_chat import Chat
 INLINE_CHARS = 2048  # texts up to this size are tokenised on the event loop: a thread would cost more
 INLINE_TOKENS = 512  # likewise, to make text of them
 # Of n answers to a prompt of this many tokens, the others set out when the first has its first token, and hit what that
-# computed. At once, they would be computed in one step with it, each anew; which is sooner for a short prompt only.
+# computed. At once, they would be computed in one step with it, each anew; which is sooner for a short prompt only, and
+# never where its logprobs are asked for: they are computed once, for all answers.
 LEADING_TOKENS = 128
 
 
@@ -160,14 +163,15 @@ class Frontend:
     def _parts(self, request: RoutedRequest, count: int) -> list[RoutedRequest]:
         """The requests that so many answers take: each with a seed of its own, and a name of its own if not alone."""
         parts = []
+        is_leading = len(request.prompt_ids) >= LEADING_TOKENS or request.prompt_logprobs is not None
         for index in range(count):
             sampling = common_pb2.SamplingParams()
             sampling.CopyFrom(request.sampling)
             is_given = sampling.HasField("seed")
             sampling.seed = (sampling.seed + index) % (1 << 64) if is_given else self._rng.getrandbits(64)
             name = request.request_id if count == 1 else part_id(request.request_id, index)
-            is_led = index > 0 and len(request.prompt_ids) >= LEADING_TOKENS
-            parts.append(replace(request, request_id=name, sampling=sampling, has_begun=is_led))
+            part = replace(request, request_id=name, sampling=sampling)
+            parts.append(replace(part, has_begun=is_leading, prompt_logprobs=None) if index else part)
         if count > 1:
             self._decider.journal.forget(request.salt, request.request_id)  # an older request of that name
         return parts
@@ -176,17 +180,17 @@ class Frontend:
         self, parts: Sequence[RoutedRequest], form: Form, timelines: Sequence[Timeline]
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """The parts' answers, all at once but for those that wait for the first one's beginning."""
-        begins = asyncio.Event()
+        lead = Lead()
         streams = []
         for index, (part, timeline) in enumerate(zip(parts, timelines, strict=True)):
-            stream = self._answer(part, replace(form, index=index), timeline, begins)
-            streams.append(_after(begins, stream) if part.has_begun else stream)
+            stream = self._answer(part, replace(form, index=index), timeline, lead)
+            streams.append(after(lead, stream) if part.has_begun else stream)
         return streams[0] if len(streams) == 1 else merge(streams)
 
     async def _answer(
-        self, request: RoutedRequest, form: Form, timeline: Timeline, begins: asyncio.Event
+        self, request: RoutedRequest, form: Form, timeline: Timeline, lead: Lead
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """One answer. `begins` is set with its first response."""
+        """One answer. What it has for others is there with its first response."""
         answer = Answer(request, form, self._tokenizer, timeline)
         with self.observer.answer() as watched:
             async with aclosing(self._dispatcher.run(request, timeline)) as journey:
@@ -195,7 +199,7 @@ class Frontend:
                     if response.finish_reason:
                         self._decider.finished(request, response.timeline)
                         self.observer.finished(watched, request, response)
-                    begins.set()
+                    lead.tell(progress.prompt_logprobs)
                     yield response
                     if response.finish_reason:
                         return
@@ -227,6 +231,7 @@ class Frontend:
         """Fills in what the model and this router decide, but for the seed: tokens, length, end tokens, whose cache."""
         pool = self._pool()
         check_model(checked.model, pool.model)
+        check_priority(checked.priority, caller.tenant.least_priority)
         await self._grammars.check(checked.sampling, checked.chat)
         prompt_ids = await self._tokenise(checked, pool)
         is_ours = checked.token_ids is None and self._tokenizer.largest_id < pool.vocab_size
@@ -286,13 +291,3 @@ class Frontend:
         if pool is None:
             raise ClusterUnavailable("no node has been seen yet")
         return pool
-
-
-async def _after(
-    event: asyncio.Event, stream: AsyncGenerator[inference_pb2.GenerateResponse, None]
-) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-    """The stream, which is not begun before the event."""
-    await event.wait()
-    async with aclosing(stream):
-        async for response in stream:
-            yield response

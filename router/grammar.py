@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 from batonpb import common_pb2
 from grammar.compiler import Compiler
-from grammar.errors import GrammarError
+from grammar.errors import GrammarError, TooManyGrammars
+from grammar.queue import GrammarQueue
 from grammar.source import Grammar, grammar_of
-from router.errors import InvalidRequest
+from router.errors import ClusterBusy, InvalidRequest
 from router.tokenizer import Tokenizer
 from router.tool_grammar import TOOLS, hold_to_tools, schemas
 from router.validate_chat import Chat
 
 MAX_VERDICTS = 256
+Verdict = tuple[str, str] | None  # a field and the problem with it
 
 
 class GrammarChecker:
@@ -28,13 +27,13 @@ class GrammarChecker:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._compiler = Compiler(tokenizer.folder, sorted(tokenizer.eos_token_ids))
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-        self._verdict = functools.lru_cache(MAX_VERDICTS)(self._compile)
+        self._verdicts = GrammarQueue(self._compile, MAX_VERDICTS)
 
     async def check(self, sampling: common_pb2.SamplingParams, chat: Chat | None = None) -> None:
-        """Raises `InvalidRequest`, with the field and the reason. Costs nothing if there is no grammar.
+        """Raises `InvalidRequest`, with the field and the reason, and `ClusterBusy` if too many grammars wait.
 
-        If the chat's tools determine the grammar, `sampling` has it afterwards, in place of the client's.
+        Costs nothing if there is no grammar. If the chat's tools determine the grammar, `sampling` has it afterwards,
+        in place of the client's.
         """
         if problem := await self._problem(sampling):
             raise InvalidRequest(*problem)
@@ -49,18 +48,20 @@ class GrammarChecker:
                 return f"parameters of {name!r}: {problem[1]}"
         return ""
 
-    async def _problem(self, sampling: common_pb2.SamplingParams) -> tuple[str, str] | None:
-        """A field and the problem with it, or None."""
+    async def _problem(self, sampling: common_pb2.SamplingParams) -> Verdict:
         try:
             grammar = grammar_of(sampling)
         except GrammarError as error:
             return error.field, error.problem
         return None if grammar is None else await self._verdict_of(grammar)
 
-    async def _verdict_of(self, grammar: Grammar) -> tuple[str, str] | None:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._verdict, grammar)
+    async def _verdict_of(self, grammar: Grammar) -> Verdict:
+        try:
+            return await self._verdicts.get(grammar)
+        except TooManyGrammars as error:
+            raise ClusterBusy(str(error)) from error
 
-    def _compile(self, grammar: Grammar) -> tuple[str, str] | None:
+    def _compile(self, grammar: Grammar) -> Verdict:
         try:
             self._compiler.matcher(grammar)
         except GrammarError as error:

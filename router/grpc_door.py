@@ -22,6 +22,7 @@ from router.errors import (
     Unauthenticated,
     UnknownRequest,
     WouldBeLate,
+    said,
 )
 from router.frontend import Caller, Frontend
 from router.rejection import metadata_of
@@ -130,7 +131,7 @@ async def _statuses(context: grpc.aio.ServicerContext, method: str) -> AsyncIter
         yield
     except RouterError as error:
         code = STATUSES.get(type(error), grpc.StatusCode.INTERNAL)
-        logger.info("event=refused method=%s code=%s %s", method, code.name, error)
+        logger.info("event=refused method=%s code=%s %s", method, code.name, said(error))
         await context.abort(code, str(error), trailing_metadata=metadata_of(error, code))
     except grpc.aio.AbortError:
         raise

@@ -1,13 +1,12 @@
-"""From the core's responses to what OpenAI's clients read: dicts, ready for JSON. Pure; no pydantic, to be quick.
+"""One of a call's answers as OpenAI's clients read it: dicts, ready for JSON. Pure; no pydantic, to be quick.
 
-A `Choice` is one of a call's answers. `delta` makes a stream's next piece of a response, `add` and `whole` one object
-of all of them.
+A `Choice` takes the core's responses. `delta` makes a stream's next piece of one, `add` and `whole` an object of all.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 from batonpb import common_pb2, inference_pb2
@@ -21,9 +20,7 @@ FINISH = {
 
 
 class Choice(Protocol):
-    """One answer of a call, as it grows. `prompt_logprobs`: where they are to be shown by themselves."""
-
-    prompt_logprobs: list[Json | None] | None
+    """One answer of a call, as it grows."""
 
     def delta(self, response: inference_pb2.GenerateResponse) -> Json | None:
         """What is new, for a stream; None: nothing to show yet."""
@@ -34,14 +31,22 @@ class Choice(Protocol):
     def whole(self) -> Json: ...
 
 
+class Vocabulary(Protocol):
+    """A model's tokens, as the core knows them."""
+
+    def piece(self, token_id: int) -> bytes:
+        """One as it is written."""
+        ...
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether it is part of texts; special ones are not."""
+        ...
+
+
 class ChatChoice:
     """Of a chat. `num_logprobs` None: none are shown. `is_single_call`: the first tool call alone is shown."""
 
-    def __init__(
-        self, index: int, piece: Piece, num_logprobs: int | None, is_single_call: bool, shows_prompt: bool = False
-    ) -> None:
-        self.prompt_logprobs: list[Json | None] | None = None
-        self._shows_prompt = shows_prompt
+    def __init__(self, index: int, piece: Piece, num_logprobs: int | None, is_single_call: bool) -> None:
         self._index = index
         self._piece = piece
         self._num_logprobs = num_logprobs
@@ -69,8 +74,6 @@ class ChatChoice:
     def add(self, response: inference_pb2.GenerateResponse) -> None:
         self._texts.append(response.text)
         self._new_calls(response)
-        if self._shows_prompt and response.HasField("prompt_logprobs"):
-            self.prompt_logprobs = prompt_entries(response.prompt_logprobs, self._piece)
         self._logprobs += self._entries(response.tokens) or ()
         self._finish = FINISH.get(response.finish_reason)
 
@@ -110,39 +113,34 @@ class ChatChoice:
 class CompletionChoice:
     """Of a completion. A token that is no text by itself is shown as OpenAI shows it: bytes:\\xe2\\x82.
 
-    `is_text` None: the prompt's logprobs do not come before the output's; else it says which tokens are part of a text.
+    `echoes`: the prompt's logprobs come before the output's. `shows_prompt`: they are there by themselves, too.
     """
 
     def __init__(
-        self,
-        index: int,
-        piece: Piece,
-        num_logprobs: int | None,
-        is_text: Callable[[int], bool] | None = None,
-        shows_prompt: bool = False,
+        self, index: int, vocabulary: Vocabulary, num_logprobs: int | None, echoes: bool, shows_prompt: bool
     ) -> None:
-        self.prompt_logprobs: list[Json | None] | None = None
-        self._is_text = is_text
-        self._shows_prompt = shows_prompt
         self._index = index
-        self._piece = piece
+        self._vocabulary = vocabulary
         self._num_logprobs = num_logprobs
+        self._echoes = echoes
+        self._shows_prompt = shows_prompt
         self._texts: list[str] = []
         self._logprobs = _empty_logprobs(num_logprobs)
+        self._prompt_logprobs: list[Json | None] | None = None
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # of the next token's text, in characters
         self._finish: str | None = None
 
     def delta(self, response: inference_pb2.GenerateResponse) -> Json | None:
-        finish, logprobs = FINISH.get(response.finish_reason), self._lists(response)
-        if not (response.text or finish or (logprobs and logprobs["tokens"])):
+        finish, logprobs, prompt = FINISH.get(response.finish_reason), self._lists(response), self._prompt(response)
+        if not (response.text or finish or prompt or (logprobs and logprobs["tokens"])):
             return None
-        return {"index": self._index, "text": response.text, "logprobs": logprobs, "finish_reason": finish}
+        delta = {"index": self._index, "text": response.text, "logprobs": logprobs, "finish_reason": finish}
+        return delta if prompt is None else delta | {"prompt_logprobs": prompt}
 
     def add(self, response: inference_pb2.GenerateResponse) -> None:
         self._texts.append(response.text)
-        if self._shows_prompt and response.HasField("prompt_logprobs"):
-            self.prompt_logprobs = prompt_entries(response.prompt_logprobs, self._piece)
+        self._prompt_logprobs = self._prompt(response) or self._prompt_logprobs
         new = self._lists(response)
         if new is not None:
             for name, values in new.items():
@@ -154,84 +152,49 @@ class CompletionChoice:
         logprobs = None if self._num_logprobs is None else self._logprobs
         text = "".join(self._texts)
         whole = {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": self._finish}
-        return whole | {"prompt_logprobs": self.prompt_logprobs} if self._shows_prompt else whole
+        return whole | {"prompt_logprobs": self._prompt_logprobs} if self._shows_prompt else whole
+
+    def _prompt(self, response: inference_pb2.GenerateResponse) -> list[Json | None] | None:
+        if not (self._shows_prompt and response.HasField("prompt_logprobs")):
+            return None
+        return prompt_entries(response.prompt_logprobs, self._vocabulary.piece)
 
     def _lists(self, response: inference_pb2.GenerateResponse) -> Json | None:
         if self._num_logprobs is None:
             return None
         lists = _empty_logprobs(self._num_logprobs)
-        if self._is_text is not None and response.HasField("prompt_logprobs"):
-            self._begin_with(lists, response.prompt_logprobs, self._is_text)
+        if self._echoes and response.HasField("prompt_logprobs"):
+            self._begin_with(lists, response.prompt_logprobs)
         for token in response.tokens:
-            data = self._piece(token.token_id)
             logprob = finite(token.logprobs.logprob)
-            lists["tokens"].append(_word(data))
-            lists["token_logprobs"].append(logprob)
-            lists["text_offset"].append(self._offset)
-            self._offset += len(self._utf8.decode(data))
+            word = self._append(lists, token.token_id, logprob)
             if self._num_logprobs:
-                tops = [(_word(self._piece(top.token_id)), finite(top.logprob)) for top in token.logprobs.top]
-                lists["top_logprobs"].append(dict(reversed(tops)) | {_word(data): logprob})
+                tops = [(self._word(top.token_id), finite(top.logprob)) for top in token.logprobs.top]
+                lists["top_logprobs"].append(dict(reversed(tops)) | {word: logprob})
         return lists
 
-    def _begin_with(self, lists: Json, scores: common_pb2.PromptLogprobs, is_text: Callable[[int], bool]) -> None:
+    def _begin_with(self, lists: Json, scores: common_pb2.PromptLogprobs) -> None:
         """The prompt's tokens, of which the first has no logprob."""
         for token in scored(scores):
-            data = self._piece(token.token_id)
-            lists["tokens"].append(_word(data))
-            lists["token_logprobs"].append(token.logprob)
-            lists["text_offset"].append(self._offset)
-            if is_text(token.token_id):
-                self._offset += len(self._utf8.decode(data))
+            word = self._append(lists, token.token_id, token.logprob)
             if self._num_logprobs:
-                tops = [(_word(self._piece(one)), logprob) for one, logprob in token.top[: self._num_logprobs]]
-                known = None if token.logprob is None else dict(reversed(tops)) | {_word(data): token.logprob}
+                tops = [(self._word(one), logprob) for one, logprob in token.top[: self._num_logprobs]]
+                known = None if token.logprob is None else dict(reversed(tops)) | {word: token.logprob}
                 lists["top_logprobs"].append(known)
 
+    def _append(self, lists: Json, token_id: int, logprob: float | None) -> str:
+        """One token, but for its alternatives; returns how it is shown."""
+        data = self._vocabulary.piece(token_id)
+        word = _word(data)
+        lists["tokens"].append(word)
+        lists["token_logprobs"].append(logprob)
+        lists["text_offset"].append(self._offset)
+        if self._vocabulary.is_text(token_id):
+            self._offset += len(self._utf8.decode(data))
+        return word
 
-class Totals:
-    """A call's usage. A prompt counts once, whatever its answers; it was cached as far as all of them found it."""
-
-    def __init__(self, num_prompts: int) -> None:
-        self._prompt_tokens = [0] * num_prompts
-        self._cached_tokens: list[int | None] = [None] * num_prompts
-        self._output_tokens = 0
-
-    def add(self, prompt: int, usage: inference_pb2.Usage) -> None:
-        self._prompt_tokens[prompt] = usage.prompt_tokens
-        known = self._cached_tokens[prompt]
-        self._cached_tokens[prompt] = usage.cached_tokens if known is None else min(known, usage.cached_tokens)
-        self._output_tokens += usage.output_tokens
-
-    def usage(self) -> Json:
-        prompt_tokens = sum(self._prompt_tokens)
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": self._output_tokens,
-            "total_tokens": prompt_tokens + self._output_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(cached or 0 for cached in self._cached_tokens)},
-        }
-
-
-class Counts:
-    """How far each choice of a stream has come."""
-
-    def __init__(self, num_choices: int) -> None:
-        self._prompt_tokens = [0] * num_choices
-        self._output_tokens = [0] * num_choices
-
-    def add(self, index: int, response: inference_pb2.GenerateResponse) -> None:
-        self._prompt_tokens[index] += response.prompt_tokens
-        self._output_tokens[index] += len(response.tokens)
-
-    def usage(self, index: int) -> Json:
-        prompt_tokens, output_tokens = self._prompt_tokens[index], self._output_tokens[index]
-        total = prompt_tokens + output_tokens
-        return {"prompt_tokens": prompt_tokens, "completion_tokens": output_tokens, "total_tokens": total}
-
-
-def whole_answer(head: Json, choices: Sequence[Choice], totals: Totals) -> Json:
-    return {**head, "choices": [choice.whole() for choice in choices], "usage": totals.usage()}
+    def _word(self, token_id: int) -> str:
+        return _word(self._vocabulary.piece(token_id))
 
 
 def _empty_logprobs(num_logprobs: int | None) -> Json:

@@ -13,12 +13,13 @@ import uuid
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from router.errors import ClusterUnavailable, RouterError
+from router.errors import ClusterUnavailable, RouterError, said
 from router.frontend import Frontend
+from router.http_call import Call
 from router.http_errors import Failure, RefusedCall, failure_of
 from router.http_ids import REQUEST_ID, is_id, no_id
 from router.http_page import StatusPage
-from router.http_routes import Call, Routes
+from router.http_routes import Routes
 from router.http_stream import STALL_S
 from router.tenants import AUTHORIZATION
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 1024  # connections that wait to be taken
 IDLE_S = 75.0  # how long a connection may wait between requests, or for its first one's headers
+LARGE_BYTES = 1 << 16  # more than a transport buffers without a wait for its client
+MIN_BYTES_PER_S = 1 << 16  # that a client reads of a large answer, beside `stall_s` for all of it
 # A client that vanished without a word is found out, and what it asked for is freed.
 KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
@@ -41,6 +44,7 @@ class HttpDoor:
         page: StatusPage | None = None,
     ) -> None:
         self._frontend = frontend
+        self._stall_s = stall_s
         self._routes = Routes(frontend, metrics, stall_s, page)
         self._calls: set[asyncio.Task[object]] = set()
         self._runner: web.ServerRunner | None = None
@@ -81,7 +85,10 @@ class HttpDoor:
         assert task is not None
         self._calls.add(task)
         try:
-            return await self._answer(request)
+            response = await self._answer(request)
+            if not response.prepared and (response.content_length or 0) > LARGE_BYTES:
+                await self._send(request, response)
+            return response
         finally:
             self._calls.discard(task)
 
@@ -100,9 +107,10 @@ class HttpDoor:
             response = await route.endpoint(call)
         except RouterError as error:
             response = _refusal(failure_of(error, call.renamed))
-            logger.info("event=refused path=%s status=%d %s", request.path, response.status, error)
+            path = request.rel_url.raw_path  # whose spaces and line ends are still encoded
+            logger.info("event=refused path=%s status=%d %s", path, response.status, said(error))
         except Exception as error:
-            logger.exception("event=call_failed path=%s request_id=%s", request.path, call.request_id)
+            logger.exception("event=call_failed path=%s request_id=%s", request.rel_url.raw_path, call.request_id)
             response = _refusal(failure_of(error, call.renamed))
         if not response.prepared:
             response.headers.update(call.headers)
@@ -110,6 +118,20 @@ class HttpDoor:
             if self._is_closing:
                 response.force_close()
         return response
+
+    async def _send(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+        """A large answer, which is not kept for ever for a client who does not read it."""
+        size = response.content_length or 0
+        try:
+            async with asyncio.timeout(self._stall_s + size / MIN_BYTES_PER_S):
+                await response.prepare(request)
+                await response.write_eof()
+        except ConnectionError:
+            pass  # the client hung up, and the server sees that by itself
+        except TimeoutError:
+            logger.info("event=client_gone path=%s has not read %d bytes in time", request.rel_url.raw_path, size)
+            if request.transport is not None:
+                request.transport.abort()
 
 
 class _Connection(web.RequestHandler):

@@ -159,7 +159,7 @@ class Sampled(Closed):
     frequency_penalty: float | None = _in(-2, 2)
     logit_bias: dict[str, float] | None = None
     max_tokens: Uint32 | None = _in(1)
-    prompt_logprobs: Uint32 | None = _in(0, 20)  # vLLM's
+    prompt_logprobs: Int32 | None = _in(0, 20)  # vLLM's
     min_tokens: Uint32 | None = None
     stop_token_ids: Annotated[list[Uint32], Field(max_length=1024, fail_fast=True)] | None = None
     ignore_eos: bool | None = None

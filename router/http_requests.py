@@ -23,7 +23,7 @@ from router.http_models import (
     TokenizeRequest,
     Tool,
 )
-from router.validate import MAX_ANSWERS, MAX_REQUEST_ID_CHARS
+from router.validate import MAX_ANSWERS, MAX_LOGPROBS, MAX_REQUEST_ID_CHARS
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, of completions; a chat goes on as long as the model's length lets it
 MAX_CHOICES = 128  # prompts x n of one call
@@ -55,12 +55,18 @@ class Asked:
     is_single_call: bool = False  # of tools
     echoes_logprobs: bool = False  # the prompt's, in front of the output's
     shows_prompt: bool = False  # the prompt's logprobs by themselves
+    is_chat: bool = False  # which shows them beside the choices, once for all of these
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_scored(self) -> bool:
         """Whether the core tells logprobs of the prompts."""
         return self.echoes_logprobs or self.shows_prompt
+
+    @property
+    def is_large(self) -> bool:
+        """Whether much may be told of each token."""
+        return self.is_scored or self.num_logprobs is not None
 
 
 def ask_chat(request: ChatRequest, request_id: str) -> Asked:
@@ -75,7 +81,7 @@ def ask_chat(request: ChatRequest, request_id: str) -> Asked:
         max_tokens, renamed["max_tokens"] = request.max_completion_tokens, "max_completion_tokens"
     if max_tokens is not None:
         sampling.max_tokens = max_tokens
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("top_logprobs", "needs logprobs to be true")
     num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
     if num_logprobs is not None:
@@ -92,6 +98,7 @@ def ask_chat(request: ChatRequest, request_id: str) -> Asked:
         counts_usage=_includes_usage(request) and bool(_stream_options(request).continuous_usage_stats),
         is_single_call=request.parallel_tool_calls is False,
         shows_prompt=request.prompt_logprobs is not None,
+        is_chat=True,
         renamed=renamed,
     )
 
@@ -150,10 +157,11 @@ def _fill(
     message.model = request.model or ""
     message.n = request.n or 0
     message.priority = request.priority or 0
+    if request.prompt_logprobs is not None and request.prompt_logprobs < 0:
+        problem = f"must be in [0, {MAX_LOGPROBS}] (not all of a vocabulary), got {request.prompt_logprobs}"
+        raise InvalidRequest("prompt_logprobs", problem)
     for name in ("ttft_slo_ms", "tpot_slo_ms", "prompt_logprobs"):
         _copy(message, name, getattr(request, name))
-    if request.prompt_logprobs is not None and request.stream:
-        raise InvalidRequest("prompt_logprobs", "is not told in a stream; echo with logprobs is")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise InvalidRequest("best_of", f"is not supported; only n, which is {request.n or 1}")
     if request.stream_options is not None and not request.stream:

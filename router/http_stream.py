@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
@@ -11,6 +10,7 @@ from aiohttp import web
 
 from batonpb import inference_pb2
 from router.frontend import Caller, Frontend
+from router.http_json import encode, encode_large
 from router.merge import merge
 
 STALL_S = 60.0  # how long a stream waits for its client to read
@@ -21,7 +21,6 @@ HEADERS = {
     "X-Accel-Buffering": "no",  # proxies that know it pass each event on at once
 }
 SMALL_BYTES = 1 << 14  # well below what a transport buffers before it makes its writer wait (64 KiB)
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 DONE = b"data: [DONE]\n\n"
 
 Answers = AsyncGenerator[tuple[int, inference_pb2.GenerateResponse], None]
@@ -57,9 +56,10 @@ class EventStream:
         except ConnectionError as error:
             raise ClientGone(str(error)) from None
 
-    async def send(self, event: object) -> None:
+    async def send(self, event: object, is_large: bool = False) -> None:
         """Raises `ClientGone`."""
-        await self._write(f"data: {_encode(event)}\n\n".encode())
+        data = await asyncio.to_thread(encode_large, event) if is_large else encode(event)
+        await self._write(b"data: " + data + b"\n\n")
 
     async def finish(self) -> web.StreamResponse:
         """The end of an answer that is whole. Raises `ClientGone`."""

@@ -15,6 +15,7 @@ from router.traces import NO_TRACE, Trace
 
 UNFINISHED = common_pb2.FINISH_REASON_UNSPECIFIED
 LASTING_TOKENS = 32  # after this many new tokens since the last failure, failures are counted afresh
+MAX_REFUSALS = 3  # of one leg, for want of room: those nodes were the cheapest, so the others are as full or worse
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class Journey:
         True once a leg of it has failed, too: the failed node may be back by now, under a new incarnation.
         """
         return bool(self.request.has_begun or self.output_ids or self.num_failures)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether enough nodes had no room for a leg: under overload nobody asks them all. What has begun goes on."""
+        return not self.has_begun and any(len(nodes) >= MAX_REFUSALS for nodes in self.refused.values())
 
     @property
     def is_scoring(self) -> bool:

@@ -13,6 +13,7 @@ from router.errors import ClusterBusy, ClusterUnavailable, InvalidRequest, RateL
 
 MINUTE_S = 60.0
 CROWDED_S = 1.0  # when to retry if too many requests run: it is unknown when one will end
+MAX_PRIORITY = 100  # of a request, and as much below 0; smaller values are computed first
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Plan:
 
 class Reason(enum.Enum):
     NO_NODE = "no node is alive"
-    BUSY = "every node that could take the request has refused it"
+    BUSY = "no node that was asked had room for the request"
     TTFT = "the first token would come too late"
     TPOT = "tokens would come too slowly"
 

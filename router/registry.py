@@ -91,7 +91,10 @@ class Registry:
 
     @property
     def pool(self) -> Pool | None:
-        """What the nodes have in common; the last one known while no node is alive, None before the first."""
+        """What most nodes that are up have in common, or most of all nodes if none is up.
+
+        The last one known while no node is alive, None before the first.
+        """
         return self._pool
 
     @property
@@ -100,7 +103,7 @@ class Registry:
         return [self._nodes[node_id] for node_id in sorted(self._nodes)]
 
     def snapshot(self, pool: Pool | None = None) -> Cluster:
-        """The nodes of `pool` (None: the one with most nodes) that can be given work, as of now.
+        """The nodes of `pool` (None: the registry's own) that can be given work, as of now.
 
         It is the registry's own and keeps changing: get it, decide, and do not keep it.
         """
@@ -173,8 +176,13 @@ class Registry:
             for cluster in self._clusters.values():
                 cluster.drop(node.record.node_id)
         self._last_poll_s = started_s
-        self._pool = _common_ground([node.record for node in self._nodes.values()]) or self._pool
+        self._pool = self._served() or self._pool
         self._reckon(now_s)
+
+    def _served(self) -> Pool | None:
+        """Nodes that drain or are down have no vote where others could work: those would stand idle beside them."""
+        nodes = list(self._nodes.values())
+        return _common_ground([node.record for node in nodes if node.state == "up"] or [node.record for node in nodes])
 
     def _reckon(self, now_s: float) -> None:
         """Compares all nodes' speeds, and updates their rows."""
@@ -230,12 +238,15 @@ class Registry:
         )
 
     def _watch(self) -> None:
-        """Breaks off legs without progress; checks nodes that are slow to answer, or did not answer a while ago."""
+        """Breaks off legs without progress; checks nodes that are slow to answer, or did not answer a while ago.
+
+        Only that check says whether a node is down: a single answer may be slow for reasons of its own.
+        """
         now_s, patience = self._clock(), self._patience
         for node in [*self._nodes.values(), *self._left]:
             waits = {leg: now_s - leg.waiting_since_s for leg in node.legs}
             for leg in (leg for leg, wait_s in waits.items() if wait_s > patience.progress_s):
-                leg.break_off(f"made no progress for {patience.progress_s} s")
+                leg.break_off(f"made no progress for {patience.progress_s} s", is_down=False)
             is_slow = any(wait_s > patience.stall_s for wait_s in waits.values())
             is_cool = node.down_since_s is not None and now_s - node.down_since_s > patience.cool_down_s
             if is_cool or (is_slow and now_s - node.asked_s > patience.stall_s):

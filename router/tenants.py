@@ -8,6 +8,7 @@ in engines nor in arenas. Keys are never kept, only their SHA-256; keys are long
     key_sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
     kv_memory = "2GiB"  # of each machine's arena; without it there is no bound
     requests_per_minute = 600  # and so on, see `router.limits.Allowance`; without them there is no bound
+    least_priority = -5  # of his requests, the smaller one is computed first; without it 0
 
 `key_sha256` may be a list: while keys are rotated, both the old and the new one are valid.
 """
@@ -26,11 +27,11 @@ from typing import Any
 
 from router.amounts import parse_bytes
 from router.errors import Unauthenticated, UnusableTenants
-from router.limits import Allowance
+from router.limits import MAX_PRIORITY, Allowance
 
 AUTHORIZATION = "authorization"  # of a call's metadata or headers: "Bearer KEY"
 ALLOWANCES = tuple(field.name for field in dataclasses.fields(Allowance))
-FIELDS = ("name", "key_sha256", "kv_memory", *ALLOWANCES)
+FIELDS = ("name", "key_sha256", "kv_memory", "least_priority", *ALLOWANCES)
 MAX_KEYS = 16  # of one tenant
 MAX_ALLOWANCE = 10**12
 UNBOUNDED = Allowance()
@@ -47,6 +48,7 @@ class Tenant:
     name: str = ""
     kv_quota_bytes: int = 0  # in each machine's arena; 0: no bound
     allowance: Allowance = UNBOUNDED
+    least_priority: int = 0  # that his requests may have; the smaller one is computed first
 
     @property
     def salt(self) -> bytes:
@@ -54,7 +56,7 @@ class Tenant:
         return hashlib.sha256(b"baton-tenant\0" + self.name.encode()).digest() if self.name else b""
 
 
-EVERYBODY = Tenant()
+EVERYBODY = Tenant(least_priority=-MAX_PRIORITY)
 
 
 class Tenants:
@@ -145,8 +147,8 @@ def _add(by_digest: dict[bytes, Tenant], table: Mapping[str, Any]) -> None:
     if any(tenant.name == name for tenant in by_digest.values()):
         raise _BadField("name", f"{name!r} is there twice")
     digests = [_digest(text) for text in _digest_texts(table)]
-    allowance = Allowance(**{field: _count(table, field) for field in ALLOWANCES if field in table})
-    tenant = Tenant(name, _quota_bytes(table), allowance)
+    allowance = Allowance(**{field: _whole(table, field, 1, MAX_ALLOWANCE) for field in ALLOWANCES if field in table})
+    tenant = Tenant(name, _quota_bytes(table), allowance, _least_priority(table))
     for digest in digests:
         if digest in by_digest:
             raise _BadField("key_sha256", f"is that of {by_digest[digest].name!r}, too")
@@ -168,10 +170,15 @@ def _digest(text: str) -> bytes:
     return bytes.fromhex(text)
 
 
-def _count(table: Mapping[str, Any], field: str) -> int:
+def _least_priority(table: Mapping[str, Any]) -> int:
+    field = "least_priority"
+    return _whole(table, field, -MAX_PRIORITY, 0) if field in table else 0
+
+
+def _whole(table: Mapping[str, Any], field: str, least: int, most: int) -> int:
     value = table[field]
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_ALLOWANCE:
-        raise _BadField(field, f"must be a whole number from 1 to {MAX_ALLOWANCE}, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise _BadField(field, f"must be a whole number from {least} to {most}, got {value!r}")
     return value
 
 

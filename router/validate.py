@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from batonpb import common_pb2, inference_pb2
 from router.errors import InvalidRequest
+from router.limits import MAX_PRIORITY
 from router.validate_chat import Chat, check_chat
 
 MAX_REQUEST_ID_CHARS = 128
@@ -26,7 +27,6 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_PROMPT_LOGPROBS = 1 << 17  # tokens of a prompt times what is told of each: bounds an answer to about a megabyte
-MAX_PRIORITY = 100
 MAX_BIASES = 300
 MAX_BIAS = 100
 
@@ -122,6 +122,7 @@ def check_answers(request: inference_pb2.GenerateRequest) -> None:
         "request_id",
         f"{longest} characters at most{' with n' if request.n > 1 else ''}, got {length}",
     )
+    _check(request.request_id.isprintable(), "request_id", "must have printable characters only")
     if request.echo:
         _check(request.WhichOneof("prompt") != "chat", "echo", "goes with a text or token prompt only")
 
@@ -138,6 +139,11 @@ def check_detokenize(request: inference_pb2.DetokenizeRequest, vocab_size: int) 
 def check_model(asked: str, served: str) -> None:
     """Raises `InvalidRequest` for a model that is not served here."""
     _check(asked in ("", served), "model", f"{served!r} is the model served here, got {asked[:128]!r}")
+
+
+def check_priority(priority: int, least: int) -> None:
+    """Raises `InvalidRequest` for a request that would go before others and may not: `least` is its tenant's."""
+    _check(priority >= least, "priority", f"must be at least {least} for this tenant, got {priority}")
 
 
 def check_sampling(sampling: common_pb2.SamplingParams, min_max_tokens: int = 1) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from kvstore.blocks import BlockHash
 
-MAX_BLOCKS = 100_000
+MAX_BLOCKS = 100_000  # of all prompts that are remembered, those with the same blocks too
 TTL_S = 30.0  # by then the directory knows, or the node has died
 _NEVER_S = math.inf
 
@@ -28,23 +28,25 @@ class Warming:
         self._ttl_s, self._max_blocks = ttl_s, max_blocks
         self._firsts: dict[BlockHash, dict[str, float]] = {}  # a prompt's first block -> node id -> until when
         self._blocks: dict[str, dict[BlockHash, float]] = {}  # node id -> block -> until when
-        self._num_blocks = 0  # of all nodes
         self._sent: deque[tuple[float, str, Sequence[BlockHash]]] = deque()  # until when, node id; oldest first
+        self._num_blocks = 0  # of all in there, each as often as it was sent
+        self._until_s = -math.inf  # of the last one
 
     def sent(self, hashes: Sequence[BlockHash], node_id: str, now_s: float) -> None:
         """This node will have computed these blocks. `hashes` is kept, and must not change."""
         hashes = hashes[: self._max_blocks]
         if not hashes:
             return
-        until_s = now_s + self._ttl_s
+        # Later than any before: what is promised anew has to show.
+        until_s = self._until_s = max(now_s + self._ttl_s, math.nextafter(self._until_s, math.inf))
         blocks = self._blocks.setdefault(node_id, {})
-        self._num_blocks -= len(blocks)
         blocks.update(dict.fromkeys(hashes, until_s))
-        self._num_blocks += len(blocks)
         self._firsts.setdefault(hashes[0], {})[node_id] = until_s
         self._sent.append((until_s, node_id, hashes))
+        self._num_blocks += len(hashes)
         while self._num_blocks > self._max_blocks or self._sent[0][0] <= now_s:
             before_s, node_id, hashes = self._sent.popleft()
+            self._num_blocks -= len(hashes)
             self._drop(hashes, node_id, before_s)
 
     def forget(self, hashes: Sequence[BlockHash], node_id: str) -> None:
@@ -68,8 +70,8 @@ class Warming:
         """Drops the blocks that were not noted again since."""
         blocks = self._blocks.get(node_id, {})
         for block_hash in hashes:
-            if blocks.get(block_hash, _NEVER_S) <= until_s and blocks.pop(block_hash, None) is not None:
-                self._num_blocks -= 1
+            if blocks.get(block_hash, _NEVER_S) <= until_s:
+                blocks.pop(block_hash, None)
         if not blocks:
             self._blocks.pop(node_id, None)
         nodes = self._firsts.get(hashes[0], {}) if hashes else {}

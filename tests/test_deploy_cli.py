@@ -78,6 +78,12 @@ def test_every_option_arrives() -> None:
     assert http_urls(["127.0.0.1:8000"], has_tls=True) == ["https://127.0.0.1:8000/v1"]
 
 
+def test_a_folder_is_where_the_command_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers and `baton down` run elsewhere."""
+    monkeypatch.chdir("/tmp")
+    assert config_from(parse("--store-dir", "here")).store_base == Path("/tmp/here")
+
+
 # --- the bar of a start ---
 
 
@@ -112,6 +118,8 @@ def test_bar_is_shown_on_a_terminal_only(is_terminal: bool) -> None:
         (["serve", str(POCKET), "--start-timeout", "nan"], "--start-timeout must be above 0"),
         (["serve", str(POCKET), "--otlp-endpoint", "here"], "--otlp-endpoint must be http://"),
         (["serve", str(POCKET), "--port", "8", "--http-port", "8"], "--http-port and --port both ask for port 8"),
+        (["serve", str(POCKET), "--port", "9", "--metrics-port", "8"], "--metrics-port and --port both ask for port 9"),
+        (["serve", str(POCKET), "--store-dir", "/etc/passwd"], "--store-dir /etc/passwd: cannot be written to: Not a"),
         (
             ["serve", str(POCKET), "--host", "203.0.113.7", "--port", "8"],
             "--port 8: cannot listen there on 203.0.113.7",
@@ -286,6 +294,20 @@ def test_explain_shows_each_candidate(
     assert json.loads(capsys.readouterr().out)["decisions"][0]["prefill"][1]["num_hit_blocks"] == 17
     assert main(["explain", "two", "--address", router[1]]) == 1
     assert capsys.readouterr().err == "baton: error: no router keeps a decision on request 'two'\n"
+
+
+def test_explain_asks_the_next_router_where_one_is_away(
+    router: tuple[EchoRouter, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state_dir, pid = StateDir(tmp_path), os.getpid()
+    state_dir.claim()
+    routers = ("127.0.0.1:1", router[1])
+    state_dir.write(ServeState(pid, start_ticks(pid), "default", "0123abcd", "echo", "unix:///x", routers))
+    assert main(["explain", "one", "--state-dir", str(tmp_path)]) == 0
+    assert "decision 1 of 2" in capsys.readouterr().out
+    assert main(["explain", "two", "--state-dir", str(tmp_path)]) == 1
+    assert "UNAVAILABLE" in capsys.readouterr().err, "it may be the one that knows"
+    state_dir.release()
 
 
 def test_generate_from_standard_input_as_json(

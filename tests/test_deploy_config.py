@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.actors import FREE_RESTARTS, MAX_BACKOFF_S, ServerActor, ServerSpec, StartLog, backoff_s, port_file
-from deploy.config import ClusterConfig, ConfigError, DeployError, machine_dir, parse_bytes
-from deploy.placement import Machine, gpu_share, place, router_machines, usable
+from deploy.config import ClusterConfig, ConfigError, DeployError, machine_dir, parse_bytes, temp_base
+from deploy.placement import Machine, gpu_share, place, router_machines, surplus, usable
 from deploy.processes import command, end_all, is_running, processes_of
 from deploy.specs import PlacedSpec, Specs
 from deploy.state import AlreadyServing, ServeState, StateDir, folders_of, start_ticks
@@ -76,6 +77,7 @@ def test_parse_bytes_refuses(text: str) -> None:
         ({"http_port": -1}, "between 0 and 65535, got -1"),
         ({"metrics_port": 70000}, "--metrics-port"),
         ({"min_machines": -1}, "--min-machines"),
+        ({"min_machines": 2}, "--min-machines must be 1 at most without --ray-address"),
         ({"block_size": 0}, "--block-size"),
         ({"kv_bytes": 5}, "--kv-memory"),
         ({"store_bytes": 5}, "--store-memory"),
@@ -259,6 +261,13 @@ def test_placement_is_whole_and_even(prefill: int, decode: int, count: int) -> N
         assert max(on) - min(on) <= 1
 
 
+def test_those_with_the_highest_numbers_are_too_many() -> None:
+    existing = place(cluster_config(prefill=2, decode=12, decode_tensor_parallel_size=2), machines(2))
+    assert surplus(cluster_config(prefill=2, decode=12), existing) == set()
+    assert surplus(cluster_config(prefill=1, decode=10), existing) == {"prefill-1", "decode-10", "decode-11"}
+    assert surplus(cluster_config(prefill=0, decode=0, both=1), existing) == {p.node_id for p in existing}
+
+
 # --- crash loops ---
 
 
@@ -319,6 +328,27 @@ def test_state_is_found_while_it_is_claimed(tmp_path: Path) -> None:
     mine.release()
     assert not other.alive()
     assert other.read() is None
+
+
+def test_a_state_that_cannot_be_written_names_its_option(tmp_path: Path) -> None:
+    mine = StateDir(tmp_path / "state")
+    mine.claim()
+    (tmp_path / "state" / "lock").unlink()
+    (tmp_path / "state").rmdir()
+    with pytest.raises(DeployError, match=r"--state-dir .*/state: cannot be written to: No such file"):
+        mine.write(state_of(os.getpid()))
+    mine.release()
+
+
+def test_without_a_place_for_temporary_files_it_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where all disks are full."""
+
+    def fail() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", fail)
+    with pytest.raises(DeployError, match="TMPDIR: No usable temporary directory found"):
+        temp_base()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": 1}', '{"routers": 5, "bases": []}'])

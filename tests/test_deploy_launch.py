@@ -24,7 +24,7 @@ from conftest import REPOSITORY, eventually
 from scraping import http
 
 from batonpb import common_pb2, inference_pb2, inference_pb2_grpc
-from deploy import on_ray, oracle
+from deploy import launch, on_ray, oracle
 from deploy.config import ClusterConfig, ConfigError
 from deploy.launch import Cluster, Interrupted, StartFailed
 from deploy.processes import CLUSTER_VARIABLE, is_running, processes_of
@@ -68,7 +68,7 @@ def test_launcher_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"store_bytes": 1 << 60}, StartFailed, "store-127.0.0.1: .*memory"),
+        ({"store_bytes": 1 << 60}, StartFailed, "--store-dir /dev/shm: .* free there, and --store-memory takes"),
         ({"decode_hosts": ("elsewhere",)}, ConfigError, "no Ray machine elsewhere"),
     ],
 )
@@ -77,6 +77,15 @@ def test_failed_start_names_its_cause_and_leaves_nothing(
 ) -> None:
     cluster = Cluster(small(tiny_model_dir, **options))
     with pytest.raises(error, match=message):
+        cluster.start()
+    assert left_of(cluster) == []
+
+
+def test_a_store_that_cannot_start_names_its_cause(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on another machine, whose folder the launcher cannot look at before."""
+    monkeypatch.setattr(launch, "unusable", lambda *_: "")
+    cluster = Cluster(small(tiny_model_dir, store_bytes=1 << 60))
+    with pytest.raises(StartFailed, match=r"store-127\.0\.0\.1: .*memory"):
         cluster.start()
     assert left_of(cluster) == []
 

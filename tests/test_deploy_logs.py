@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -98,6 +99,18 @@ def test_what_ray_forwards_and_what_is_said_become_objects() -> None:
     first, second, third = map(json.loads, out.getvalue().splitlines())
     assert first == second and first["event"] == "node_up" and first["node"] == "d0"
     assert third["message"] == "2 of 3 are up" and third["logger"] == "baton"
+
+
+def test_lines_of_two_threads_stay_apart() -> None:
+    out = io.StringIO()
+    lines = JsonLines(out)
+    lines.write("baton: decode-0 ")
+    other = threading.Thread(target=lines.write, args=("baton: decode-1 is up\n",))
+    other.start()
+    other.join()
+    lines.write("is gone\n")
+    said = [json.loads(line)["message"] for line in out.getvalue().splitlines()]
+    assert said == ["decode-1 is up", "decode-0 is gone"]
 
 
 async def test_a_process_writes_nothing_but_objects(redis_url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,17 @@ def test_a_file_that_cannot_be_written_is_a_line_in_the_log(tmp_path: Path, capl
         TargetsFile(tmp_path / "none" / "targets.json", "c").clear()
     assert "event=no_metrics_targets" in caplog.text
     TargetsFile(None, "c").update([], [])
+
+
+def test_a_disk_that_stays_full_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And again when it is full for the second time."""
+    folder = tmp_path / "there"
+    kept = TargetsFile(folder / "targets.json", "c")
+    for num_told in (1, 2):
+        for _ in range(3):
+            kept.update([node("both-0", "both", f"10.0.0.2:{num_told}")], [])
+        assert caplog.text.count("event=no_metrics_targets") == num_told
+        folder.mkdir()
+        kept.update([node("both-0", "both", f"10.0.0.2:{num_told}")], [])
+        assert json.loads((folder / "targets.json").read_text())[0]["targets"] == [f"10.0.0.2:{num_told}"]
+        shutil.rmtree(folder)

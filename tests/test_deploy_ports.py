@@ -10,7 +10,7 @@ from conftest import POCKET
 
 from deploy.config import ClusterConfig, ConfigError
 from deploy.locks import Locks
-from deploy.ports import Port, given_ports, not_to_be_had
+from deploy.ports import Port, clash, given_ports, metrics_ports, not_to_be_had
 
 
 def test_each_router_takes_the_next_ones() -> None:
@@ -27,7 +27,7 @@ def test_each_router_takes_the_next_ones() -> None:
         ({"port": 8000, "http_port": 8000}, "--http-port and --port both ask for port 8000"),
         ({"port": 8000, "http_port": 8001, "routers": 2}, "--http-port and --port both ask for port 8001"),
         ({"port": 8000, "locks": Locks(admin_port=8000)}, "--admin-port and --port both ask for port 8000"),
-        ({"port": 65535, "routers": 2}, "--port leaves no port up to 65535 for each router"),
+        ({"port": 65535, "routers": 2}, "--port leaves no port up to 65535 for each server"),
     ],
 )
 def test_ports_that_cannot_be(options: dict[str, Any], words: str) -> None:
@@ -46,3 +46,16 @@ def test_a_port_in_use_is_named(host: str) -> None:
         words = not_to_be_had([Port("--http-port", host, number)])
         assert words.startswith(f"--http-port {number}: cannot listen there on {host}: ")
     assert not_to_be_had([Port("--http-port", host, number)]) == ""
+
+
+def test_metrics_take_a_port_for_each_server() -> None:
+    """Of one machine: of several, nobody knows yet how many servers are on each."""
+
+    def problem(**options: Any) -> str:
+        config = ClusterConfig(POCKET, metrics_port=65530, **options)
+        return clash([*given_ports(config), *metrics_ports(config)])
+
+    assert problem() == "", "a store, two nodes, a router"
+    assert problem(port=65533) == "--metrics-port and --port both ask for port 65533"
+    assert problem(prefill=4) == "--metrics-port leaves no port up to 65535 for each server"
+    assert problem(prefill=4, metrics=False) == problem(prefill=4, ray_address="auto") == ""

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -88,6 +88,24 @@ async def test_is_back_although_no_process_could_be_started_at_first(
         await eventually(lambda: not failures and answers(server.url), 10, what="a new Redis")
     finally:
         server.stop()
+
+
+async def test_one_that_dies_again_and_again_is_started_ever_more_slowly(
+    server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def wait(starts: Sequence[float], now: float) -> float:
+        counts.append(len(starts))
+        return 0.0
+
+    def fail() -> None:
+        raise RedisFailed("no memory")
+
+    monkeypatch.setattr("deploy.redis.backoff_s", wait)
+    monkeypatch.setattr(server, "_start_once", fail)
+    os.kill(server.pid, signal.SIGKILL)
+    await eventually(lambda: counts[:3] == [1, 2, 3], what="each start counts")
 
 
 def test_keeps_nothing_on_disk(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,17 +13,18 @@ from pathlib import Path
 import pytest
 from conftest import POCKET
 
+from deploy import scale
 from deploy.config import ClusterConfig, ConfigError, DeployError
 from deploy.scale import Mailbox, Request
 
 
 @contextmanager
 def serving(folder: Path, do: Callable[[Request], list[str]]) -> Iterator[Mailbox]:
-    over = threading.Event()
+    over, mailbox = threading.Event(), Mailbox(folder)
 
     def run() -> None:
         while not over.wait(0.01):
-            Mailbox(folder).serve(do)
+            mailbox.serve(do)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -75,6 +77,47 @@ def test_what_could_not_be_done_is_an_error(tmp_path: Path) -> None:
 def test_nobody_waits_for_a_cluster_that_is_down(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="went down"):
         Mailbox(tmp_path).ask(Request("a", decode=2), lambda: False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_that_finds_the_disk_full_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was asked for is done once, and the cluster goes on meanwhile."""
+    original, num_full, asked = scale._put, 3, []
+
+    def put(file: Path, fields: dict[str, object]) -> None:
+        nonlocal num_full
+        if file.name == "scaled.json" and num_full:
+            num_full -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(file, fields)
+
+    def do(request: Request) -> list[str]:
+        asked.append(request.request_id)
+        return ["decode-1 is up"]
+
+    monkeypatch.setattr(scale, "_put", put)
+    with serving(tmp_path, do) as mailbox:
+        assert mailbox.ask(Request("a", decode=2), lambda: True) == ["decode-1 is up"]
+        assert mailbox.ask(Request("b", decode=2), lambda: True) == ["decode-1 is up"]
+    assert asked == ["a", "b"]
+    assert caplog.text.count("event=scale_unanswered") == 1
+
+
+def test_who_finds_the_disk_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(file: Path, fields: dict[str, object]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(scale, "_put", put)
+    with pytest.raises(DeployError, match=r"--state-dir .*: cannot be written to: No space left on device"):
+        Mailbox(tmp_path).ask(Request("a", decode=2), lambda: True)
+
+
+def test_what_a_killed_asker_left_can_be_cleared(tmp_path: Path) -> None:
+    (tmp_path / "scale.json").write_text('{"request_id": "a", "decode": 2}')
+    Mailbox(tmp_path).clear()
+    Mailbox(tmp_path).serve(lambda request: pytest.fail("it was done"))
     assert list(tmp_path.iterdir()) == []
 
 

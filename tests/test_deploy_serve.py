@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ name = "ours"
 key_sha256 = "{hashlib.sha256(KEY.encode()).hexdigest()}"
 kv_memory = "1M"
 """
+LEFT = json.dumps({"request_id": "0", "both": 2})  # by a `baton scale` that was killed
 SMALL = ["--both", "1", "--kv-memory", "16M", "--store-memory", "16M", "--num-threads", "1"]
 
 
@@ -65,7 +67,10 @@ class Serve:
 
 @pytest.fixture
 def serve(tiny_model_dir: Path, tmp_path: Path) -> Iterator[Serve]:
-    serve = Serve(tiny_model_dir, tmp_path / "state")
+    state_dir = tmp_path / "state"
+    state_dir.mkdir()
+    (state_dir / "scale.json").write_text(LEFT)
+    serve = Serve(tiny_model_dir, state_dir)
     yield serve
     if serve.process.poll() is None:
         serve.process.terminate()
@@ -106,7 +111,9 @@ def test_served_asked_and_taken_down(serve: Serve, tiny_model_dir: Path) -> None
     assert "already served" in second.stderr
 
     assert serve.baton("down").returncode == 0
-    assert serve.process.wait(5) == 0
+    _, errors = serve.process.communicate(timeout=5)
+    assert serve.process.returncode == 0
+    assert "both-0 is up" in errors and "both-1" not in errors, "nobody asks for it any more"
     assert left_of(cluster_id) == []
     assert not (serve.state_dir / "serve.json").exists()
 
@@ -120,6 +127,26 @@ def test_interrupt_at_the_terminal(serve: Serve) -> None:
     assert serve.process.returncode == 0, errors
     assert "nothing left behind" in errors
     assert left_of(cluster_id) == []
+
+
+@pytest.mark.parametrize("moment", ["ray", "servers"])
+async def test_interrupt_during_the_start(serve: Serve, moment: str) -> None:
+    """Ctrl-C while Ray comes up, and while it starts servers: the start ends in an error, long before it times out."""
+    await eventually((serve.state_dir / "serve.json").exists, 60, "the launcher")
+    cluster_id = serve.cluster_id
+
+    def has_begun() -> bool:
+        assert serve.process.poll() is None
+        there = processes_of(CLUSTER_VARIABLE, cluster_id)
+        return any(moment == "ray" or command(pid).startswith("ray::ServerA") for pid in there)
+
+    await eventually(has_begun, 60, moment)
+    os.killpg(serve.process.pid, signal.SIGINT)
+    output, errors = await asyncio.to_thread(serve.process.communicate, timeout=60)
+    assert (serve.process.returncode, output) == (1, ""), errors
+    assert "baton: error: stopped while it was starting" in errors and "Traceback" not in errors
+    assert left_of(cluster_id) == []
+    assert not (serve.state_dir / "serve.json").exists()
 
 
 async def test_killed_launcher_takes_its_processes_along(serve: Serve) -> None:

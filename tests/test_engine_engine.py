@@ -312,6 +312,27 @@ def test_a_hold_shares_its_local_hit_and_gives_it_back(engine: Engine) -> None:
     assert [block_hash for _, block_hash in run.published] == warm.block_hashes[:3]
 
 
+def test_more_streams_than_a_step_takes_get_the_tokens_that_each_gets_alone(folder: Path) -> None:
+    prompts = [make_prompt(2 * BLOCK + length, seed=length) for length in range(5)]
+    other, store = make_engine(folder), Store()
+    alone = [drive(other, [make_request(other, "r", prompt)], store).ids("r") for prompt in prompts]
+    engine = make_engine(folder, max_num_requests=2)
+    requests = [make_request(engine, str(number), prompt) for number, prompt in enumerate(prompts)]
+    for request, ids in zip(requests, alone, strict=True):
+        engine.add(request, hold=True)
+        engine.import_blocks(request.request_id, store.payloads(request.block_hashes))
+        engine.release(request.request_id, ids[:1])
+    while engine.has_work():
+        outputs = engine.step()
+        assert 1 <= len(outputs) <= 2
+        for output in outputs:
+            engine.unpin([block.block_id for block in output.full_blocks])
+        counts = [request.num_new_tokens for request in requests]
+        assert max(counts) - min(counts) <= 1, "all go on, as fast as each other"
+    assert [request.token_ids[request.num_prompt_tokens :] for request in requests] == alone
+    assert_all_free(engine)
+
+
 def test_export_runs_beside_the_steps(engine: Engine) -> None:
     blocks = full_blocks(engine, make_prompt(4 * BLOCK))
     before = exported(engine, blocks)
@@ -464,6 +485,22 @@ def test_load_counts_what_is_there(engine: Engine) -> None:
     engine.abort("held")
     drive(engine)
     assert engine.load().decode_step_s > 0.0
+
+
+def test_a_token_takes_as_many_steps_as_there_are_turns(folder: Path) -> None:
+    engine = make_engine(folder, max_num_requests=2)
+    for name in "abc":
+        engine.add(make_request(engine, name, make_prompt(3, seed=ord(name)), GREEDY), hold=True)
+        engine.release(name, [1])
+    for _ in range(3):
+        engine.step()
+    assert engine.load().num_running == 3
+    assert engine.load().decode_step_s == pytest.approx(1.5 * engine._speed.decode_step_s)
+    engine.abort("c")
+    assert engine.load().decode_step_s == engine._speed.decode_step_s > 0.0
+    for name in "ab":
+        engine.abort(name)
+    assert_all_free(engine)
 
 
 def test_speeds_are_those_of_the_steps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,13 @@ import torch
 from engine_driver import BLOCK, VOCAB, assert_all_free, drive, make_engine, make_model, make_prompt, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_sampler import EOS, logits_lists, params_strategy, token_lists
+from test_engine_sampler import EOS, logits_lists, params_strategy, sample, token_lists
 from test_engine_sampler import VOCAB as SMALL_VOCAB
 
 from engine.errors import InvalidRequest
 from engine.mask import WORD_BITS, Words, fill_masks
 from engine.request import FinishReason, OutputToken, Request, SamplingParams
-from engine.sampler import sample, sample_all
+from engine.sampler import sample_all
 from kvstore.blocks import BlockHash
 
 Rule = Callable[[Sequence[int]], Sequence[int]]  # outputs so far -> ids that may come
@@ -39,10 +40,15 @@ class RuleMask:
 
 
 class BrokenMask:
+    """Fails at the third token, with its words half written."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error or InvalidRequest("sampling.grammar.regex", "has come to no end")
+
     def fill(self, output_ids: Sequence[int], words: Words) -> None:
         words[:] = 1
         if len(output_ids) >= 2:
-            raise InvalidRequest("sampling.grammar.regex", "has come to no end")
+            raise self.error
 
 
 def thirds(output_ids: Sequence[int]) -> list[int]:
@@ -225,10 +231,16 @@ def test_a_mask_is_asked_once_for_each_token(folder: Path) -> None:
     assert request.mask.asked == [ids[:count] for count in range(5)]
 
 
-def test_a_mask_without_tokens_ends_its_request_alone(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "told", "num_logged"),
+    [(None, "no end", 0), (RuntimeError("a slip of its library"), "grammar: its mask failed.*RuntimeError: a slip", 1)],
+)
+def test_a_mask_that_fails_ends_its_request_alone(
+    folder: Path, caplog: pytest.LogCaptureFixture, error: Exception | None, told: str, num_logged: int
+) -> None:
     engine = make_engine(folder)
     broken = make_request(engine, "broken", make_prompt(20))
-    broken.mask = BrokenMask()
+    broken.mask = BrokenMask(error)
     engine.add(broken)
     engine.add(make_request(engine, "other", make_prompt(20)))
     outputs = []
@@ -237,7 +249,9 @@ def test_a_mask_without_tokens_ends_its_request_alone(folder: Path) -> None:
             engine.unpin([block.block_id for block in output.full_blocks])
             outputs.append(output)
     [last] = [output for output in outputs if output.finish_reason is FinishReason.FAILED]
-    assert last.request_id == "broken" and last.tokens == () and "no end" in str(last.error)
+    assert last.request_id == "broken" and last.tokens == ()
+    assert isinstance(last.error, InvalidRequest) and re.search(told, str(last.error))
+    assert caplog.text.count("event=mask_failed request=broken") == num_logged
     assert sum(len(output.tokens) for output in outputs if output.request_id == "broken") == 2
     assert sum(len(output.tokens) for output in outputs if output.request_id == "other") == 12
     assert_all_free(engine)

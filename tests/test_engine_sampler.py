@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from engine.request import Request, SamplingParams
-from engine.sampler import sample, sample_all, uniform
+from engine import sampler
+from engine.request import OutputToken, Request, SamplingParams
+from engine.sampler import sample_all, uniform
 from kvstore.blocks import BlockHash
 
 VOCAB = 24
@@ -44,6 +46,19 @@ params_strategy = st.builds(
     min_tokens=st.integers(0, 6),
     stop_token_ids=st.sampled_from([(), (0, 7), (10**6,)]),
 )
+
+
+def sample(
+    logits: torch.Tensor,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    params: SamplingParams,
+    eos_token_ids: Sequence[int],
+    allowed: torch.Tensor | None = None,
+) -> OutputToken:
+    """The next token of a request that nothing is remembered of."""
+    request = Request("r", [*prompt, *output], len(prompt), params, BlockHash(b"root"), 1 << 20)
+    return sampler.sample(logits, request, eos_token_ids, allowed)
 
 
 def reference_scores(logits: list[float], prompt: list[int], output: list[int], params: SamplingParams) -> list[float]:

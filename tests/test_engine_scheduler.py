@@ -44,6 +44,15 @@ class Play:
         self.scheduler.hold(request)
         return request
 
+    def hand_on(self, request_id: str, tokens: Sequence[int] | int, num_imported: int | None = None) -> Request:
+        """Takes over from a prefill node: a token is there, and the store brings the full blocks, or so many."""
+        request = self.hold(request_id, tokens)
+        request.append(999)
+        for _ in range((request.num_tokens - 1) // BLOCK if num_imported is None else num_imported):
+            self.scheduler.adopt_import(request)
+        self.scheduler.release(request)
+        return request
+
     def step(self, now_s: float = 0.0, tokens_per_s: float = 0.0) -> dict[str, int]:
         """Runs a step and returns the number of tokens of each request in it."""
         chunks = self.scheduler.schedule(now_s, tokens_per_s)
@@ -343,6 +352,78 @@ def test_an_older_waiting_request_with_blocks_is_not_locked_out_by_the_batch_lim
     assert younger.status is RequestStatus.RUNNING
 
 
+def test_more_decodes_than_a_step_takes_go_by_turns() -> None:
+    play = Play(num_blocks=32, max_requests=2)
+    streams = [play.hand_on(name, 8 + length) for length, name in enumerate("abc")]
+    assert [list(play.step()) for _ in range(4)] == [["a", "b"], ["c", "a"], ["b", "c"], ["a", "b"]]
+    for _ in range(8):
+        play.step()
+        counts = [request.num_output_tokens for request in streams]
+        assert max(counts) - min(counts) <= 1
+    assert sum(counts) == 3 + 2 * 12
+    play.finish(streams[1])
+    assert [list(play.step()) for _ in range(2)] == [["a", "c"], ["a", "c"]]
+
+
+@pytest.mark.parametrize("budget", [3, 64])
+@pytest.mark.parametrize("speed", [0.0, 10.0])
+def test_a_stream_comes_to_the_end_of_the_turns_however_many_there_are(budget: int, speed: float) -> None:
+    play = Play(num_blocks=256, budget=budget, max_requests=4)
+    streams = [play.hand_on(f"{number}", 8 + number % 5) for number in range(20)]
+    last: dict[str, int] = {}
+    for step in range(60):
+        for name in play.step(0.0, speed):
+            last[name] = step
+        if step >= 40:
+            assert len(last) == 20 and step - min(last.values()) <= 20 / min(budget, 4) + 1
+    assert min(request.num_output_tokens for request in streams) > 5
+
+
+@pytest.mark.parametrize("speed", [0.0, 10.0])
+def test_a_prompt_gets_a_place_beside_decodes_that_go_by_turns(speed: float) -> None:
+    play = Play(num_blocks=64, budget=8, max_requests=3)
+    streams = [play.hand_on(name, 8) for name in "abcd"]
+    play.add("prompt", 20, max_tokens=1)
+    steps = [play.step(0.0, speed) for _ in range(4)]
+    assert [step.pop("prompt") for step in steps] == [6, 6, 6, 2]
+    assert [list(step) for step in steps] == [["a", "b"], ["c", "d"], ["a", "b"], ["c", "d"]]
+    assert play.step() == {"a": 1, "b": 1, "c": 1} and not play.scheduler.requests.keys() - set("abcd")
+    assert [request.num_output_tokens for request in streams] == [4, 4, 4, 3]
+
+
+def test_a_stream_whose_blocks_did_not_come_is_computed_beside_the_others() -> None:
+    play = Play(num_blocks=64, budget=8, max_requests=2)
+    for name in "ab":
+        play.hand_on(name, 8)
+    play.hand_on("missed", 12, num_imported=0)
+    steps = [play.step(0.0, 10.0) for _ in range(4)]
+    assert [list(step.items()) for step in steps[:2]] == [[("a", 1), ("missed", 7)], [("b", 1), ("missed", 6)]]
+    assert [list(step) for step in steps[2:]] == [["a", "b"], ["missed", "a"]]
+
+
+def test_a_step_that_takes_all_goes_by_arrival() -> None:
+    play = Play(num_blocks=64, max_requests=4)
+    for name in "abc":
+        play.hand_on(name, 8)
+    play.add("prompt", 10)
+    assert list(play.step()) == ["a", "b", "c", "prompt"]
+    play.add("late", 10)
+    for _ in range(3):
+        assert list(play.step()) == ["a", "b", "c", "prompt"], "a prompt waits for one of them to end, as ever"
+
+
+def test_turns_change_nothing_about_who_is_preempted() -> None:
+    play = Play(num_blocks=9, max_requests=2, caching=False)
+    streams = [play.hand_on(name, 7) for name in "abc"]  # two blocks each, and a third as they grow
+    for _ in range(6):
+        play.step()
+    assert play.pool.num_free == 0
+    for _ in range(6):
+        play.step()
+    statuses = [request.status for request in streams]
+    assert statuses == [RequestStatus.RUNNING, RequestStatus.RUNNING, RequestStatus.WAITING], "the last come gave way"
+
+
 def test_the_shortest_prompt_goes_first_also_before_one_that_has_begun() -> None:
     play = Play(num_blocks=64, budget=10)
     play.add("long", 40)
@@ -418,6 +499,12 @@ class Life(RuleBasedStateMachine):
             for token in range(num_tokens):
                 request.append(token)
             self.play.scheduler.release(request)
+
+    @rule(data=st.data())
+    def bring(self, data: st.DataObject) -> None:
+        request = self.some(data, RequestStatus.HELD)
+        if request and request.num_computed_tokens // BLOCK < (request.num_tokens - 1) // BLOCK:
+            self.play.scheduler.adopt_import(request)
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:

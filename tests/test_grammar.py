@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 
 from batonpb import common_pb2
 from grammar.compiler import MAX_REASON_CHARS, Compiler
-from grammar.errors import GrammarError, InvalidGrammar, NoGrammars
+from grammar.errors import GrammarError, InvalidGrammar, NoGrammars, TooManyGrammars
+from grammar.queue import MAX_WAITING, GrammarQueue
 from grammar.source import Grammar, grammar_of
 
 EOS, VOCAB = 257, 258
@@ -174,10 +177,49 @@ def test_a_model_that_allows_no_grammar(tmp_path: Path) -> None:
         Compiler(tmp_path, [EOS]).matcher(plain)
 
 
-def test_matchers_share_what_is_compiled_and_nothing_else() -> None:
-    first, second = COMPILER.matcher(grammar(regex="ab")), COMPILER.matcher(grammar(regex="ab"))
-    assert first.consume_token(ord("a")) and second.consume_tokens(list(b"ab"))
-    assert second.is_accepting() and not first.is_accepting()
+# --- the queue ---
+
+
+async def test_what_was_made_of_a_grammar_waits_for_nobody() -> None:
+    let_go, made = threading.Event(), list[str]()
+
+    def make(one: Grammar) -> str:
+        assert one.text == "quick" or let_go.wait(30)
+        made.append(one.text)
+        return one.text.upper()
+
+    queue, quick = GrammarQueue(make, max_kept=64), Grammar("regex", "quick")
+    assert await queue.get(quick) == "QUICK"
+    slow = [Grammar("regex", f"slow {n}") for n in range(MAX_WAITING)]
+    waiting = [asyncio.create_task(queue.get(one)) for one in [*slow, slow[0]]]
+    try:
+        await asyncio.sleep(0)
+        assert await queue.get(quick) == "QUICK"
+        with pytest.raises(TooManyGrammars, match="32 others wait"):
+            await queue.get(Grammar("regex", "one more"))
+        waiting[0].cancel()
+    finally:
+        let_go.set()
+    assert await asyncio.gather(*waiting[1:]) == [*(one.text.upper() for one in slow[1:]), "SLOW 0"]
+    assert made == ["quick", *(one.text for one in slow)], "once each, in their order, whoever left"
+
+
+async def test_the_last_grammars_are_kept_but_not_what_is_wrong_with_one() -> None:
+    made = list[str]()
+
+    def make(one: Grammar) -> None:
+        made.append(one.text)
+        if one.text == "bad":
+            raise InvalidGrammar(one.field, "no text matches it")
+
+    queue = GrammarQueue(make, max_kept=2)
+    for text in "abacab":
+        assert await queue.get(Grammar("regex", text)) is None
+    assert made == ["a", "b", "c", "b"], "what was asked for last stays"
+    for _ in range(2):
+        with pytest.raises(InvalidGrammar, match="no text"):
+            await queue.get(Grammar("regex", "bad"))
+    assert made[4:] == ["bad", "bad"]
 
 
 # --- what wants too much ---

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import numpy as np
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvstore.arena import Arena, Written
-from kvstore.arena_map import HEADER_BYTES, ArenaMap, arena_bytes
+from kvstore.arena_map import HEADER_BYTES, NO_KEY, ArenaMap, arena_bytes
 from kvstore.blocks import BlockHash
 from kvstore.errors import ArenaFull
 from kvstore.slot_index import SlotIndex
@@ -54,3 +55,81 @@ def test_the_index_follows_the_books(operations: list[tuple[bool, list[int]]], n
         held = dict(arena.blocks())
         for block_hash in names(list(range(12))):
             assert index.run([block_hash]) == ([held[block_hash]] if block_hash in held else [])
+
+
+def test_where_nothing_has_changed_nothing_is_looked_at() -> None:
+    arena_map, index = mapped(4)
+    arena, hashes = Arena(arena_map), names([0, 1])
+    looks = Looks(index._generations)
+    index._generations = looks  # type: ignore[assignment]
+    for num_blocks in (1, 2):
+        (item,) = (item for item in arena.reserve(hashes[:num_blocks], "w") if item is not None)
+        arena.commit("w", [Written(item.slot, item.generation, 0)])
+        for _ in range(3):
+            assert len(index.run(hashes)) == num_blocks
+        arena_map.finish(item.slot, item.generation, hashes[num_blocks - 1], 0)  # once more, as a store says it
+        assert len(index.run(hashes)) == num_blocks
+        assert arena_map.read(item.slot, hashes[num_blocks - 1], 7) is not None
+        assert len(index.run(hashes)) == num_blocks == looks.count
+    arena.evict(hashes[:1])
+    assert index.run(hashes) == [] and looks.count == 3
+
+
+class Looks:
+    """Counts passes over the generations."""
+
+    def __init__(self, generations: np.ndarray) -> None:
+        self._generations = generations
+        self.count = 0
+
+    def copy(self) -> np.ndarray:
+        self.count += 1
+        return self._generations.copy()
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(["change", "tell", "again", "look"]), st.integers(0, 3)), max_size=40)
+# A block that was seen is said once more behind another one that was not.
+ONCE_MORE = [
+    ("change", 0),
+    ("change", 0),
+    ("tell", 0),
+    ("look", 0),
+    ("change", 1),
+    ("change", 1),
+    ("tell", 1),
+    ("again", 0),
+]
+
+
+@given(STEPS)
+@example(ONCE_MORE)
+def test_no_change_is_missed_whoever_tells_of_his_first(steps: list[tuple[str, int]]) -> None:
+    """Writers beside each other: between a change and word of it, others change, tell and look."""
+    arena_map, index = mapped(4)
+    tell, untold, known = arena_map._changed, dict[int, int](), set[BlockHash]()
+    arena_map._changed = untold.__setitem__  # type: ignore[method-assign]
+
+    def change(slot: int) -> None:
+        generation = arena_map.generation(slot)
+        if generation % 2:
+            block_hash = BlockHash(bytes([slot, generation]) * 8)
+            known.add(block_hash)
+            arena_map.finish(slot, generation, block_hash, 0)
+        else:
+            arena_map.begin(slot, NO_KEY)
+
+    for step, slot in steps:
+        if step == "look":
+            index.run([])
+        elif slot in untold:  # whoever changes a slot again has told of the last time
+            tell(slot, untold.pop(slot))
+        if step == "change":
+            change(slot)
+        block_hash = arena_map.name(slot)
+        if step == "again" and block_hash is not None:  # as a store says it when it hears of a block
+            arena_map.finish(slot, arena_map.generation(slot) - 1, block_hash, 0)
+    for slot, generation in untold.items():
+        tell(slot, generation)
+    for block_hash in known:
+        slots = [slot for slot in range(4) if arena_map.name(slot) == block_hash]
+        assert index.slots([block_hash]) == (slots or [None])

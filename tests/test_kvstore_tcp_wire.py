@@ -428,15 +428,45 @@ async def test_who_asks_nothing_is_given_up(store: StoreServer, monkeypatch: pyt
     writer.close()
 
 
-async def test_readers_beyond_the_limit_are_turned_away(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_has_asked_nothing_for_longest_makes_room(
+    store: StoreServer, wire: TcpWire, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("kvstore.tcp_door._MAX_READERS", 2)
-    first = [await open_to(store) for _ in range(2)]
+    assert len((await end(wire, store.record())).payloads) == len(HASHES)
+    second = await open_to(store)
     await eventually(lambda: num_readers(store) == 2)
+    third = await open_to(store)  # in place of the connection that the wire keeps
+    fresh = TcpWire(SLOT_BYTES)
+    assert len((await end(fresh, store.record())).payloads) == len(HASHES)
+    assert await asyncio.wait_for(second[0].read(), 20) == b""
+    assert len((await end(wire, store.record())).payloads) == len(HASHES), "and makes another one in its turn"
+    assert await asyncio.wait_for(third[0].read(), 20) == b""
+    await eventually(lambda: num_readers(store) == 2)
+    assert "event=readers_full socket=tcp readers=2 ended=1 refused=0" in caplog.text
+    for _, one in (second, third):
+        one.close()
+    await fresh.close()
+
+
+async def test_readers_beyond_the_limit_are_turned_away(
+    store: StoreServer, wire: TcpWire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all that are there are being answered."""
+    monkeypatch.setattr("kvstore.tcp_door._MAX_READERS", 2)
+    monkeypatch.setattr("kvstore.tcp_door._STALL_S", 60.0)
+    question = pack(Get(1, (HASHES * (MAX_BLOCKS // len(HASHES) + 1))[:MAX_BLOCKS]))  # 400 MB
+    first = [await open_to(store) for _ in range(2)]
+    for _, writer in first:
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(question)
+    assert store._tcp_door is not None
+    await eventually(lambda: num_readers(store) == 2 and not store._tcp_door._waiting)
     reader, writer = await open_to(store)
     assert await asyncio.wait_for(reader.read(), 20) == b""
     for _, one in [*first, (reader, writer)]:
         one.close()
     await eventually(lambda: num_readers(store) == 0)
+    assert len((await end(wire, store.record())).payloads) == len(HASHES)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

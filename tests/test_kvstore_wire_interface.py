@@ -24,6 +24,8 @@ from faulty_wires import (
     shortened,
 )
 from kvstore_support import SLOT_BYTES, announced, chain, content, store_config, take, writer_of
+from wire_faults import Wire as SlowWire
+from wire_faults import block_address, through
 
 from kvstore.blocks import BlockHash
 from kvstore.client import KVClient, Match
@@ -158,7 +160,7 @@ COMPLETE = ("nothing", "one", "two")  # the arena has no more: it is not to blam
 async def test_a_fault_is_a_shorter_run(setup: Setup, name: str, at: int) -> None:
     fault, num_blocks = FAULTS[name]
     setup.wire.faults[at] = fault
-    assert await setup.read(limit_s=0.4) == at * STEP + num_blocks
+    assert await setup.read(limit_s=0.6) == at * STEP + num_blocks
     assert setup.in_flight_bytes == 0
     assert (setup.record.arena_id in setup.reader._avoided) == (name not in COMPLETE)
     assert setup.wire.num_submitted == at + 1, "nothing is asked for behind a gap"
@@ -169,6 +171,39 @@ async def test_a_short_delay_is_no_fault(setup: Setup) -> None:
     setup.wire.faults = {0: delayed(0.05), 2: delayed(0.1)}
     assert await setup.read() == len(HASHES)
     assert not setup.reader._avoided
+
+
+@pytest.mark.parametrize("setup", ["zeromq", "tcp"], indirect=True)
+async def test_who_waits_for_others_does_not_blame_the_arena(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One transfer takes its time, and another one has no turn within its own; blocks come all the while."""
+    monkeypatch.setattr("kvstore.zmq_wire._TURNS", 1)
+    monkeypatch.setattr("kvstore.zmq_wire.part_blocks", lambda slot_bytes: 1)
+    monkeypatch.setattr("kvstore.tcp_transfer._CONNECTIONS", 1)
+    if isinstance(setup.wire.inner, ZmqWire):
+        setup.record = replace(setup.record, tcp_address="")
+    slow = SlowWire(block_address(setup.record))
+    match = through(setup.match(), await slow.start())
+    assert len(await setup.reader.fetch(match)) == len(HASHES)
+    setup.reader._timeout_s = 20.0
+    slow.passes.clear()
+    first = asyncio.create_task(setup.reader.fetch(match))
+    await eventually(lambda: setup.in_flight_bytes > 0)
+    second = asyncio.create_task(setup.reader.fetch(match, 0.6))
+    while not second.done():
+        slow.passes.set()
+        slow.passes.clear()
+        await asyncio.sleep(0.2)
+    slow.passes.set()
+    num_blocks = len(await first)
+    await slow.stop()
+    assert await second == [] and num_blocks == len(HASHES)
+    assert not setup.reader._avoided
+
+
+async def test_what_is_left_of_the_time_has_to_be_enough_for_an_answer(setup: Setup) -> None:
+    setup.wire.faults[0] = delayed(0.6)
+    assert await setup.read(limit_s=0.7) == STEP
+    assert setup.wire.num_submitted == 1 and not setup.reader._avoided
 
 
 async def test_every_fault_one_after_the_other(setup: Setup) -> None:
@@ -183,6 +218,7 @@ async def test_every_fault_one_after_the_other(setup: Setup) -> None:
 async def test_no_time_is_no_transfer(setup: Setup) -> None:
     assert await setup.read(limit_s=0.0) == 0
     assert await setup.read(limit_s=-1.0) == 0
+    assert not setup.reader._avoided and not setup.wire.num_submitted
     assert await setup.read() == len(HASHES)
 
 

@@ -91,6 +91,7 @@ class Locked:
         self._wait_for("store")
         model = {"model_dir": str(POCKET), "model": "pocket"}
         self._start("node", node_id="both-0", engine=ENGINE, store_dir=str(store_dir), **model)
+        self._wait_for("node")  # the router sees it at its first look
         self._start(
             "router",
             **model,
@@ -102,8 +103,7 @@ class Locked:
             admin_port=0,
             admin_key_file=str(admins),
         )
-        for kind in ("node", "router"):
-            self._wait_for(kind)
+        self._wait_for("router")
 
     def _start(self, kind: str, **config: object) -> None:
         names = {"BATON_REDIS_URL": self.redis_url, "BATON_WIRE_KEY": self.secrets.wire_key}

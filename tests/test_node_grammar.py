@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import POCKET, eventually
+from llguidance import LLMatcher
 from node_harness import (
     Machine,
     decode,
@@ -34,8 +37,10 @@ from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import Request
 from grammar.compiler import Compiler
-from grammar.source import grammar_of
+from grammar.queue import MAX_WAITING
+from grammar.source import Grammar, grammar_of
 from node.convert import to_sampling_params
+from node.errors import Busy
 from node.grammar import GrammarMask, GrammarMasks
 
 EOS, VOCAB = 257, 258
@@ -181,6 +186,38 @@ def test_a_full_mask_has_the_width_of_the_model() -> None:
 
 async def test_masks_of_no_grammar_cost_nothing() -> None:
     assert await GrammarMasks(Compiler(Path("/nowhere"), [EOS])).mask(sampling()) is None
+
+
+async def test_masks_of_one_grammar_share_what_is_compiled_and_nothing_else() -> None:
+    masks, message = GrammarMasks(COMPILER), sampling(regex="ab")
+    first, second = await masks.mask(message), await masks.mask(message)
+    assert first is not None and second is not None
+    words = np.zeros(-(-VOCAB // 32), dtype=np.uint32)
+    for mask, output, allowed in ((first, b"", "a"), (first, b"a", "b"), (second, b"", "a"), (first, b"ab", "")):
+        mask.fill(list(output), words)
+        ids = np.unpackbits(words.view(np.uint8), bitorder="little").nonzero()[0].tolist()
+        assert ids == ([ord(allowed)] if allowed else [EOS])
+
+
+async def test_a_grammar_that_was_compiled_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go, compiled = threading.Event(), Compiler.matcher
+
+    def matcher(compiler: Compiler, grammar: Grammar) -> LLMatcher:
+        assert grammar.kind == "json_object" or let_go.wait(30)
+        return compiled(compiler, grammar)
+
+    monkeypatch.setattr(Compiler, "matcher", matcher)
+    masks = GrammarMasks(COMPILER)
+    assert await masks.mask(sampling(json_object=True)) is not None
+    others = [asyncio.create_task(masks.mask(sampling(regex=f"a{{{n + 1}}}"))) for n in range(MAX_WAITING)]
+    try:
+        await asyncio.sleep(0)
+        assert await masks.mask(sampling(json_object=True)) is not None
+        with pytest.raises(Busy, match="32 others wait to be compiled"):
+            await masks.mask(sampling(regex="b"))
+    finally:
+        let_go.set()
+    assert None not in await asyncio.gather(*others)
 
 
 # --- nodes ---

@@ -11,6 +11,7 @@ from conftest import eventually
 from node_harness import BLOCK_SIZE, Machine, Node, decode, journey, node_request, prompt_of, running_machine
 from wire_faults import Fault, Wire, block_address, flip, hang, hang_up, lose, nothing
 
+import node.intake
 from engine.loans import Loan
 from kvstore.curve import new_wire_key
 
@@ -47,6 +48,13 @@ async def machines(tiny_model_dir: Path, redis_url: str, short_dir: Path) -> Asy
                     lambda arena=arena: arena.num_writing == arena.num_lent, what="nothing is being written"
                 )
                 store.arena.check_integrity()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody gives up blocks that are on their way, however busy this machine is."""
+    for name in ("PATIENCE_S", "MAX_PATIENCE_S"):
+        monkeypatch.setattr(node.intake, name, 30.0)
 
 
 @pytest.fixture(params=["encrypted", "tcp"])
@@ -86,6 +94,7 @@ async def test_a_bad_wire_costs_time_only(machines: tuple[Machine, Machine], wir
     assert sum(decoded.store_hit_tokens for _, decoded in runs) < 3 * NUM_FULL
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_good_wire_is_used(machines: tuple[Machine, Machine], wire: Wire, key: str) -> None:
     here, there = machines
     first, second = await here.node(wire_key=key), await there.node(node_id="far", wire_key=key)
@@ -130,6 +139,7 @@ async def test_blocks_of_a_leg_that_is_cancelled_are_not_written_for_the_next_on
         prompt = prompt_of(NUM_TOKENS, seed=10 + seed)
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("key", ["tcp"], indirect=True)
 async def test_what_came_down_in_the_engine_is_replicated_from_there(
     machines: tuple[Machine, Machine], wire: Wire

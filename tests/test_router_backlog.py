@@ -9,7 +9,7 @@ from kvstore.blocks import BlockHash
 from router.backlog import Backlog
 from router.cluster import Cluster, NodeView
 from router.speeds import PrefillSpeed, StepSpeed
-from router.warming import Warming
+from router.warming import MAX_BLOCKS, Warming
 
 PROMPT = [BlockHash(bytes([n] * 16)) for n in range(10)]
 
@@ -80,6 +80,14 @@ def test_memory_of_warm_blocks_is_bounded() -> None:
     for at_s in range(100):
         warming.sent(PROMPT, "n0", float(at_s))
     assert warming.runs(PROMPT, 99.0) == {"n0": 8}
+
+
+def test_memory_of_prompts_with_the_same_blocks_is_bounded_too() -> None:
+    warming, prompt = Warming(), [BlockHash(b"%d" % n) for n in range(500)]
+    for number in range(1000):
+        warming.sent(list(prompt), "n0", 1e6 + number // 500)  # many of them at the same moment
+        assert warming.runs(prompt, 1e6 + 2.0) == {"n0": 500}
+    assert sum(len(hashes) for _, _, hashes in warming._sent) <= MAX_BLOCKS < 500 * 1000
 
 
 # Prompts of a tree: each step from a block to the next is one of three, and a block's name is the way to it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -187,7 +188,10 @@ async def test_a_slow_node_that_is_well_is_waited_for(cluster: FakeCluster) -> N
     assert answer.timeline.migrations == 0
 
 
-async def test_no_progress_for_too_long_is_a_failure_however_well_the_node(redis_url: str) -> None:
+async def test_no_progress_for_too_long_is_a_failure_however_well_the_node(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "router")
     async with running(FakeCluster(redis_url)) as cluster:
         for node_id in ("both0", "both1"):
             node = await cluster.add(node_id)
@@ -199,6 +203,7 @@ async def test_no_progress_for_too_long_is_a_failure_however_well_the_node(redis
             node.faults.clear()
         answer = await asking
         assert answer.token_ids == expected(PROMPT, 9, 7) and answer.timeline.migrations >= 1
+    assert "event=leg_failed" in caplog.text and "event=node_down" not in caplog.text
 
 
 async def test_a_slow_client_is_no_fault_of_the_node(redis_url: str) -> None:
@@ -278,6 +283,35 @@ async def test_all_refused_is_resource_exhausted(cluster: FakeCluster) -> None:
     assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert not any(node.seen.prefills for node in cluster.nodes.values())
     await eventually(lambda: cluster.active == 0, 5, "nothing is left")
+
+
+async def test_three_refusals_of_a_leg_are_enough(redis_url: str) -> None:
+    async with running(FakeCluster(redis_url)) as cluster:
+        for node_id in (*(f"prefill{n}" for n in range(4)), *(f"decode{n}" for n in range(8))):
+            await cluster.add(node_id)
+        await cluster.open()
+        for moment, num_admits, num_prefills in (("admit", 3, 0), ("prefill", 3, 3)):
+            for node in cluster.nodes.values():
+                node.seen.admits.clear()
+                node.faults = {moment: grpc.StatusCode.RESOURCE_EXHAUSTED}
+            with pytest.raises(grpc.aio.AioRpcError, match="no node that was asked had room") as error:
+                await cluster.ask(PROMPT)
+            assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert sum(len(node.seen.admits) for node in cluster.nodes.values()) == num_admits
+            assert sum(len(node.seen.prefills) for node in cluster.nodes.values()) == num_prefills
+
+
+def test_refusals_of_the_two_legs_are_counted_apart_and_what_has_begun_asks_on() -> None:
+    journey = Journey(RoutedRequest("r", PROMPT, common_pb2.SamplingParams(max_tokens=9), frozenset()))
+    for node_id in ("both0", "both1"):
+        journey.note(LegRefused(node_id, "full", "prefill", is_draining=False))
+        journey.note(LegRefused(node_id, "full", "decode", is_draining=False))
+    journey.note(LegRefused("both2", "draining", "decode", is_draining=True))
+    assert not journey.is_refused
+    journey.note(LegRefused("both3", "full", "decode", is_draining=False))
+    assert journey.is_refused
+    journey.take([common_pb2.Token(token_id=1)])
+    assert not journey.is_refused
 
 
 async def test_full_prefill_queues(cluster: FakeCluster) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import grpc
 import pytest
+from conftest import POCKET
+from llguidance import LLMatcher
 from router_fakes import FakeCluster, request, running, saying
 
 from batonpb import common_pb2, inference_pb2
+from grammar.compiler import Compiler
+from grammar.queue import MAX_WAITING
+from grammar.source import Grammar
+from router.errors import ClusterBusy
+from router.grammar import GrammarChecker
+from router.tokenizer import Tokenizer
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 CHOICE = common_pb2.ChoiceGrammar(choices=["{}"])
@@ -82,3 +92,26 @@ async def test_a_node_that_finds_no_token_ends_the_request(cluster: FakeCluster)
             pass
     assert error.value.code() == INVALID
     assert sum(len(node.seen.admits) for node in cluster.nodes.values()) == 1
+
+
+async def test_a_grammar_that_was_judged_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go, compiled = threading.Event(), Compiler.matcher
+
+    def matcher(compiler: Compiler, grammar: Grammar) -> LLMatcher:
+        assert grammar.kind == "json_object" or let_go.wait(30)
+        return compiled(compiler, grammar)
+
+    monkeypatch.setattr(Compiler, "matcher", matcher)
+    checker = GrammarChecker(Tokenizer(POCKET))
+    await checker.check(common_pb2.SamplingParams(json_object=True))
+    others = [common_pb2.SamplingParams(regex=f"a{{{n + 1}}}") for n in range(MAX_WAITING)]
+    checks = [asyncio.create_task(checker.check(other)) for other in others]
+    try:
+        await asyncio.sleep(0)
+        await checker.check(common_pb2.SamplingParams(json_object=True))
+        with pytest.raises(ClusterBusy, match=r"sampling\.grammar: 32 others wait to be compiled"):
+            await checker.check(common_pb2.SamplingParams(regex="b"))
+    finally:
+        let_go.set()
+    await asyncio.gather(*checks)
+    await checker.check(common_pb2.SamplingParams(regex="b"))

@@ -21,7 +21,7 @@ from scraping import scrape
 
 from batonpb import inference_pb2
 from router.config import RouterConfig
-from router.errors import InvalidRequest
+from router.errors import InvalidRequest, said
 from router.frontend import Frontend
 from router.http_body import MAX_LISTS, MAX_NAMES, MAX_OBJECTS, parse_object
 from router.http_door import HttpDoor
@@ -181,6 +181,7 @@ async def test_statuses_of_routes_and_bodies(cluster: FakeCluster) -> None:
     assert status == 405 and headers["Allow"] == "POST" and check_error(answer, headers)
     status, headers, answer = await get(f"{url}/health", method="DELETE")
     assert status == 405 and headers["Allow"] == "GET" and check_error(answer, headers)
+    assert (await get(f"{url}/v1/models/pocke%2574"))[0] == 404, "a name is decoded once"
     status, headers, answer = await post(url + CHAT, b"x" * (MAX_BYTES + 1))
     assert status == 413 and str(MAX_BYTES) in check_error(answer, headers)["message"]
     status, headers, answer = await post(url + CHAT, HELLO, {"Content-Type": "text/plain"})
@@ -216,6 +217,45 @@ async def test_what_is_no_http(cluster: FakeCluster, caplog: pytest.LogCaptureFi
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
     assert "sesame" not in caplog.text and b"sesame" not in body and "Traceback" not in caplog.text
     writer.close()
+
+
+async def test_what_clients_send_begins_no_line_of_the_log(
+    cluster: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="router")
+    host, _, port = cluster.http_url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /x%20status=200%0AERROR%20forged HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert b" 404 " in await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    status, _, answer = await post(cluster.http_url + COMPLETIONS, ONCE | {"y\nERROR forged": 1})
+    assert status == 400 and answer["error"]["param"] == "y\nERROR forged"
+    lines = [record.getMessage() for record in caplog.records if "event=refused" in record.getMessage()]
+    assert len(lines) == 2 and not any("\n" in line for line in lines)
+    assert lines[0].startswith("event=refused path=/x%20status=200%0AERROR%20forged status=404 ")
+    assert said(InvalidRequest("a\nb", "\x1b[2Jé")) == "a b:  [2Jé"
+
+
+async def test_a_connection_goes_on_behind_a_body_that_nobody_read(cluster: FakeCluster) -> None:
+    """A refusal by the headers may come before the body does, which is then not taken for the next request."""
+    host, _, port = cluster.http_url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = b"GET /nothing HTTP/1.1\r\n\r\n"
+    for path, media_type, status in (("/v1/nothing", "json", 404), (CHAT, "xml", 415), ("/health", "json", 405)):
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/{media_type}\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:5])
+        assert await answered(reader) == status
+        writer.write(body[5:] + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await answered(reader) == 200
+    writer.close()
+
+
+async def answered(reader: asyncio.StreamReader) -> int:
+    """The status of the next answer on a connection, which is read to its end."""
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)).decode().lower()
+    [length] = [line.partition(":")[2] for line in head.splitlines() if line.startswith("content-length:")]
+    await asyncio.wait_for(reader.readexactly(int(length)), 10)
+    return int(head.split()[1])
 
 
 async def test_a_body_without_a_length_is_bounded_too(cluster: FakeCluster) -> None:
@@ -401,6 +441,24 @@ async def test_a_client_that_does_not_read(redis_url: str, monkeypatch: pytest.M
         writer.transport.pause_reading()
         await eventually(lambda: is_over, 10, "it was given up")
         assert 10 < pulled < 2000
+        writer.close()
+
+
+async def test_a_client_that_does_not_read_a_whole_answer(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(HttpDoor.__init__, "__defaults__", (None, 2.0, None))
+    monkeypatch.setattr(HttpDoor, "open", _with_small_buffers(HttpDoor.open))
+    monkeypatch.setattr("router.http_door.MIN_BYTES_PER_S", 1 << 30)
+    caplog.set_level("INFO", logger="router")
+    async with talking(redis_url, lambda *_: ord("x")) as cluster:
+        cluster.nodes["decode0"].tokens_per_message = 50
+        body = {"prompt": "Once", "max_tokens": 2000, "logprobs": 20}
+        assert (await post(cluster.http_url + COMPLETIONS, body))[0] == 200, "who reads it has it"
+        _, writer = await open_raw(cluster, COMPLETIONS, body)
+        writer.transport.pause_reading()
+        await eventually(lambda: "event=client_gone" in caplog.text, 20, "it was given up")
+        assert "event=bad_http" not in caplog.text and "Traceback" not in caplog.text
         writer.close()
 
 

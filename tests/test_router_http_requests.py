@@ -141,6 +141,7 @@ def test_nothing_given_is_nothing_set() -> None:
         ({"logprobs": True}, {"logprobs": 0}),
         ({"logprobs": True, "top_logprobs": 4}, {"logprobs": 4}),
         ({"logprobs": False}, {}),
+        ({"logprobs": False, "top_logprobs": 0}, {}),
     ],
 )
 def test_other_ways_to_say_it(body: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -174,6 +175,8 @@ def test_other_ways_to_say_it(body: dict[str, Any], fields: dict[str, Any]) -> N
             "spaces_between_special_tokens": True,
             "include_reasoning": True,
             "vllm_xargs": {},
+            **{"truncation_side": None, "logprob_token_ids": None, "return_token_offsets": False},
+            **{"stream_interval": None, "repetition_detection": None, "routed_experts_prompt_start": 0},
         },
     ],
     ids=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import pytest
 from conftest import RedisProcess, eventually
 from router_fakes import CLUSTER, ROOT, FakeCluster, running, set_health
 
+from batonpb import node_pb2
 from kvstore.directory import Directory, NodeRecord
 from router.cluster import Cluster
 from router.errors import LegFailed
@@ -133,6 +135,21 @@ async def test_only_nodes_that_can_exchange_blocks_work_together(
     assert (registry.pool.root, registry.pool.max_model_len) == (b"\x22" * 16, 101)
 
 
+async def test_nodes_that_take_no_work_have_no_say_in_what_is_served(
+    registry: Registry, directory: Directory, clock: Clock
+) -> None:
+    """The end of a rollout: more of the old revision drain or have died than there are of the new one."""
+    for n in range(3):
+        await directory.heartbeat_node(replace(RECORD, node_id=f"old{n}", draining=n > 0), 30.0)
+    await directory.heartbeat_node(replace(RECORD, node_id="new", kv_root="22" * 16, max_model_len=100), 30.0)
+    await poll(registry, clock)
+    registry.mark_down("old0", "i0", "test")
+    assert [view.node_id for view in await poll(registry, clock)] == ["new"]
+    assert registry.pool is not None and registry.pool.max_model_len == 100
+    await directory.heartbeat_node(replace(RECORD, node_id="new", kv_root="22" * 16, draining=True), 30.0)
+    assert await poll(registry, clock) == [] and registry.pool.root == ROOT, "nobody can work: all have a say"
+
+
 async def test_a_served_model_can_be_asked_for_by_name(directory: Directory, clock: Clock) -> None:
     registry = Registry(directory, model="other", patience=PATIENCE, clock=clock)
     await directory.heartbeat_node(RECORD, 30.0)
@@ -249,6 +266,28 @@ async def test_a_node_that_is_down_is_asked_after_a_while(redis_url: str, clock:
         await set_health(node, is_well=True)
         await poll(registry, clock, 0.2)
         await eventually(lambda: registry.snapshot(), 5, "it is well and gets work again")
+        await registry.stop()
+        await directory.close()
+
+
+async def test_an_answer_that_takes_too_long_puts_no_node_down(redis_url: str, clock: Clock) -> None:
+    async with running(FakeCluster(redis_url)) as cluster:
+        node = await cluster.add("both0")
+        node.faults["prefill"] = lambda: asyncio.sleep(60)
+        directory = Directory(redis_url, CLUSTER)
+        registry = Registry(directory, patience=PATIENCE, clock=clock)
+        await registry.refresh()
+        with registry.prefill_leg("both0", Burden()) as leg:
+            answering = asyncio.create_task(leg.run(node_pb2.NodeRequest(), None))
+            await eventually(lambda: node.seen.active == 1, 5, "the node has it")
+            await poll(registry, clock, 299.0)
+            await asked(registry)
+            assert not answering.done(), "it is well, and has a second left"
+            await poll(registry, clock, 2.0)
+            with pytest.raises(LegFailed, match="made no progress for 300") as caught:
+                await answering
+        assert not caught.value.is_down
+        assert await poll(registry, clock), "it takes other requests"
         await registry.stop()
         await directory.close()
 

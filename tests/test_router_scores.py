@@ -9,17 +9,23 @@ from typing import Any
 import grpc
 import openai
 import pytest
-from conftest import eventually
+from conftest import POCKET, eventually
 from http_support import events, give_logprobs, post
 from openai import AsyncOpenAI
 from router_fakes import EOS, FakeCluster, expected, request, running, saying, scores_of
 
 from batonpb import common_pb2, inference_pb2, node_pb2
+from router.http_answers import ChatChoice
+from router.http_models import ChatRequest, read
+from router.http_reply import Reply
+from router.http_requests import ask_chat
+from router.tokenizer import Tokenizer
 from router.validate import MAX_PROMPT_LOGPROBS
 
 TEXT = "Naïve 😀"
 PROMPT = [256, *TEXT.encode()]
 BEHIND = " and so on"
+HI: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(params=["both legs", "one leg"])
@@ -49,6 +55,11 @@ def asking(
 
 async def answers(cluster: FakeCluster, message: inference_pb2.GenerateRequest) -> list[inference_pb2.GenerateResponse]:
     return [response async for response in cluster.stub.Generate(message, timeout=30.0)]
+
+
+def chat_ids(messages: list[Any]) -> list[int]:
+    tokenizer = Tokenizer(POCKET)
+    return tokenizer.encode(tokenizer.render(messages), is_template=True)
 
 
 def told(num_top: int) -> common_pb2.PromptLogprobs | None:
@@ -85,11 +96,18 @@ async def test_they_come_once_with_the_first_token(
         assert nodes["prefill0"].seen.prefills[0].HasField("prompt_logprobs") == (num_top is not None)
 
 
-async def test_each_of_n_answers_has_them(cluster: FakeCluster) -> None:
-    found = [response for response in await answers(cluster, asking(prompt_logprobs=1, n=3))]
+@pytest.mark.parametrize("fields", [{"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}], ids=str)
+async def test_each_of_n_answers_has_them_and_they_are_computed_once(
+    cluster: FakeCluster, fields: dict[str, Any]
+) -> None:
+    found = await answers(cluster, asking(n=3, **fields))
     with_scores = [response for response in found if response.HasField("prompt_logprobs")]
     assert sorted(response.index for response in with_scores) == [0, 1, 2]
-    assert all(response.prompt_logprobs == told(1) for response in with_scores)
+    assert all(response.prompt_logprobs == told(1) and response.prompt_tokens for response in with_scores)
+    assert [response.usage.output_tokens for response in found if response.finish_reason] == [4, 4, 4]
+    seen = [one for node in cluster.nodes.values() for one in (*node.seen.prefills, *node.seen.admits)]
+    assert sum(one.HasField("prompt_logprobs") for one in seen) == 1
+    assert len({one.request_id for one in seen}) == 3
 
 
 @pytest.mark.parametrize("fields", [{"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}, {"echo": True}], ids=str)
@@ -261,11 +279,51 @@ async def test_vllms_prompt_logprobs(client: AsyncOpenAI, cluster: FakeCluster) 
     }
     assert entries[3]["195"]["decoded_token"] == "\ufffd"
     assert completion.choices[0].logprobs is None and completion.choices[0].text == BEHIND[:2]
-    chat = await client.chat.completions.create(messages=[{"role": "user", "content": "Hi"}], **ask)
+    chat = await client.chat.completions.create(messages=HI, **ask)
     whole = chat.prompt_logprobs  # type: ignore[attr-defined]
     assert len(whole) == chat.usage.prompt_tokens and whole[0] is None and len(whole[1]) == 2  # type: ignore[union-attr]
     plain = await client.completions.create(model="pocket", prompt=TEXT, max_tokens=2)
     assert not hasattr(plain.choices[0], "prompt_logprobs")
+
+
+async def test_vllms_prompt_logprobs_in_streams(client: AsyncOpenAI) -> None:
+    """Each choice of a completion has them in its first event; a chat has them beside the choice of its first one."""
+    ask: dict[str, Any] = {"model": "pocket", "max_tokens": 3, "n": 2, "extra_body": {"prompt_logprobs": 1}}
+    answer = await client.completions.create(prompt=[TEXT, "x"], **ask)
+    found: dict[int, Any] = {}
+    async for chunk in await client.completions.create(prompt=[TEXT, "x"], stream=True, **ask):
+        [choice] = chunk.choices
+        assert hasattr(choice, "prompt_logprobs") == (choice.index not in found)
+        found.setdefault(choice.index, getattr(choice, "prompt_logprobs", None))
+    assert found == {choice.index: choice.prompt_logprobs for choice in answer.choices}  # type: ignore[attr-defined]
+    assert [len(found[index]) for index in range(4)] == [len(PROMPT)] * 2 + [2] * 2
+    chat = await client.chat.completions.create(messages=HI, **ask)
+    stream = await client.chat.completions.create(messages=HI, stream=True, **ask)
+    first, *others = [chunk async for chunk in stream]
+    assert first.prompt_logprobs == chat.prompt_logprobs and first.choices[0].index == 0
+    assert not any(hasattr(chunk, "prompt_logprobs") for chunk in others)
+
+
+async def test_a_stream_of_nothing_but_prompt_logprobs(cluster: FakeCluster) -> None:
+    scoring = {"max_tokens": 0, "prompt_logprobs": 0, "stream": True}
+    chunk, done = await events(f"{cluster.http_url}/v1/completions", {"prompt": TEXT} | scoring)
+    [choice] = chunk["choices"]
+    assert (choice["text"], choice["finish_reason"], len(choice["prompt_logprobs"])) == ("", "length", len(PROMPT))
+    chunk, done = await events(f"{cluster.http_url}/v1/chat/completions", {"messages": HI} | scoring)
+    assert done == "[DONE]" and chunk["choices"][0]["finish_reason"] == "length"
+    assert len(chunk["prompt_logprobs"]) == len(chat_ids(HI))
+
+
+def test_a_chats_wait_for_an_event_to_go_with() -> None:
+    """Its first token may be half a character."""
+    asked = ask_chat(read(ChatRequest, {"messages": HI, "prompt_logprobs": 0, "stream": True}), "id")
+    reply = Reply({"id": "x"}, asked, [ChatChoice(0, bytes, None, False)], lambda token_id: b"\xc3")
+    halves = inference_pb2.GenerateResponse(prompt_logprobs=told(0)), inference_pb2.GenerateResponse(text="é")
+    assert reply.is_long(halves[0]) and reply.event(0, halves[0]) is None
+    event = reply.event(0, halves[1])
+    assert event is not None and len(event["prompt_logprobs"]) == len(PROMPT)
+    last = reply.event(0, inference_pb2.GenerateResponse(finish_reason=common_pb2.FINISH_REASON_STOP))
+    assert last is not None and "prompt_logprobs" not in last
 
 
 async def test_what_cannot_be_asked_over_http(client: AsyncOpenAI, cluster: FakeCluster) -> None:
@@ -273,7 +331,6 @@ async def test_what_cannot_be_asked_over_http(client: AsyncOpenAI, cluster: Fake
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"prompt_logprobs": True}, "prompt_logprobs"),
-        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 0, "logprobs": 1}, "max_tokens"),
         ({"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens"),
@@ -281,6 +338,7 @@ async def test_what_cannot_be_asked_over_http(client: AsyncOpenAI, cluster: Fake
     for change, param in wrong:
         status, _, answer = await post(f"{cluster.http_url}/v1/completions", {"prompt": "x"} | change)
         assert (status, answer["error"]["param"]) == (400, param), change
+        assert param != "prompt_logprobs" or change[param] is True or "[0, 20]" in answer["error"]["message"]
     with pytest.raises(openai.BadRequestError) as caught:
         await client.completions.create(model="pocket", prompt=[1] * 4095, echo=True, logprobs=21)
     assert caught.value.param == "logprobs"
@@ -313,6 +371,10 @@ async def test_an_answer_has_so_many_and_no_more(cluster: FakeCluster, monkeypat
     *chunks, done = await events(url, body | {"prompt": [PROMPT] * 4, "stream": True})
     assert done == "[DONE]" and {chunk["choices"][0]["index"] for chunk in chunks} == set(range(4))
     await eventually(lambda: cluster.active == 0, 5, "the other legs are cancelled")
+    monkeypatch.setattr("router.http_scores.MAX_ENTRIES", 2 * len(chat_ids(HI)))
+    chat = {"messages": HI, "max_tokens": 1, "prompt_logprobs": 1, "n": 3}  # which shows them once
+    status, _, answer = await post(f"{cluster.http_url}/v1/chat/completions", chat)
+    assert status == 200 and len(answer["prompt_logprobs"]) == len(chat_ids(HI)) and len(answer["choices"]) == 3
 
 
 async def test_an_end_token_that_is_not_wanted_is_not_shown(redis_url: str) -> None:

@@ -99,6 +99,7 @@ RED = f'name = "red"\nkey_sha256 = "{DIGESTS["red"]}"\n'
             "line 4: tenant.tokens_per_minute: must be a whole number from 1",
         ),
         (f"[[tenant]]\n{RED}requests_per_minute = true", "line 4: tenant.requests_per_minute: must be a whole number"),
+        (f"[[tenant]]\n{RED}least_priority = 1", "line 4: tenant.least_priority: must be a whole number from -100"),
         ('[[tenant]]\nname = "a"\nkey_sha256 = []', "line 3: tenant.key_sha256: must be one text in quotes, or a list"),
         (
             '[[tenant]]\nname = "a"\nkey_sha256 = [5]',
@@ -107,7 +108,7 @@ RED = f'name = "red"\nkey_sha256 = "{DIGESTS["red"]}"\n'
         ('[[tenant]]\nname = "a"\nkey_sha256 = ["secret"]', "must be 64 hex digits, the SHA-256 of a key; got 6 chara"),
         (f'tenant = [{{name = "a b", key_sha256 = "{DIGESTS["red"]}"}}]', "tenant.name: must be 1 to 64"),
     ],
-    ids=range(28),
+    ids=range(29),
 )
 def test_what_is_wrong_is_refused_by_field_and_line(text: str, message: str) -> None:
     with pytest.raises(UnusableTenants) as error:
@@ -123,10 +124,11 @@ requests_per_minute = 6
 tokens_per_minute = 700
 max_concurrent = 8
 max_prompt_tokens = 90
+least_priority = -3
 """
     tenants = parse_tenants(text)
     assert len(tenants) == 1
-    expected = Tenant("red", 0, Allowance(6, 700, 8, 90))
+    expected = Tenant("red", 0, Allowance(6, 700, 8, 90), -3)
     assert [tenants.authenticate([f"Bearer {key}"]) for key in KEYS.values()] == [expected, expected]
 
 
@@ -347,6 +349,32 @@ async def test_more_than_is_allowed_is_told_when_to_come_again(redis_url: str, t
         wait_ms = int(dict(error.value.trailing_metadata())["retry-after-ms"])
         assert 0 < wait_ms <= 1000 * (90 - 15) * 60 / 120
         assert len(cluster.nodes["both0"].seen.admits) == 1
+
+
+async def test_a_tenant_goes_before_others_only_as_far_as_his_file_says(redis_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(FILE + "least_priority = -5\n")
+    async with running(FakeCluster(redis_url)) as cluster, aiohttp.ClientSession() as session:
+        await cluster.add("both0")
+        await cluster.open(tenants_file=str(file))
+        for name, least in (("red", 0), ("blue", -5)):
+            for priority in (least, 100):
+                message = request([256, 97], max_tokens=1)
+                message.priority = priority
+                assert await ask(cluster, bearer(KEYS[name]), message)
+            message.priority = least - 1
+            problem = f"priority: must be at least {least} for this tenant, got {least - 1}"
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await ask(cluster, bearer(KEYS[name]), message)
+            assert (error.value.code(), error.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, problem)
+            headers = {"Authorization": f"Bearer {KEYS[name]}"}
+            for priority, status in ((least, 200), (least - 1, 400)):
+                body = {"prompt": "x", "max_tokens": 1, "model": "pocket", "priority": priority}
+                async with session.post(f"{cluster.http_url}/v1/completions", json=body, headers=headers) as response:
+                    assert response.status == status
+                    told = await response.json()
+            assert (told["error"]["message"], told["error"]["param"]) == (problem, "priority")
+        assert [leg.priority for leg in cluster.nodes["both0"].seen.admits] == [0, 100, 0, -5, 100, -5]
 
 
 async def test_a_router_bounds_all_requests(redis_url: str) -> None:

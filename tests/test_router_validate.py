@@ -92,6 +92,7 @@ PROMPTS = [
         "1000 bytes at most, got 1200",
     ),
     ("request_id", request(request_id="i" * 129), "128"),
+    ("request_id", request(request_id="i\nERROR event=forged"), "printable"),
 ]
 
 

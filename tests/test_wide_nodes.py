@@ -32,6 +32,7 @@ WIDTHS = {"tp1": (1, 1), "tp2": (2, 1), "tp4": (4, 1), "pp2": (1, 2)}  # of a mo
 GREEDY = {"temperature": 0.0, "seed": 7, "max_tokens": 12, "ignore_eos": True}
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "seed": 3, "max_tokens": 12, "ignore_eos": True}
 NUM_PROMPT_TOKENS = 150  # nine blocks and a tail, in three chunks
+START_WAIT_S = 2.0  # of `far`
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -44,7 +45,8 @@ async def cluster(tiny_model_dir: Path) -> AsyncIterator[WideCluster]:
             options = {"engine": {"enable_prefix_caching": False}}
             starts = [cluster.start_node(name, *width, **options) for name, width in WIDTHS.items()]
             await cluster.open_store("there")
-            await asyncio.gather(*starts, cluster.start_node("far", 2, host="there", **options))
+            far = cluster.start_node("far", 2, host="there", start_wait_s=START_WAIT_S, **options)
+            await asyncio.gather(*starts, far)
             yield cluster
     finally:
         redis_process.close()
@@ -87,6 +89,23 @@ async def test_each_rank_gets_its_pieces_from_another_machine(cluster: WideClust
     assert tokens == alone.generate([prompt], SamplingParams(**GREEDY))[0]
     assert num_fetched == 9
     await eventually(lambda: len(there.blocks()) >= before + 4 * 9, what="what was fetched is published there too")
+
+
+async def test_a_start_that_never_comes_frees_the_room_of_all_ranks(cluster: WideCluster, alone: Engine) -> None:
+    """And what they have fetched for it until then."""
+    node, prompt = cluster.nodes["far"], prompt_of(NUM_PROMPT_TOKENS, seed=150)
+    request = node_request(prompt, sampling=common_pb2.SamplingParams(**GREEDY))
+    await cluster.prefill_and_publish("tp2", request, num_blocks=9)
+    call = node.decode_stub.Decode(timeout=60)
+    await call.write(node_pb2.DecodeRequest(admit=node_pb2.Admit(request=request)))
+    assert (await call.read()).WhichOneof("message") == "admitted"
+    assert not await node.is_clean()
+    with pytest.raises(grpc.aio.AioRpcError, match=f"start: did not come within {START_WAIT_S} s") as error:
+        await call.read()
+    assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await eventually(node.is_clean, what="all blocks are free")
+    tokens, _ = await journey(cluster.nodes["tp2"], node, prompt)
+    assert tokens == alone.generate([prompt], SamplingParams(**GREEDY))[0]
 
 
 async def test_tenants_have_caches_and_quotas_of_their_own(cluster: WideCluster, alone: Engine) -> None:
