@@ -49,11 +49,9 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 def free_ports(count: int) -> int:
-    """The first of so many ports in a row that were free just now."""
+    """The first of so many free ports in a row, below those that the kernel gives to others meanwhile."""
     for _ in range(50):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = int(probe.getsockname()[1])
+        first = 20_000 + secrets.randbelow(12_000)
         try:
             for port in range(first, first + count):
                 with socket.socket() as probe:
@@ -115,7 +113,7 @@ def test_config_file_and_custom_resources(folder: Path, environment: dict[str, s
         assert serve.stdout is not None
         assert serve.stdout.readline().startswith("ready: "), (folder / "serve.log").read_text()
         is_told = lambda: targets.exists() and len(json.loads(targets.read_text())) == 4  # noqa: E731
-        asyncio.run(eventually(is_told, timeout_s=START_S))
+        asyncio.run(eventually(is_told, timeout_s=START_S, what=(folder / "serve.log").read_text()))
         found = {one["labels"]["baton_name"]: one["targets"][0] for one in json.loads(targets.read_text())}
         ports = {name.split("-")[0]: int(target.rpartition(":")[2]) - metrics_port for name, target in found.items()}
         assert ports == {"store": 0, "prefill": 1, "decode": 2, "router": 3}
