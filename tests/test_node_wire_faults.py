@@ -153,7 +153,7 @@ async def test_what_came_down_in_the_engine_is_replicated_from_there(
     for seed in range(3):
         tokens, decoded = await journey(first, second, node_request(prompt_of(NUM_TOKENS, seed)))
         assert tokens == here.expected(prompt_of(NUM_TOKENS, seed)) and decoded.store_hit_tokens == NUM_FULL
-    assert sum(landed) == 3 * NUM_FULL // BLOCK_SIZE
+    await eventually(lambda: sum(landed) == 3 * NUM_FULL // BLOCK_SIZE, what="all have landed in the engine")
     await eventually(lambda: len(far_store.arena.blocks()) >= 3 * NUM_FULL // BLOCK_SIZE, what="all are replicated")
     third = await there.node(node_id="far-2")
     again = await third.prefill(node_request(prompt_of(NUM_TOKENS, 1)))

@@ -111,7 +111,7 @@ async def test_nodes_come_and_go_under_load(serve: Serve, tiny_model_dir: Path) 
         await asyncio.gather(*(event.wait() for event in begun))
         lines = await scale(serve, "--prefill", "1", "--decode", "1")
         assert lines == ["decode-1 is drained and gone", "prefill-1 is drained and gone"]
-        assert not [pid for pid in new if is_running(pid)]
+        await eventually(lambda: not any(map(is_running, new)), 20, "their processes end")
         timelines = await asyncio.gather(*long)
         assert "decode-1" in {timeline.decode_node for timeline in timelines}
         assert [timeline.migrations for timeline in timelines] == [0] * len(timelines)
