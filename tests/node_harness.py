@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -145,14 +146,6 @@ async def journey(prefill: Node, decode: Node, request: node_pb2.NodeRequest) ->
     return [answer.token.token_id, *decoded.token_ids], decoded
 
 
-class Unmeasured(SpeedMeter):
-    """Knows nothing of prompts, however many were computed."""
-
-    @property
-    def long_prefill_tokens_per_s(self) -> float:
-        return 0.0
-
-
 class Machine:
     """One machine: its nodes, and a store when it is asked for. All are checked and stopped in the end."""
 
@@ -191,7 +184,7 @@ class Machine:
         node = Node(server, await server.start())
         if not is_measured:
             server.intake.prefill_tokens_per_s = 0.0
-            server.loop.engine._speed = Unmeasured()
+            server.loop.engine._speed = SpeedMeter(sys.maxsize)
         self.nodes.append(node)
         return node
 

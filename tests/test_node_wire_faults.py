@@ -13,6 +13,7 @@ from wire_faults import Fault, Wire, block_address, flip, hang, hang_up, lose, n
 
 import node.intake
 from engine.loans import Loan
+from engine.speed import SpeedMeter
 from kvstore.curve import new_wire_key
 
 KEY = new_wire_key()
@@ -52,9 +53,13 @@ async def machines(tiny_model_dir: Path, redis_url: str, short_dir: Path) -> Asy
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody gives up blocks that are on their way, however busy this machine is."""
+    """However busy this machine is, nobody gives up blocks that are on their way, or computes them as that is faster.
+
+    Nodes that are to know no speed know that of tails once they have computed one.
+    """
     for name in ("PATIENCE_S", "MAX_PATIENCE_S"):
         monkeypatch.setattr(node.intake, name, 30.0)
+    monkeypatch.setattr(SpeedMeter, "long_prefill_tokens_per_s", 0.0)
 
 
 @pytest.fixture(params=["encrypted", "tcp"])
