@@ -78,10 +78,10 @@ def test_every_option_arrives() -> None:
     assert http_urls(["127.0.0.1:8000"], has_tls=True) == ["https://127.0.0.1:8000/v1"]
 
 
-def test_a_folder_is_where_the_command_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_where_the_command_ran(monkeypatch: pytest.MonkeyPatch, short_dir: Path) -> None:
     """Servers and `baton down` run elsewhere."""
-    monkeypatch.chdir("/tmp")
-    assert config_from(parse("--store-dir", "here")).store_base == Path("/tmp/here")
+    monkeypatch.chdir(short_dir)
+    assert config_from(parse("--store-dir", "here")).store_base == short_dir / "here"
 
 
 # --- the bar of a start ---
